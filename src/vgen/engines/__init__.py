@@ -1,0 +1,1 @@
+"""The engines that generate. Each file imports its own backend; nothing here knows a trainer."""

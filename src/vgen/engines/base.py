@@ -1,0 +1,144 @@
+"""What every engine promises, and the states it can be in."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import EngineStateError
+from ..types import Completion, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EngineState(StrEnum):
+    """What an engine is doing. `starting → awake ⇄ paused ⇄ syncing`, `awake ⇄ asleep`, `waking`, `failed`, `closed`."""
+
+    STARTING = "starting"
+    AWAKE = "awake"
+    PAUSED = "paused"
+    SYNCING = "syncing"
+    ASLEEP = "asleep"
+    WAKING = "waking"
+    FAILED = "failed"
+    """Its weights are unknown, or it broke: a full sync may bring it back."""
+    CLOSED = "closed"
+
+
+_S = EngineState
+_ALLOWED: dict[EngineState, frozenset[EngineState]] = {
+    _S.STARTING: frozenset({_S.AWAKE, _S.FAILED, _S.CLOSED}),
+    _S.AWAKE: frozenset({_S.PAUSED, _S.SYNCING, _S.ASLEEP, _S.FAILED, _S.CLOSED}),
+    _S.PAUSED: frozenset({_S.AWAKE, _S.SYNCING, _S.FAILED, _S.CLOSED}),
+    _S.SYNCING: frozenset({_S.AWAKE, _S.PAUSED, _S.ASLEEP, _S.FAILED, _S.CLOSED}),
+    _S.ASLEEP: frozenset({_S.WAKING, _S.SYNCING, _S.FAILED, _S.CLOSED}),
+    _S.WAKING: frozenset({_S.AWAKE, _S.ASLEEP, _S.FAILED, _S.CLOSED}),
+    _S.FAILED: frozenset({_S.SYNCING, _S.CLOSED}),
+    _S.CLOSED: frozenset(),
+}
+
+
+class StateMachine:
+    """The one place where an engine's state changes. A transition that makes no sense raises `EngineStateError`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.state = EngineState.STARTING
+        self.detail = ""
+        """More about the state, for errors: the sleep level, what failed."""
+        self.since_ns = time.monotonic_ns()
+
+    def move(self, call: str, to: EngineState, detail: str = "") -> EngineState:
+        """Go to `to`; returns the state left."""
+        with self._lock:
+            was = self.state
+            if to not in _ALLOWED[was]:
+                raise EngineStateError(call, self.describe(), _HINTS.get(was, ""))
+            self.state, self.detail, self.since_ns = to, detail, time.monotonic_ns()
+            return was
+
+    def require(self, call: str, *states: EngineState) -> None:
+        """Raise unless the engine is in one of `states`."""
+        if self.state not in states:
+            raise EngineStateError(call, self.describe(), _HINTS.get(self.state, ""))
+
+    @contextmanager
+    def during(self, call: str, through: EngineState, then: EngineState, detail: str = "") -> Iterator[None]:
+        """Be in `through` within the block and in `then` after it; `failed` when the block raises, whatever it raises."""
+        self.move(call, through)
+        try:
+            yield
+        except BaseException as error:
+            self.move(call, EngineState.FAILED, f"{call} raised {type(error).__name__}")
+            raise
+        self.move(call, then, detail)
+
+    def describe(self) -> str:
+        """The state with its detail: `asleep (level 2)`."""
+        return f"{self.state} ({self.detail})" if self.detail else str(self.state)
+
+
+_HINTS = {
+    _S.ASLEEP: "call wake_up() first",
+    _S.PAUSED: "call resume() first",
+    _S.FAILED: "a full sync_weights() that succeeds brings it back",
+    _S.SYNCING: "a weight sync is under way",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to be sampled."""
+
+    prompt_index: int
+    generation_index: int
+    token_ids: Sequence[int]
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SleepReport:
+    """What going to sleep or waking up did. Bytes are read from the device driver; None where there is no device."""
+
+    memory_freed: bool
+    device_bytes: int | None = None
+
+
+class Engine(Protocol):
+    """Owns weights, a KV cache and a scheduler. Knows nothing of profiling, ranks or a trainer's model.
+
+    One call at a time; the state is checked by whoever composes it.
+    """
+
+    kind: str
+    device_type: str
+    max_model_length: int
+    vocabulary_size: int
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
+    ) -> list[Completion]:
+        """Sample all `requests`; completions in their order, `on_finished` called as each is done."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights by a stream of checkpoint names and full tensors. Raises `WeightSyncError`."""
+        ...
+
+    def reset_caches(self) -> None:
+        """Empty every cache of what the old weights computed. Raises `WeightSyncError` when one could not be."""
+        ...
+
+    def set_weight_version(self, version: str) -> None: ...
+
+    def sleep(self, level: int) -> SleepReport: ...
+
+    def wake_up(self, tags: Sequence[str] | None) -> SleepReport: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,66 @@
+"""Every error that vgen raises on purpose.
+
+    VgenError
+    ├── MissingExtraError (ImportError)     an optional package is not installed; says the pip command
+    ├── PromptError (ValueError)            a prompt that the engine could not take; `index`, `limit`
+    ├── EngineStateError (RuntimeError)     the call does not fit the engine's state; `state`
+    ├── EngineError (RuntimeError)          the engine could not start, or broke while it worked
+    └── WeightSyncError (RuntimeError)      weights did not arrive whole; `phase`, `parameter`, `receiver`
+
+A value of `Sampling` outside its range is a plain `ValueError` that names the field. No message ever
+holds the text or the tokens of a prompt or a completion.
+"""
+
+from __future__ import annotations
+
+
+class VgenError(Exception):
+    """The base of all of them: `except VgenError` catches what vgen reports and nothing else."""
+
+
+class MissingExtraError(VgenError, ImportError):
+    """An optional package is missing. The message holds the command that installs it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: pip install 'vgen[{extra}]'")
+
+
+class PromptError(VgenError, ValueError):
+    """A prompt was refused before the engine saw it.
+
+    `index` is its place in the list that was passed to `generate`; `limit` is the bound that it broke
+    (the longest prompt in tokens, or the size of the vocabulary), or None for an empty prompt.
+    """
+
+    def __init__(self, index: int, problem: str, limit: int | None = None) -> None:
+        super().__init__(f"prompt {index} {problem}")
+        self.index = index
+        self.limit = limit
+
+
+class EngineStateError(VgenError, RuntimeError):
+    """The engine is in a state in which this call makes no sense; `state` names it."""
+
+    def __init__(self, call: str, state: str, hint: str = "") -> None:
+        super().__init__(f"{call} is not possible while the engine is {state}" + (f": {hint}" if hint else ""))
+        self.call = call
+        self.state = state
+
+
+class EngineError(VgenError, RuntimeError):
+    """The engine could not be started, or failed while it worked. `__cause__` is the engine's own error."""
+
+
+class WeightSyncError(VgenError, RuntimeError):
+    """New weights did not arrive whole, so the engine's weights are unknown and it refuses to generate.
+
+    `phase` is where it happened (a span name's last word), `parameter` the first parameter concerned,
+    `receiver` which engine or server. The next full sync that succeeds brings the engine back.
+    """
+
+    def __init__(self, problem: str, *, phase: str, parameter: str | None = None, receiver: str = "engine") -> None:
+        where = f" at parameter {parameter!r}" if parameter else ""
+        super().__init__(f"weight sync failed in phase {phase!r} of {receiver}{where}: {problem}")
+        self.phase = phase
+        self.parameter = parameter
+        self.receiver = receiver
