@@ -149,3 +149,29 @@ class Completions(Sequence[Completion]):
     def output_tokens(self) -> int:
         """Tokens of all completions together."""
         return sum(len(completion.token_ids) for completion in self.completions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What a weight sync did."""
+
+    version: str
+    bytes: int
+    tensors: int
+    seconds: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes for each second of the whole sync."""
+        return self.bytes / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SleepReport:
+    """What going to sleep, or waking up, did."""
+
+    seconds: float = 0.0
+    memory_freed: bool = False
+    """False on a CPU, where vLLM stops scheduling but keeps its memory."""
+    device_bytes: int | None = None
+    """Given back (sleep) or taken (wake up), read from the device driver; None where there is no device."""

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EngineStateError
-from ..types import Completion, Sampling
+from ..types import Completion, Sampling, SleepReport
 
 if TYPE_CHECKING:
     import torch
@@ -100,14 +100,6 @@ class Request:
     generation_index: int
     token_ids: Sequence[int]
     seed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class SleepReport:
-    """What going to sleep or waking up did. Bytes are read from the device driver; None where there is no device."""
-
-    memory_freed: bool
-    device_bytes: int | None = None
 
 
 class Engine(Protocol):

@@ -1,0 +1,1 @@
+"""Reads recorded runs. Needs nothing but the files."""

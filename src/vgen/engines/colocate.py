@@ -1,0 +1,259 @@
+"""vLLM in the trainer's own process."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import EngineError, MissingExtraError, WeightSyncError
+from ..types import Completion, RequestTiming, Sampling, SleepReport
+from .base import Request
+from .preserve import process_group, trainer_state
+from .reload import NamedStream, reload
+
+CPU_KV_CACHE_BYTES = 1 << 30
+"""On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
+
+
+class ColocateEngine:
+    """An `Engine` around `vllm.LLM`, without a process of its own.
+
+    `model` is a directory or hub name that vLLM loads. The process is as before once the constructor has
+    returned: random states, environment, threads, default process group.
+    """
+
+    kind = "colocate"
+
+    def __init__(self, model: str, **vllm_kwargs: Any) -> None:
+        try:
+            with trainer_state():
+                # The engine core must live in this process, or the trainer's tensors could not be handed to it.
+                os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+                from vllm import LLM
+                from vllm.platforms import current_platform
+
+                self.device_type: str = current_platform.device_type
+                kwargs = _defaults(self.device_type) | vllm_kwargs
+                self.sleep_mode = bool(kwargs.pop("enable_sleep_mode", False))
+                if self.device_type != "cpu":
+                    kwargs["enable_sleep_mode"] = self.sleep_mode
+                elif str(kwargs.get("dtype")).endswith("bfloat16"):
+                    # Without it the first bf16 matrix product ends the process with an illegal instruction.
+                    torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
+                with process_group.installed():
+                    self._llm = LLM(model=model, **kwargs)
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] != "vllm":
+                raise
+            raise MissingExtraError("ColocateGeneration", "vLLM", "vllm' or, without a GPU, 'vgen[cpu") from error
+        except Exception as error:
+            raise EngineError(f"vLLM could not start {model!r}: {type(error).__name__}: {error}") from error
+        self._engine = self._llm.llm_engine
+        config = self._engine.model_config
+        self.max_model_length: int = config.max_model_len
+        self.vocabulary_size: int = config.get_vocab_size()
+        self._count = 0
+
+    @property
+    def llm(self) -> Any:
+        """The `vllm.LLM`, for what vgen does not cover."""
+        return self._llm
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
+    ) -> list[Completion]:
+        """Sample all requests; completions in their order. Every request is aborted when anything is raised."""
+        engine, waiting, done = self._engine, dict[str, Request](), dict[str, Completion]()
+        order: list[str] = []
+        with process_group.installed():
+            try:
+                for request in requests:
+                    request_id = f"vgen-{self._count}"
+                    self._count += 1
+                    parameters = sampling_params(sampling, request.seed)
+                    waiting[request_id] = request
+                    order.append(request_id)
+                    engine.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
+                while waiting:
+                    for output in engine.step():
+                        if output.finished:
+                            request = waiting.pop(output.request_id)
+                            completion = done[output.request_id] = _completion(request, output, sampling)
+                            if on_finished is not None:
+                                on_finished(completion)
+            except BaseException:
+                engine.abort_request(list(waiting))
+                raise
+        return [done[request_id] for request_id in order]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Run vLLM's own reload over the stream; raise unless every parameter of the engine was written."""
+        stream = NamedStream(weights)
+
+        def load(worker: Any) -> tuple[str, ...]:
+            from vllm.config import set_current_vllm_config
+
+            with set_current_vllm_config(worker.vllm_config):
+                return reload(worker.model_runner, stream)
+
+        with process_group.installed():
+            try:
+                (missing,) = self._llm.collective_rpc(load)
+            except WeightSyncError:
+                raise
+            except Exception as error:
+                raise WeightSyncError(
+                    f"{type(error).__name__}: {error}", phase="load", parameter=stream.last, receiver=self.kind
+                ) from error
+        if missing:
+            raise WeightSyncError(
+                f"the trainer's model does not provide it ({len(missing)} such)",
+                phase="load",
+                parameter=missing[0],
+                receiver=self.kind,
+            )
+
+    def reset_caches(self) -> None:
+        """Empty the prefix, multimodal and encoder caches; a warm prompt would be answered from the old weights."""
+        with process_group.installed():
+            if not self._llm.reset_prefix_cache():
+                raise WeightSyncError("the prefix cache could not be reset", phase="reset_cache", receiver=self.kind)
+            self._engine.reset_mm_cache()
+            self._engine.reset_encoder_cache()
+
+    def set_weight_version(self, version: str) -> None:
+        """Label all tokens sampled from now on."""
+        self._engine.set_weight_version(version)
+
+    def sleep(self, level: int) -> SleepReport:
+        """Give device memory back; on a CPU, where vLLM cannot, stop scheduling."""
+        with process_group.installed():
+            if self.device_type == "cpu":
+                self._llm.reset_prefix_cache()  # as it would be on a GPU: sleeping discards the KV cache
+                self._llm.sleep(level=0)
+                return SleepReport(memory_freed=False)
+            before = _free_bytes()
+            self._llm.sleep(level=level)
+            freed = _free_bytes() - before
+            return SleepReport(memory_freed=freed > 0, device_bytes=freed)
+
+    def wake_up(self, tags: Sequence[str] | None) -> SleepReport:
+        """Take the memory of `tags` (all when None) again."""
+        with process_group.installed():
+            if self.device_type == "cpu":
+                if tags is None or "kv_cache" in tags:
+                    self._llm.wake_up(tags=["scheduling"])
+                return SleepReport(memory_freed=False)
+            before = _free_bytes()
+            self._llm.wake_up(tags=list(tags) if tags is not None else None)
+            return SleepReport(memory_freed=True, device_bytes=before - _free_bytes())
+
+    def close(self) -> None:
+        """Shut the engine core down and let go of its memory."""
+        engine = self._engine
+        with process_group.installed():
+            engine.engine_core.shutdown()
+        del self._llm, self._engine
+        gc.collect()
+        if self.device_type != "cpu":
+            torch.accelerator.empty_cache()
+
+
+def _defaults(device_type: str) -> dict[str, Any]:
+    ranks = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    defaults: dict[str, Any] = {
+        # external_launcher makes the trainer's ranks the workers; it needs their process group
+        "distributed_executor_backend": "external_launcher" if ranks else "uni",
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": False,  # without them a request has no timing
+        "max_num_batched_tokens": 4096,  # vLLM's memory profile overestimates with its own default of 32768
+    }
+    if device_type == "cpu":
+        defaults |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
+    return defaults
+
+
+def sampling_params(sampling: Sampling, seed: int | None) -> Any:
+    """vLLM's `SamplingParams` of one request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    kwargs: dict[str, Any] = dict(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        seed=seed,
+        logprobs=sampling.logprobs,
+        detokenize=bool(sampling.stop),
+    )
+    if sampling.structured_outputs_regex is not None:
+        kwargs["structured_outputs"] = StructuredOutputsParams(regex=sampling.structured_outputs_regex)
+    kwargs.update(sampling.extra)
+    if isinstance(structured := kwargs.get("structured_outputs"), Mapping):
+        kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
+    return SamplingParams(**kwargs)
+
+
+def _completion(request: Request, output: Any, sampling: Sampling) -> Completion:
+    result = output.outputs[0]
+    token_ids = list(result.token_ids)
+    logprobs, top = None, None
+    if result.logprobs is not None:
+        logprobs = [_number(at[token].logprob) for at, token in zip(result.logprobs, token_ids, strict=True)]
+        if sampling.logprobs:
+            top = [
+                [(token, _number(found.logprob)) for token, found in sorted(at.items(), key=lambda item: item[1].rank)]
+                for at in result.logprobs
+            ]
+    return Completion(
+        prompt_index=request.prompt_index,
+        generation_index=request.generation_index,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        top_logprobs=top,
+        finish_reason=result.finish_reason,
+        weight_version=result.weight_versions[-1].version if result.weight_versions else None,
+        request_id=output.request_id,
+        timing=_timing(output.metrics, output.num_cached_tokens or 0),
+    )
+
+
+def _number(logprob: float) -> float | None:
+    return None if math.isnan(logprob) else logprob
+
+
+def _timing(stats: Any, cached_tokens: int) -> RequestTiming | None:
+    if stats is None or not stats.first_token_ts:
+        return None
+    queue, prefill = stats.scheduled_ts - stats.queued_ts, stats.first_token_ts - stats.scheduled_ts
+    decode, tokens = stats.last_token_ts - stats.first_token_ts, stats.num_generation_tokens
+    return RequestTiming(
+        queued_ns=int(stats.queued_ts * 1e9),
+        finished_ns=int(stats.last_token_ts * 1e9),
+        queue=queue,
+        prefill=prefill,
+        decode=decode,
+        time_to_first_token=queue + prefill,
+        time_per_output_token=decode / (tokens - 1) if tokens > 1 else None,
+        e2e=queue + prefill + decode,
+        preemptions=stats.num_preemptions,
+        cached_tokens=cached_tokens,
+    )
+
+
+def _free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0]
