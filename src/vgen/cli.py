@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace.add_argument("--svg", type=Path, metavar="FILE", help="write the picture there instead")
 
     options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "demo":
         from . import demo as demo_command
 

@@ -58,22 +58,31 @@ def run(*, steps: int, out: Path | None, model: Path | None, as_json: bool) -> i
     if model is not None and not (model / "config.json").is_file():
         print(f"vgen demo: {model} is not a model directory: it has no config.json", file=sys.stderr)
         return 2
-    with _quiet(place / "engine.log") as (stdout, stderr):
-        try:
-            rows, difference, engine = _loop(steps, place, model, stderr)
-        except Exception as error:
-            print(f"vgen demo: {type(error).__name__}: {error}\n(the engine's own output: {place}/engine.log)", file=stderr)
-            return 1
-        (_report_json if as_json else _report)(place, rows, difference, engine, stdout)
+    try:
+        with _quiet(place / "engine.log") as terminal:
+            result = _loop(steps, place, model, terminal)
+    except Exception as error:
+        print(f"vgen demo: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"(the engine's own output: {place / 'engine.log'})", file=sys.stderr)
+        return 1
+    (_report_json if as_json else _report)(result)
     return 0
 
 
-def _loop(steps: int, place: Path, path: Path | None, stderr: IO[str]) -> tuple[list[StepNumbers], float, str]:
+@dataclass(frozen=True, slots=True)
+class _Result:
+    engine: str
+    rows: list[StepNumbers]
+    max_logprob_difference: float
+    trace_file: Path
+
+
+def _loop(steps: int, place: Path, path: Path | None, terminal: IO[str]) -> _Result:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=stderr), transient=True) as progress:
+    with Progress(*columns, console=Console(file=terminal), transient=True) as progress:
         bar = progress.add_task("starting vLLM", total=None)
         import torch
 
@@ -86,8 +95,9 @@ def _loop(steps: int, place: Path, path: Path | None, stderr: IO[str]) -> tuple[
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
         sampling = Sampling(temperature=1.0, max_tokens=MAX_TOKENS)
         rows: list[StepNumbers] = []
+        sink = JsonlSink(place)
         with (
-            ProfilingContext([JsonlSink(place)]) as profiling,
+            ProfilingContext([sink]) as profiling,
             ColocateGeneration(
                 model,
                 processing_class=tokenizer,
@@ -130,8 +140,8 @@ def _loop(steps: int, place: Path, path: Path | None, stderr: IO[str]) -> tuple[
                 )
             progress.update(bar, description="comparing log-probabilities")
             check = generation.generate(PROMPTS, sampling, 2)
-            difference = max_logprob_difference(model, check)
-            return rows, difference, f"vLLM on {generation.engine.device_type}"
+            engine = f"vLLM on {generation.engine.device_type}"
+            return _Result(engine, rows, max_logprob_difference(model, check), sink.path)
 
 
 def _load(path: Path | None, place: Path) -> tuple[Any, Any]:
@@ -183,75 +193,67 @@ def max_logprob_difference(model: Any, completions: Any) -> float:
 
 
 @contextmanager
-def _quiet(log: Path) -> Iterator[tuple[IO[str], IO[str]]]:
-    """Send what libraries and the engine print into `log`; yields the real standard output and error."""
+def _quiet(log: Path) -> Iterator[IO[str]]:
+    """Send what libraries and the engine print into `log`; yields the real standard error."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub, and looking would wait for a network
-    sys.stdout.flush()
-    sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    with os.fdopen(os.dup(kept[0]), "w") as stdout, os.fdopen(os.dup(kept[1]), "w") as stderr:
-        try:
-            yield stdout, stderr
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.dup2(kept[0], 1)
-            os.dup2(kept[1], 2)
-            for descriptor in (*kept, file):
-                os.close(descriptor)
+
+    def redirect(stdout: int, stderr: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+
+    redirect(file, file)
+    try:
+        with os.fdopen(os.dup(kept[1]), "w") as terminal:
+            yield terminal
+    finally:
+        redirect(*kept)
+        for descriptor in (*kept, file):
+            os.close(descriptor)
 
 
-def _trace_file(place: Path) -> Path:
-    return max(place.glob("vgen-*.jsonl"), key=lambda file: file.stat().st_mtime)
-
-
-def _report_json(place: Path, rows: list[StepNumbers], difference: float, engine: str, stdout: IO[str]) -> None:
-    result = {
-        "engine": engine,
-        "steps": [
-            {**asdict(row), "tokens_per_second": row.tokens_per_second, "sync_gigabytes_per_second": row.sync_rate}
-            for row in rows
-        ],
-        "output_tokens": sum(row.output_tokens for row in rows),
-        "sync_bytes": sum(row.sync_bytes for row in rows),
-        "max_logprob_difference": difference,
-        "trace_file": str(_trace_file(place)),
+def _report_json(result: _Result) -> None:
+    steps = [
+        {**asdict(row), "tokens_per_second": row.tokens_per_second, "sync_gigabytes_per_second": row.sync_rate}
+        for row in result.rows
+    ]
+    whole = {
+        "engine": result.engine,
+        "steps": steps,
+        "output_tokens": sum(row.output_tokens for row in result.rows),
+        "sync_bytes": sum(row.sync_bytes for row in result.rows),
+        "max_logprob_difference": result.max_logprob_difference,
+        "trace_file": str(result.trace_file),
     }
-    print(json.dumps(result), file=stdout)
+    print(json.dumps(whole))
 
 
-def _report(place: Path, rows: list[StepNumbers], difference: float, engine: str, stdout: IO[str]) -> None:
+def _report(result: _Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from .analysis.run import read_run
     from .viewers.terminal import waterfall
 
-    console = Console(file=stdout, highlight=False)
-    table = Table(title=f"{engine}: seconds of each step", title_justify="left")
-    for heading in ("step", "generate", "sync", "update", "sleep", "wake", "tokens/s", "sync MB", "GB/s", "freed", "reward"):
-        table.add_column(heading, justify="right")
+    console, rows = Console(highlight=False), result.rows
+    table = Table(title=f"{result.engine}: seconds of each step", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    headings = ["step", "generate", "sync", "update", "sleep", "wake", "tokens/s", "sync MB", "GB/s", "reward"]
+    freed = any(row.freed_bytes is not None for row in rows)
+    for heading in [*headings, "freed GiB"] if freed else headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        freed = "-" if row.freed_bytes is None else f"{row.freed_bytes / 2**30:.2f} GiB"
         seconds = (row.generate_seconds, row.sync_seconds, row.update_seconds, row.sleep_seconds, row.wake_up_seconds)
-        table.add_row(
-            str(row.step),
-            *(f"{value:.3f}" for value in seconds),
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.sync_bytes / 1e6:.2f}",
-            f"{row.sync_rate:.2f}",
-            freed,
-            f"{row.mean_reward:.3f}",
-        )
+        cells = [str(row.step), *(f"{value:.3f}" for value in seconds), f"{row.tokens_per_second:,.0f}"]
+        cells += [f"{row.sync_bytes / 1e6:.2f}", f"{row.sync_rate:.2f}", f"{row.mean_reward:.3f}"]
+        table.add_row(*cells, *([f"{(row.freed_bytes or 0) / 2**30:.2f}"] if freed else []))
     console.print(table)
-    if rows:
-        trace = read_run(place).step(rows[-1].step)
-        console.print(waterfall(trace, width=min(console.width, 110), title=f"\nstep {rows[-1].step}"))
-    console.print(
-        f"\nlog-probabilities of engine and trainer after the last sync: max |Δ| = {difference:.1e}"
-        f"\nrecorded in {_trace_file(place)}  (again: vgen trace {place})"
-    )
+    trace = read_run(result.trace_file).step(rows[-1].step)
+    console.print(waterfall(trace, width=min(console.width, 110), title=f"\nstep {rows[-1].step}"))
+    difference = f"{result.max_logprob_difference:.1e}"
+    console.print(f"\nlog-probabilities of engine and trainer after the last sync: max |Δ| = {difference}")
+    console.print(f"recorded in {result.trace_file}", soft_wrap=True)
+    console.print(f"show it again: vgen trace {result.trace_file.parent}", soft_wrap=True)

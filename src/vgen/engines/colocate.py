@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class ColocateEngine:
                 elif str(kwargs.get("dtype")).endswith("bfloat16"):
                     # Without it the first bf16 matrix product ends the process with an illegal instruction.
                     torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
-                with process_group.installed():
+                self._eager = self.device_type == "cpu" and bool(kwargs["enforce_eager"])
+                with self._at_work():
                     self._llm = LLM(model=model, **kwargs)
         except ImportError as error:
             if (error.name or "").partition(".")[0] != "vllm":
@@ -59,6 +61,17 @@ class ColocateEngine:
         self.vocabulary_size: int = config.get_vocab_size()
         self._count = 0
 
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with process_group.installed():
+            if not self._eager:
+                yield
+                return
+            # vLLM compiles its sampler even when told to run eagerly: seconds at the first generation, and a failure
+            # on a machine without a C++ compiler.
+            with torch.compiler.set_stance("force_eager"):
+                yield
+
     @property
     def llm(self) -> Any:
         """The `vllm.LLM`, for what vgen does not cover."""
@@ -70,7 +83,7 @@ class ColocateEngine:
         """Sample all requests; completions in their order. Every request is aborted when anything is raised."""
         engine, waiting, done = self._engine, dict[str, Request](), dict[str, Completion]()
         order: list[str] = []
-        with process_group.installed():
+        with self._at_work():
             try:
                 for request in requests:
                     request_id = f"vgen-{self._count}"
@@ -101,7 +114,7 @@ class ColocateEngine:
             with set_current_vllm_config(worker.vllm_config):
                 return reload(worker.model_runner, stream)
 
-        with process_group.installed():
+        with self._at_work():
             try:
                 (missing,) = self._llm.collective_rpc(load)
             except WeightSyncError:
@@ -120,7 +133,7 @@ class ColocateEngine:
 
     def reset_caches(self) -> None:
         """Empty the prefix, multimodal and encoder caches; a warm prompt would be answered from the old weights."""
-        with process_group.installed():
+        with self._at_work():
             if not self._llm.reset_prefix_cache():
                 raise WeightSyncError("the prefix cache could not be reset", phase="reset_cache", receiver=self.kind)
             self._engine.reset_mm_cache()
@@ -132,7 +145,7 @@ class ColocateEngine:
 
     def sleep(self, level: int) -> SleepReport:
         """Give device memory back; on a CPU, where vLLM cannot, stop scheduling."""
-        with process_group.installed():
+        with self._at_work():
             if self.device_type == "cpu":
                 self._llm.reset_prefix_cache()  # as it would be on a GPU: sleeping discards the KV cache
                 self._llm.sleep(level=0)
@@ -144,7 +157,7 @@ class ColocateEngine:
 
     def wake_up(self, tags: Sequence[str] | None) -> SleepReport:
         """Take the memory of `tags` (all when None) again."""
-        with process_group.installed():
+        with self._at_work():
             if self.device_type == "cpu":
                 if tags is None or "kv_cache" in tags:
                     self._llm.wake_up(tags=["scheduling"])
@@ -156,7 +169,7 @@ class ColocateEngine:
     def close(self) -> None:
         """Shut the engine core down and let go of its memory."""
         engine = self._engine
-        with process_group.installed():
+        with self._at_work():
             engine.engine_core.shutdown()
         del self._llm, self._engine
         gc.collect()

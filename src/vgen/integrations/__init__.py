@@ -1,0 +1,1 @@
+"""The one place where other trainers' own shapes live."""
