@@ -20,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="run a small RL loop on real vLLM and show where its time went")
     demo.add_argument("--steps", type=_positive, default=3, metavar="N", help="training steps (default: 3)")
     demo.add_argument("--out", type=Path, metavar="DIR", help="where the run is recorded (default: runs/demo-<time>)")
-    demo.add_argument("--model", type=Path, metavar="PATH", help="a model directory instead of the tiny Qwen2 made on the spot")
+    demo.add_argument(
+        "--model", type=Path, metavar="PATH", help="a model directory instead of the tiny Qwen2 made on the spot"
+    )
     demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     trace = commands.add_parser("trace", help="show a recorded run as a waterfall")

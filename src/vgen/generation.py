@@ -274,7 +274,7 @@ class ColocateGeneration:
         self.close()
 
     def _checkpoint(self, model: Any, processing_class: Any) -> tuple[str, str | None, bool]:
-        """What vLLM loads: the checkpoint (or a folder with the config alone), the tokenizer, whether it is the latter."""
+        """What vLLM loads: the checkpoint, or a folder with the config alone; the tokenizer; which of the two."""
         path = str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", ""))
         if path and (not Path(path).is_absolute() or Path(path).is_dir()):
             # a hub name, or a folder; vLLM says so itself when a name is not to be had

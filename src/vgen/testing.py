@@ -25,7 +25,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
-def tiny_model(directory: str | Path, *, seed: int = 0, **config: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def tiny_model(
+    directory: str | Path, *, seed: int = 0, **config: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A Qwen2 with random float32 weights and 0.3 M parameters, saved with its tokenizer so that vLLM can load it.
 
     `config` overrides fields of `Qwen2Config`. The head size is 32, the least that vLLM's CPU attention takes.

@@ -60,7 +60,7 @@ class Sampling:
             ("seed", self.seed is None or self.seed >= 0, "None or at least 0"),
             ("extra", "n" not in self.extra, "without 'n': pass num_generations to generate()"),
         ):
-            if not right or not finite and isinstance(getattr(self, name), float):
+            if not right or (not finite and isinstance(getattr(self, name), float)):
                 raise ValueError(f"Sampling.{name} must be {rule}, got {getattr(self, name)!r}")
 
 

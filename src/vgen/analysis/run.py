@@ -71,7 +71,7 @@ def read_run(directory: str | Path) -> Run:
             elif kind == "step":
                 run.rows.append((record["number"], record["summary"]))
             elif kind == "header" and record.get("format", 0) > 1:
-                run.problems.append(f"{file.name} was written by a newer vgen ({record.get('vgen')}): read as far as known")
+                run.problems.append(f"{file.name} is of a newer vgen ({record.get('vgen')}): read as far as known")
     run.spans = sorted((started | ended).values(), key=lambda span: span.start_ns)
     return run
 

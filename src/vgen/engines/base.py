@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class EngineState(StrEnum):
-    """What an engine is doing. `starting → awake ⇄ paused ⇄ syncing`, `awake ⇄ asleep`, `waking`, `failed`, `closed`."""
+    """What an engine is doing: `starting → awake ⇄ paused ⇄ syncing`, `awake ⇄ asleep`, and the rest."""
 
     STARTING = "starting"
     AWAKE = "awake"
@@ -70,7 +70,7 @@ class StateMachine:
 
     @contextmanager
     def during(self, call: str, through: EngineState, then: EngineState, detail: str = "") -> Iterator[None]:
-        """Be in `through` within the block and in `then` after it; `failed` when the block raises, whatever it raises."""
+        """Be in `through` within the block and in `then` after it; `failed` when it raises anything at all."""
         self.move(call, through)
         try:
             yield

@@ -1,11 +1,11 @@
 """vgen in the shape of TRL's own generation object, for TRL 1.16's trainers.
 
-    from functools import partial
-    import trl.trainer.grpo_trainer
-    from vgen.integrations.trl import TRLGeneration
+from functools import partial
+import trl.trainer.grpo_trainer
+from vgen.integrations.trl import TRLGeneration
 
-    trl.trainer.grpo_trainer.VLLMGeneration = partial(TRLGeneration, profiling=profiling)
-    GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate", ...))
+trl.trainer.grpo_trainer.VLLMGeneration = partial(TRLGeneration, profiling=profiling)
+GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate", ...))
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class TRLGeneration:
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if mode != "colocate":
-            raise ValueError(f"TRLGeneration generates in the trainer's process: set vllm_mode='colocate', not {mode!r}")
+            raise ValueError(
+                f"TRLGeneration generates in the trainer's process: set vllm_mode='colocate', not {mode!r}"
+            )
         more = dict(generation_kwargs or {})
         own: dict[str, Any] = dict(
             repetition_penalty=repetition_penalty,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import time
@@ -221,10 +220,7 @@ class _Core:
     def end(self, span: Span, error: str | None) -> None:
         """Close a span whose `end_ns` is set, aggregate its seconds and tell the sinks."""
         span.error = error
-        row = span.step.row if span.step is not None else self.run
-        seconds = (span.end_ns - span.start_ns) / 1e9  # type: ignore[operator]
-        if not row.add(span.name + ".duration", seconds):
-            self.run.add(span.name + ".duration", seconds)
+        self._row(span).add(span.name + ".duration", (span.end_ns - span.start_ns) / 1e9)  # type: ignore[operator]
         for end in self.on_end:
             end(span)
 
@@ -248,9 +244,7 @@ class _Core:
         self, instrument: Instrument, values: tuple[float, ...], bound: dict[str, Any], own: dict[str, Any]
     ) -> None:
         span = self.current.get()
-        step = span.step if span is not None else None
-        if step is None or not step.row.record(instrument, values):  # type: ignore[attr-defined]
-            self.run.record(instrument, values)
+        self._row(span).record(instrument, values)
         if not self.on_measurement:
             return
         inherited = span.inherited if span is not None else {}
@@ -264,6 +258,11 @@ class _Core:
         )
         for take in self.on_measurement:
             take(measurement)
+
+    def _row(self, span: Span | None) -> Row:
+        """Where a value belongs: the step that is open, or the run when none is, or has ended meanwhile."""
+        step = span.step if span is not None else None
+        return self.run if step is None or step.row.closed else step.row
 
     def sample(self) -> None:
         """Read what is observed."""
@@ -334,18 +333,19 @@ class SpanMaker:
                 f"{function.__qualname__} is a generator: a span held open across its yields would cover its caller's "
                 "work too; open spans inside it, around the work between two yields"
             )
-        if asyncio.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
-            async def timed(*args: Any, **kwargs: Any) -> Any:
+            async def timed_async(*args: Any, **kwargs: Any) -> Any:
                 with self:
                     return await function(*args, **kwargs)
-        else:
 
-            @functools.wraps(function)
-            def timed(*args: Any, **kwargs: Any) -> Any:
-                with self:
-                    return function(*args, **kwargs)
+            return timed_async  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
 
         return timed  # type: ignore[return-value]
 
@@ -370,7 +370,7 @@ class StepMaker(SpanMaker):
 
     def _finish(self, span: Span, now: int, error: str | None) -> None:
         core = self._core
-        assert isinstance(span, Step) and isinstance(span.row, Row)
+        assert isinstance(span, Step)
         core.sample()
         span.end_ns = now
         core.end(span, error)
@@ -425,4 +425,4 @@ _NO_SPAN.attributes, _NO_SPAN.inherited, _NO_SPAN.current = {}, {}, False
 _NO_SPAN.events = _NO_SPAN.links = ()
 _NO_SPAN.row = Row()
 _OFF = _NoMaker()
-_DISABLED = ProfilingContext._copy(None, {})
+_DISABLED = ProfilingContext._copy(None, {})  # pyright: ignore[reportPrivateUsage]

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .records import Measurement, Sink, Span, Step
+from .records import Sink
 
 logger = logging.getLogger("vgen.telemetry")
 

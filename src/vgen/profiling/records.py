@@ -11,7 +11,10 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from .sketch import Row
 
 Attributes: TypeAlias = "Mapping[str, Any]"
 """Names to str, bool, int, float, or a sequence of one of these."""
@@ -141,7 +144,7 @@ class Step(Span):
     __slots__ = ("number", "row")
 
     number: int
-    row: Summarized
+    row: Row
 
     def summary(self) -> dict[str, float]:
         """The step's numbers as a flat dict, for the trainer's own log call. Fixed once the step has ended.
@@ -150,12 +153,6 @@ class Step(Span):
         `.min`, `.max`, `.p50`, `.p90`, `.p99`; counters their total; gauges their last value.
         """
         return self.row.summary()
-
-
-class Summarized(Protocol):
-    """What holds the aggregates of a step."""
-
-    def summary(self) -> dict[str, float]: ...
 
 
 @runtime_checkable
@@ -214,7 +211,7 @@ def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     for value in attributes.values():
         if type(value) not in _PLAIN:
             return {k: v if type(v) in _PLAIN else _as_plain(k, v) for k, v in attributes.items() if v is not None}
-    return attributes if type(attributes) is dict else dict(attributes)
+    return dict(attributes)
 
 
 def _as_plain(key: str, value: Any) -> Any:
@@ -225,7 +222,7 @@ def _as_plain(key: str, value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value)
     if type(value) not in _reported:
-        _reported.add(type(value))
+        _reported.add(type(value))  # pyright: ignore[reportUnknownArgumentType]
         warnings.warn(
             f"vgen: attribute {key!r} has a value of type {type(value).__name__}, which telemetry cannot hold; "
             "it is recorded as a string, here and from now on",

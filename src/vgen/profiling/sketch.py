@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .records import Instrument
@@ -104,72 +105,78 @@ class Histogram:
 
 
 class Row:
-    """What was measured while a step was open (or in a whole run), by instrument name."""
+    """What was measured while a step was open (or in a whole run), by instrument name.
+
+    Taking a value is one append, safe from any thread; aggregation happens when somebody looks.
+    """
 
     def __init__(self) -> None:
+        self.closed = False
         self._lock = threading.Lock()
+        # A deque, emptied from the left: a thread that appends meanwhile loses nothing.
+        self._pending: deque[tuple[str, float] | tuple[Instrument, Sequence[float]]] = deque()
         self._histograms: dict[str, Histogram] = {}
-        self._scalars: dict[str, float] = {}
-        self._gauges: set[str] = set()
-        self._closed: dict[str, float] | None = None
+        self._totals: dict[str, float] = {}
+        self._gauges: dict[str, float] = {}
+        self._fixed: dict[str, float] = {}
 
-    def add(self, name: str, value: float) -> bool:
-        """Take one value of the histogram `name`. False when the row is closed."""
-        with self._lock:
-            if self._closed is not None:
-                return False
-            histogram = self._histograms.get(name)
-            if histogram is None:
-                histogram = self._histograms[name] = Histogram()
-            histogram.add(value)
-            return True
+    def add(self, name: str, value: float) -> None:
+        """Take one value of the histogram `name`."""
+        self._pending.append((name, value))
+        if len(self._pending) >= _FOLD:
+            self._settle()
 
-    def record(self, instrument: Instrument, values: Iterable[float]) -> bool:
-        """Take values of `instrument`. False when the row is closed."""
-        name = instrument.name
-        with self._lock:
-            if self._closed is not None:
-                return False
-            if instrument.kind == "histogram":
-                histogram = self._histograms.get(name)
-                if histogram is None:
-                    histogram = self._histograms[name] = Histogram()
-                histogram.extend(values)
-            elif instrument.kind == "counter":
-                self._scalars[name] = self._scalars.get(name, 0) + sum(values)
-            else:
-                self._gauges.add(name)
-                for value in values:
-                    self._scalars[name] = value
-            return True
+    def record(self, instrument: Instrument, values: Sequence[float]) -> None:
+        """Take values of `instrument`."""
+        self._pending.append((instrument, values))
+        if len(self._pending) >= _FOLD:
+            self._settle()
 
     def merge(self, other: Row) -> None:
         """Take all that `other` has: histograms merged, counters added, the other's gauges the later ones."""
+        self._settle()
+        other._settle()
         with self._lock, other._lock:
             for name, histogram in other._histograms.items():
                 self._histograms.setdefault(name, Histogram()).merge(histogram)
-            for name, value in other._scalars.items():
-                gauge = name in other._gauges
-                self._scalars[name] = value if gauge else self._scalars.get(name, 0) + value
+            for name, value in other._totals.items():
+                self._totals[name] = self._totals.get(name, 0) + value
             self._gauges |= other._gauges
 
     def histogram(self, name: str) -> Histogram | None:
         """The histogram of that name, where there is one: for sinks that draw distributions."""
+        self._settle()
         return self._histograms.get(name)
 
     def close(self) -> None:
-        """Fix the summary. Later values are refused."""
-        with self._lock:
-            if self._closed is None:
-                self._closed = self._summarize()
+        """Fix the summary."""
+        if not self.closed:
+            self._fixed = self.summary()
+            self.closed = True
 
     def summary(self) -> dict[str, float]:
         """A flat dict of all aggregates, as of now or as of the close."""
+        if self.closed:
+            return dict(self._fixed)
+        self._settle()
         with self._lock:
-            return dict(self._closed) if self._closed is not None else self._summarize()
+            flat = self._totals | self._gauges
+            for name, histogram in self._histograms.items():
+                flat |= histogram.summary(name)
+            return flat
 
-    def _summarize(self) -> dict[str, float]:
-        flat = dict(self._scalars)
-        for name, histogram in self._histograms.items():
-            flat |= histogram.summary(name)
-        return flat
+    def _settle(self) -> None:
+        with self._lock:
+            pending, singles = self._pending, dict[str, list[float]]()
+            while pending:
+                what, value = pending.popleft()
+                if isinstance(what, str):
+                    singles.setdefault(what, []).append(value)  # type: ignore[arg-type]
+                elif what.kind == "histogram":
+                    self._histograms.setdefault(what.name, Histogram()).extend(value)  # type: ignore[arg-type]
+                elif what.kind == "counter":
+                    self._totals[what.name] = self._totals.get(what.name, 0) + sum(value)  # type: ignore[arg-type]
+                else:
+                    self._gauges[what.name] = value[-1]  # type: ignore[index]
+            for name, values in singles.items():
+                self._histograms.setdefault(name, Histogram()).extend(values)

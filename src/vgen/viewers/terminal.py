@@ -19,7 +19,9 @@ def waterfall(spans: Sequence[SpanRecord], *, width: int = 100, title: str = "")
     tree = list(_walk(spans))
     names = max(len(span.name) + 2 * depth for span, depth in tree) + 2
     bar_width = max(10, width - min(names, width // 2) - 14)
-    table = Table(title=title or None, box=None, padding=(0, 1, 0, 0), show_header=False, width=width, title_justify="left")
+    table = Table(
+        title=title or None, box=None, padding=(0, 1, 0, 0), show_header=False, width=width, title_justify="left"
+    )
     table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 2))
     table.add_column(no_wrap=True, width=bar_width)
     table.add_column(no_wrap=True, justify="right", width=10)

@@ -6,7 +6,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 
 def checkpoint_name(name: str) -> str:
-    """`name` as `named_parameters` gives it, without the prefixes of `torch.compile`, activation checkpointing and DDP."""
+    """`name` without what `torch.compile`, activation checkpointing, FSDP and DDP put into it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from ..records import Attributes, Measurement, Sink, Span, Step
+
+T = TypeVar("T")
 
 
 class MemorySink(Sink):
@@ -43,7 +47,7 @@ class MemorySink(Sink):
         self.measurements.clear()
         self.rows.clear()
 
-    def _keep(self, records: list, record: object) -> None:  # type: ignore[type-arg]
+    def _keep(self, records: list[T], record: T) -> None:
         records.append(record)
         if len(records) > self.limit:
             del records[: self.limit // 10 + 1]
