@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections import deque
 
-_BATCH = 256
+_BATCH = 512
+_INVALID = "0" * 16
 _pool: deque[str] = deque()
 os.register_at_fork(after_in_child=_pool.clear)
 
@@ -20,8 +21,9 @@ def new_span_id() -> str:
         return _pool.pop()
     except IndexError:
         # One system call for many ids: os.urandom for each would cost more than the rest of a span.
-        random = os.urandom(8 * _BATCH).hex()
-        _pool.extend(found for i in range(_BATCH) if (found := random[16 * i : 16 * i + 16]).strip("0"))
+        digits = os.urandom(8 * _BATCH).hex()
+        if _INVALID not in digits:
+            _pool.extend([digits[i : i + 16] for i in range(0, 16 * _BATCH, 16)])
         return new_span_id()
 
 

@@ -211,7 +211,7 @@ def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     for value in attributes.values():
         if type(value) not in _PLAIN:
             return {k: v if type(v) in _PLAIN else _as_plain(k, v) for k, v in attributes.items() if v is not None}
-    return dict(attributes)
+    return attributes if type(attributes) is dict else dict(attributes)  # pyright: ignore[reportUnknownVariableType]
 
 
 def _as_plain(key: str, value: Any) -> Any:

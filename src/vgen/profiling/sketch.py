@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from .records import Instrument
 
 if TYPE_CHECKING:
     from ddsketch import DDSketch
+    from ddsketch.mapping import LogarithmicMapping
 
 ACCURACY = 0.005
 """The relative error of a percentile."""
@@ -99,9 +101,24 @@ class Histogram:
         self.count += len(finite)
         self.total += math.fsum(finite)
         self.minimum, self.maximum = min(self.minimum, *finite), max(self.maximum, *finite)
-        add = self._ensure().add
-        for value in finite:
-            add(value)
+        sketch = self._ensure()
+        positive = [value for value in finite if value > 0]
+        if len(positive) < len(finite):
+            for value in finite:
+                if value <= 0:
+                    sketch.add(value)
+        # Values of one bucket go in together: the sketch's own bookkeeping costs more than finding the bucket.
+        mapping = _mapping()
+        for bucket, count in Counter(map(mapping.key, positive)).items():
+            sketch.add(mapping.value(bucket), count)
+
+
+@functools.cache
+def _mapping() -> LogarithmicMapping:
+    """Values to buckets, as every sketch of this accuracy maps them."""
+    from ddsketch.mapping import LogarithmicMapping
+
+    return LogarithmicMapping(ACCURACY)
 
 
 class Row:
