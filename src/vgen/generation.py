@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from .engines.base import Engine, EngineState, Request, StateMachine
 from .errors import EngineError, EngineStateError, PromptError, VgenError
-from .profiling import ProfilingContext, Span, names
+from .profiling import ProfilingContext, names
+from .profiling.rollouts import measure
 from .ranks import GroupRanks, Ranks, SingleRank
 from .types import Completion, Completions, Prompt, Sampling, SleepReport, SyncReport
 from .weights.source import ModuleSource
@@ -24,103 +23,55 @@ TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
 
 
-class ColocateGeneration:
-    """Generates with vLLM in the trainer's own process, from the trainer's own model.
+class Source(Protocol):
+    """The trainer's weights as a stream that can be run again."""
 
-        with ColocateGeneration(model, processing_class=tokenizer, profiling=profiling) as generation:
-            rollouts = generation.generate(prompts, Sampling(max_tokens=512), num_generations=8)
-            generation.sync_weights(version="step-1")
+    bytes: int
+    tensors: int
+    seconds: float
 
-    `model` is a `transformers` model or any module with a `config`. Where its `name_or_path` names a
-    checkpoint, vLLM starts from that; a model that was never saved is handed over before the first
-    generation. Construction leaves random states, threads, environment and the default process group of
-    the process as they were. One call at a time: `generate` waits for another thread's `generate`, all
-    else is refused with `EngineStateError`.
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class Generation:
+    """Generates with an engine that it is given, keeps its weights in step with a source, and guards its state.
+
+    The generation classes differ in the engine they make. One call at a time: `generate` waits for
+    another thread's `generate`, all else is refused with `EngineStateError`.
 
     Args:
-        model: The trainer's model. It is read at every `sync_weights` and never written.
-        accelerator: An `accelerate.Accelerator`, for the number of this rank; else torch.distributed is asked.
-        processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
-        tensor_parallel_size: Trainer ranks that share one engine. Must divide the number of ranks.
-        gpu_memory_utilization: Fraction of the device's memory for weights and KV cache; without meaning on a CPU.
-        max_model_length: Longest prompt and completion together, in tokens. The model's own by default.
-        max_num_seqs: Sequences that run at a time.
-        model_impl: `auto`, `vllm` or `transformers`, as vLLM takes it.
-        enable_sleep_mode: Needed for `sleep`.
+        engine: What generates. It is closed with this object.
+        source: The trainer's weights: re-iterable, with `bytes`, `tensors` and `seconds` of the last pass.
+        tokenizer: For prompts given as text.
+        ranks: The trainer ranks that share the engine.
+        stale: Whether the engine has no weights of the trainer's yet: they are brought before the first token.
+        sleep_mode: Whether `sleep` may be called.
         structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
-        quantization: vLLM's quantization method.
-        trust_remote_code: Whether code that comes with a checkpoint may run.
-        seed: The engine's seed; by default the number of this rank's engine, so that ranks differ.
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
         profiling: Where spans and measurements go.
-        engine_kwargs: Anything else that `vllm.LLM` takes, under its own name; goes before what is set above.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        engine: Engine,
+        source: Source,
         *,
-        accelerator: Any = None,
-        processing_class: Any = None,
         tokenizer: Any = None,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
-        max_model_length: int | None = None,
-        max_num_seqs: int | None = None,
-        model_impl: str = "auto",
-        enable_sleep_mode: bool = False,
+        ranks: Ranks | None = None,
+        stale: bool = False,
+        sleep_mode: bool = True,
         structured_outputs_regex: str | None = None,
-        quantization: str | None = None,
-        trust_remote_code: bool = False,
-        seed: int | None = None,
         request_spans: int = 8,
         profiling: ProfilingContext = ProfilingContext.disabled(),
-        engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        from .engines.colocate import ColocateEngine
-
-        rank, world_size = _placement(accelerator)
-        if world_size % tensor_parallel_size:
-            raise ValueError(f"tensor_parallel_size {tensor_parallel_size} must divide the {world_size} ranks evenly")
-        self._ranks: Ranks = SingleRank()
-        if tensor_parallel_size > 1:
-            self._ranks = GroupRanks(_subgroup(world_size, tensor_parallel_size))
-        self._profiling = profiling.bind({names.RANK: rank, names.ENGINE: ColocateEngine.kind})
-        self._source = ModuleSource(model)
-        self._tokenizer = getattr(processing_class or tokenizer, "tokenizer", processing_class or tokenizer)
-        self._regex, self._request_spans = structured_outputs_regex, request_spans
+        self._engine, self._source, self._ranks = engine, source, ranks or SingleRank()
+        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._regex, self._request_spans, self._sleep_mode = structured_outputs_regex, request_spans, sleep_mode
+        self._profiling = profiling.bind({names.ENGINE: engine.kind})
         self._states, self._busy = StateMachine(), threading.Lock()
-        self._sleep_mode = enable_sleep_mode
         self._asleep: set[str] = set()
-        self._syncs = 0
-        self._version = "0"
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        path, tokenizer_path, self._stale = self._checkpoint(model, processing_class or tokenizer)
-        settings: dict[str, Any] = dict(
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_model_len=max_model_length,
-            model_impl=model_impl,
-            enable_sleep_mode=enable_sleep_mode,
-            quantization=quantization,
-            trust_remote_code=trust_remote_code,
-            seed=seed if seed is not None else rank // tensor_parallel_size,
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        )
-        if max_num_seqs is not None:
-            settings["max_num_seqs"] = max_num_seqs
-        if self._stale:
-            settings["load_format"] = "dummy"
-        settings |= {"skip_tokenizer_init": True} if tokenizer_path is None else {"tokenizer": tokenizer_path}
-        with self._profiling.span(names.ENGINE_INIT, {names.MODEL: path}) as span:
-            try:
-                self._engine: Engine = ColocateEngine(path, **settings | dict(engine_kwargs or {}))
-            except BaseException:
-                self._states.move("construction", EngineState.CLOSED)
-                self._forget_folder()
-                raise
-            span.set({names.DEVICE: self._engine.device_type})
-        self._engine.set_weight_version(self._version)
+        self._stale, self._syncs, self._version = stale, 0, "0"
+        engine.set_weight_version(self._version)
         self._states.move("construction", EngineState.AWAKE)
 
     @property
@@ -187,7 +138,7 @@ class ColocateGeneration:
                     completions = _place(mine, len(prompts), num_generations, errors)
                 result = Completions(prompt_ids, completions, num_generations, self._version)
                 if self._profiling.enabled:
-                    self._measure(span, engine_span, result)
+                    measure(self._profiling, span, engine_span, result, self._request_spans)
                 return result
 
     def sync_weights(self, version: str | None = None) -> SyncReport:
@@ -265,34 +216,12 @@ class ColocateGeneration:
         with self._busy:
             self._states.move("close", EngineState.CLOSED)
             self._engine.close()
-            self._forget_folder()
 
-    def __enter__(self) -> ColocateGeneration:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _checkpoint(self, model: Any, processing_class: Any) -> tuple[str, str | None, bool]:
-        """What vLLM loads: the checkpoint, or a folder with the config alone; the tokenizer; which of the two."""
-        path = str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", ""))
-        if path and (not Path(path).is_absolute() or Path(path).is_dir()):
-            # a hub name, or a folder; vLLM says so itself when a name is not to be had
-            own = str(getattr(processing_class, "name_or_path", "") or "")
-            return path, own if own and Path(own).is_dir() else path, False
-        self._folder = tempfile.TemporaryDirectory(prefix="vgen-model-")
-        config = model.config
-        if not config.architectures:
-            config = type(config).from_dict({**config.to_dict(), "architectures": [type(model).__name__]})
-        config.save_pretrained(self._folder.name)
-        if processing_class is None:
-            return self._folder.name, None, True
-        processing_class.save_pretrained(self._folder.name)
-        return self._folder.name, self._folder.name, True
-
-    def _forget_folder(self) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
 
     @contextmanager
     def _exclusive(self, call: str) -> Iterator[None]:
@@ -341,13 +270,9 @@ class ColocateGeneration:
     ) -> list[Completion]:
         try:
             return self._engine.generate(requests, sampling, on_completion)
-        except VgenError:
+        except EngineError as error:
+            self._states.move("generate", EngineState.FAILED, str(error))
             raise
-        except ValueError:
-            raise  # vLLM refused a parameter; the requests before it are aborted and the engine is well
-        except Exception as error:
-            self._states.move("generate", EngineState.FAILED, f"generate raised {type(error).__name__}")
-            raise EngineError(f"the engine failed in generate: {type(error).__name__}") from error
 
     def _sync(self, version: str) -> SyncReport:
         source, profiling = self._source, self._profiling
@@ -371,45 +296,107 @@ class ColocateGeneration:
         """Bring the trainer's weights into an engine that holds none."""
         self._sync(self._version)
 
-    def _measure(self, span: Span, engine_span: Span, result: Completions) -> None:
-        """The counts of a call onto its span, every request into the metrics, the slowest as spans."""
-        profiling = self._profiling
-        done = [completion for completion in result if completion.error is None]
-        tokens_in = sum(len(result.prompt_ids[completion.prompt_index]) for completion in done)
-        tokens_out = result.output_tokens
-        span.set({
-            names.COMPLETIONS: len(done), names.INPUT_TOKENS: tokens_in, names.OUTPUT_TOKENS: tokens_out,
-        })  # fmt: skip
-        if not done:
-            return
-        profiling.record(names.PROMPT_TOKENS, tokens_in)
-        profiling.record(names.GENERATED_TOKENS, tokens_out)
-        profiling.record_many(names.COMPLETION_LENGTH, [len(completion.token_ids) for completion in done])
-        timed = [(completion, completion.timing) for completion in done if completion.timing is not None]
-        timings = [timing for _, timing in timed]
-        profiling.record_many(names.REQUEST_E2E, [timing.e2e for timing in timings])
-        profiling.record_many(names.REQUEST_QUEUE, [timing.queue for timing in timings])
-        profiling.record_many(names.REQUEST_PREFILL, [timing.prefill for timing in timings])
-        profiling.record_many(names.REQUEST_TTFT, [timing.time_to_first_token for timing in timings])
-        per_token = [timing.time_per_output_token for timing in timings]
-        profiling.record_many(names.REQUEST_TPOT, [seconds for seconds in per_token if seconds is not None])
-        slowest = sorted(timed, key=lambda pair: pair[1].e2e, reverse=True)[: self._request_spans]
-        for completion, timing in sorted(slowest, key=lambda pair: pair[1].queued_ns):
-            own = {
-                names.REQUEST_ID: completion.request_id,
-                names.PROMPT_INDEX: completion.prompt_index,
-                names.GENERATION_INDEX: completion.generation_index,
-                names.INPUT_TOKENS: len(result.prompt_ids[completion.prompt_index]),
-                names.OUTPUT_TOKENS: len(completion.token_ids),
-                names.FINISH_REASON: [completion.finish_reason or "unknown"],
-                names.WEIGHT_VERSION: completion.weight_version,
-                names.QUEUE_SECONDS: timing.queue,
-                names.TTFT_SECONDS: timing.time_to_first_token,
-                names.TPOT_SECONDS: timing.time_per_output_token,
-                names.PREEMPTIONS: timing.preemptions,
-                names.CACHED_TOKENS: timing.cached_tokens,
-            }
-            profiling.rebuilt(names.REQUEST, timing.queued_ns, timing.finished_ns, own, parent=engine_span)
+
+class ColocateGeneration(Generation):
+    """Generates with vLLM in the trainer's own process, from the trainer's own model.
+
+        with ColocateGeneration(model, processing_class=tokenizer, profiling=profiling) as generation:
+            rollouts = generation.generate(prompts, Sampling(max_tokens=512), num_generations=8)
+            generation.sync_weights(version="step-1")
+
+    Where the model's `name_or_path` names a checkpoint, vLLM starts from that; a model that was never
+    saved is handed over before the first generation. Construction leaves random states, threads,
+    environment and the default process group of the process as they were.
+
+    Args:
+        model: The trainer's model: a module with a `config`. It is read at every sync and never written.
+        accelerator: An `accelerate.Accelerator`, for the number of this rank; else torch.distributed is asked.
+        processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
+        tensor_parallel_size: Trainer ranks that share one engine. Must divide the number of ranks.
+        gpu_memory_utilization: Fraction of the device's memory for weights and KV cache; without meaning on a CPU.
+        max_model_length: Longest prompt and completion together, in tokens. The model's own by default.
+        max_num_seqs: Sequences that run at a time.
+        model_impl: `auto`, `vllm` or `transformers`, as vLLM takes it.
+        enable_sleep_mode: Needed for `sleep`.
+        structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
+        quantization: vLLM's quantization method.
+        trust_remote_code: Whether code that comes with a checkpoint may run.
+        seed: The engine's seed; by default the number of this rank's engine, so that ranks differ.
+        request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
+        profiling: Where spans and measurements go.
+        engine_kwargs: Anything else that `vllm.LLM` takes, under its own name; goes before what is set above.
+
+    Raises:
+        EngineError: vLLM could not start.
+        MissingExtraError: It is not installed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        accelerator: Any = None,
+        processing_class: Any = None,
+        tokenizer: Any = None,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        max_model_length: int | None = None,
+        max_num_seqs: int | None = None,
+        model_impl: str = "auto",
+        enable_sleep_mode: bool = False,
+        structured_outputs_regex: str | None = None,
+        quantization: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int | None = None,
+        request_spans: int = 8,
+        profiling: ProfilingContext = ProfilingContext.disabled(),
+        engine_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        from .engines.checkpoint import checkpoint_of
+        from .engines.colocate import ColocateEngine
+
+        rank, world_size = _placement(accelerator)
+        if world_size % tensor_parallel_size:
+            raise ValueError(f"tensor_parallel_size {tensor_parallel_size} must divide the {world_size} ranks evenly")
+        processing_class = processing_class or tokenizer
+        checkpoint = checkpoint_of(model, processing_class)
+        settings: dict[str, Any] = dict(
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_model_len=max_model_length,
+            model_impl=model_impl,
+            enable_sleep_mode=enable_sleep_mode,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+            seed=seed if seed is not None else rank // tensor_parallel_size,
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            tokenizer=checkpoint.tokenizer,
+            skip_tokenizer_init=checkpoint.tokenizer is None,
+        )
+        if max_num_seqs is not None:
+            settings["max_num_seqs"] = max_num_seqs
+        if checkpoint.folder is not None:
+            settings["load_format"] = "dummy"
+        profiling = profiling.bind({names.RANK: rank})
+        try:
+            own = {names.MODEL: checkpoint.path, names.ENGINE: ColocateEngine.kind}
+            with profiling.span(names.ENGINE_INIT, own) as span:
+                engine = ColocateEngine(checkpoint.path, **settings | dict(engine_kwargs or {}))
+                span.set({names.DEVICE: engine.device_type})
+        finally:
+            if checkpoint.folder is not None:
+                checkpoint.folder.cleanup()
+        super().__init__(
+            engine,
+            ModuleSource(model),
+            tokenizer=processing_class,
+            ranks=_tensor_parallel_ranks(world_size, tensor_parallel_size),
+            stale=checkpoint.folder is not None,
+            sleep_mode=enable_sleep_mode,
+            structured_outputs_regex=structured_outputs_regex,
+            request_spans=request_spans,
+            profiling=profiling,
+        )
 
 
 def _requests(prompts: list[list[int]], num_generations: int, seed: int | None) -> list[Request]:
@@ -452,8 +439,11 @@ def _placement(accelerator: Any) -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def _subgroup(world_size: int, size: int) -> Any:
+def _tensor_parallel_ranks(world_size: int, size: int) -> Ranks:
+    """The ranks that are one engine's workers: all of them must ask it for the same."""
+    if size == 1:
+        return SingleRank()
     import torch.distributed as dist
 
     group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + size)) for i in range(0, world_size, size)])
-    return group
+    return GroupRanks(group)

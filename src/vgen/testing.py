@@ -1,16 +1,21 @@
-"""For tests, yours too: a model small enough to make on the spot, and a sink that remembers."""
+"""For tests, yours too: a model small enough to make on the spot, an engine without a model, a sink that remembers."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .engines.base import Request
 from .profiling.sinks.memory import MemorySink
+from .types import Completion, RequestTiming, Sampling, SleepReport
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["MemorySink", "byte_tokenizer", "tiny_model"]
+__all__ = ["FakeEngine", "MemorySink", "byte_tokenizer", "tiny_model"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,3 +62,80 @@ def tiny_model(
     tokenizer.save_pretrained(directory)
     model.config._name_or_path = str(directory)
     return model, tokenizer
+
+
+class FakeEngine:
+    """An `Engine` without a model, for injecting faults: `raises["sleep"] = OSError()` makes `sleep` raise that.
+
+    It answers every request with the request's own prompt, keeps the weights it was sent in `weights`,
+    and the names of the calls in `calls`. `Generation(FakeEngine(), source=[])` is all it takes.
+    """
+
+    kind = "fake"
+    device_type = "cpu"
+
+    def __init__(self, *, max_model_length: int = 64, vocabulary_size: int = 100) -> None:
+        self.max_model_length, self.vocabulary_size = max_model_length, vocabulary_size
+        self.raises: dict[str, BaseException] = {}
+        self.calls: list[str] = []
+        self.weights: dict[str, torch.Tensor] = {}
+        self.version = ""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
+    ) -> list[Completion]:
+        self._called("generate")
+        completions = [self._completion(request, sampling) for request in requests]
+        for completion in completions if on_finished is not None else ():
+            on_finished(completion)  # pyright: ignore[reportOptionalCall]
+        return completions
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._called("load_weights")
+        self.weights = dict(weights)
+
+    def reset_caches(self) -> None:
+        self._called("reset_caches")
+
+    def set_weight_version(self, version: str) -> None:
+        self.version = version
+
+    def sleep(self, level: int) -> SleepReport:
+        self._called("sleep")
+        return SleepReport(memory_freed=True, device_bytes=1 << 20)
+
+    def wake_up(self, tags: Sequence[str] | None) -> SleepReport:
+        self._called("wake_up")
+        return SleepReport(memory_freed=True, device_bytes=1 << 20)
+
+    def close(self) -> None:
+        self._called("close")
+
+    def _called(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.raises:
+            raise self.raises[call]
+
+    def _completion(self, request: Request, sampling: Sampling) -> Completion:
+        now = time.monotonic_ns()
+        token_ids = list(request.token_ids)[: sampling.max_tokens]
+        timing = RequestTiming(
+            queued_ns=now - 4_000_000,
+            finished_ns=now,
+            queue=0.001,
+            prefill=0.001,
+            decode=0.002,
+            time_to_first_token=0.002,
+            time_per_output_token=0.001,
+            e2e=0.004,
+        )
+        return Completion(
+            prompt_index=request.prompt_index,
+            generation_index=request.generation_index,
+            token_ids=token_ids,
+            logprobs=[0.0] * len(token_ids),
+            finish_reason="length",
+            weight_version=self.version,
+            request_id=f"fake-{request.prompt_index}-{request.generation_index}",
+            timing=timing,
+        )

@@ -116,7 +116,10 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
     ) -> list[Completion]:
-        """Sample all `requests`; completions in their order, `on_finished` called as each is done."""
+        """Sample all `requests`; completions in their order, `on_finished` called as each is done.
+
+        Nothing stays behind in the engine when this raises. `EngineError` means that it broke.
+        """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -80,7 +80,11 @@ class ColocateEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
     ) -> list[Completion]:
-        """Sample all requests; completions in their order. Every request is aborted when anything is raised."""
+        """Sample all requests; completions in their order. All are aborted when anything is raised.
+
+        `ValueError` is vLLM's refusal of a parameter, `EngineError` a broken engine; what `on_finished`
+        raises goes through.
+        """
         engine, waiting, done = self._engine, dict[str, Request](), dict[str, Completion]()
         order: list[str] = []
         with self._at_work():
@@ -93,7 +97,7 @@ class ColocateEngine:
                     order.append(request_id)
                     engine.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
                 while waiting:
-                    for output in engine.step():
+                    for output in self._step():
                         if output.finished:
                             request = waiting.pop(output.request_id)
                             completion = done[output.request_id] = _completion(request, output, sampling)
@@ -103,6 +107,12 @@ class ColocateEngine:
                 engine.abort_request(list(waiting))
                 raise
         return [done[request_id] for request_id in order]
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            raise EngineError(f"vLLM failed in a scheduler step: {type(error).__name__}") from error
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Run vLLM's own reload over the stream; raise unless every parameter of the engine was written."""

@@ -1,0 +1,346 @@
+"""`ColocateGeneration` on real vLLM: what comes out, what a sync changes, what refuses."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from vgen import ColocateGeneration, Completions, EngineStateError, PromptError, Sampling, WeightSyncError
+from vgen.demo import max_logprob_difference
+from vgen.engines.base import EngineState
+from vgen.profiling import names
+from vgen.testing import tiny_model
+
+PROMPTS = ["the quick brown fox " * 3, [1, 2, 3, 4, 5], "ä"]
+GREEDY = Sampling(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def greedy_by_hand(model: torch.nn.Module, prompt: list[int], tokens: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def agrees(model: torch.nn.Module, rollouts: Completions) -> bool:
+    return max_logprob_difference(model, rollouts) <= 1e-4
+
+
+def test_fresh_random_weights_twice_give_the_trainers_own_tokens_and_logprobs(real):
+    for version in ("first", "second"):
+        warm = real.generation.generate(PROMPTS, GREEDY)  # fills the prefix cache from the old weights
+        real.randomize()
+        assert not agrees(real.model, warm)
+        report = real.generation.sync_weights(version=version)
+        assert report.bytes == sum(p.numel() * 4 for p in real.model.parameters())
+
+        greedy = real.generation.generate(PROMPTS, GREEDY)
+        for prompt, completion in zip(greedy.prompt_ids, greedy, strict=True):
+            assert completion.token_ids == greedy_by_hand(real.model, prompt, 24)
+            assert completion.weight_version == version
+        assert agrees(real.model, real.generation.generate(PROMPTS, Sampling(max_tokens=24), 3))
+
+
+def test_a_warm_prefix_cache_is_used_and_does_not_survive_a_sync(real):
+    prompt = list(range(60)) * 4
+    real.generation.generate([prompt], GREEDY)
+    (again,) = real.generation.generate([prompt], GREEDY)
+    assert again.timing.cached_tokens > 0
+    real.randomize()
+    real.generation.sync_weights()
+    after = real.generation.generate([prompt], GREEDY)
+    assert after[0].timing.cached_tokens == 0
+    assert agrees(real.model, after)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_was_never_saved_is_handed_over_before_the_first_token(tmp_path, tied):
+    model, _ = tiny_model(tmp_path, seed=7, tie_word_embeddings=tied)
+    model.config._name_or_path = ""
+    model.name_or_path = ""
+    settings = dict(max_model_length=128, engine_kwargs={"kv_cache_memory_bytes": 16 << 20})
+    with ColocateGeneration(model, **settings) as generation:
+        assert agrees(model, generation.generate([[1, 2, 3]], Sampling(max_tokens=16), 2))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.05)
+        generation.sync_weights()
+        assert agrees(model, generation.generate([[1, 2, 3]], Sampling(max_tokens=16), 2))
+
+
+def test_two_engines_in_one_process_do_not_share_weights(real, tmp_path):
+    other, _ = tiny_model(tmp_path, seed=9)
+    with ColocateGeneration(other, max_model_length=128) as second:
+        real.randomize()
+        real.generation.sync_weights()
+        assert agrees(other, second.generate([[5, 6, 7]], Sampling(max_tokens=16)))
+        assert agrees(real.model, real.generation.generate([[5, 6, 7]], Sampling(max_tokens=16)))
+    assert agrees(real.model, real.generation.generate([[8, 9]], Sampling(max_tokens=16)))
+
+
+def test_construction_leaves_the_process_as_it_was(real, tmp_path):
+    model, _ = tiny_model(tmp_path, seed=3)
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+
+    def fingerprint():
+        return (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+            torch.get_num_threads(),
+            torch.set_num_threads,
+            torch.get_default_dtype(),
+            os.sched_getaffinity(0),
+            dict(os.environ),
+            dist.is_initialized(),
+        )
+
+    before = fingerprint()
+    with ColocateGeneration(model, max_model_length=128) as generation:
+        assert fingerprint() == before
+        generation.generate([[1, 2]], Sampling(max_tokens=4))
+        generation.sync_weights()
+        assert fingerprint() == before
+    assert fingerprint() == before
+
+
+def test_the_trainer_may_create_its_own_process_group_afterwards(real, tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mine = dist.group.WORLD
+        assert agrees(real.model, real.generation.generate([[1, 2, 3]], Sampling(max_tokens=8)))
+        real.generation.sync_weights()
+        assert dist.group.WORLD is mine
+    finally:
+        dist.destroy_process_group()
+
+
+def test_completions_come_in_prompt_order_with_timing_and_own_seeds(real):
+    prompts = [[i + 1] * (i + 1) for i in range(9)]
+    rollouts = real.generation.generate(prompts, Sampling(max_tokens=6, seed=11, ignore_eos=True), 4)
+    assert len(rollouts) == 36
+    assert [(c.prompt_index, c.generation_index) for c in rollouts] == [(p, g) for p in range(9) for g in range(4)]
+    assert rollouts.group(4) == list(rollouts)[16:20]
+    assert len({tuple(c.token_ids) for c in rollouts.group(0)}) > 1
+    for completion in rollouts:
+        timing = completion.timing
+        assert completion.finish_reason == "length"
+        assert len(completion.logprobs) == len(completion.token_ids) == 6
+        assert timing.e2e == pytest.approx((timing.finished_ns - timing.queued_ns) / 1e9, abs=1e-6)
+        assert timing.queue + timing.prefill + timing.decode == pytest.approx(timing.e2e)
+        assert timing.time_per_output_token == pytest.approx(timing.decode / 5)
+    again = real.generation.generate(prompts, Sampling(max_tokens=6, seed=11, ignore_eos=True), 4)
+    assert [c.token_ids for c in again] == [c.token_ids for c in rollouts]
+
+
+def test_top_logprobs_and_stop_and_regex_and_no_logprobs(real):
+    (top,) = real.generation.generate([[1, 2, 3]], Sampling(max_tokens=4, logprobs=3))
+    for token, position in zip(top.token_ids, top.top_logprobs, strict=True):
+        assert 3 <= len(position) <= 4
+        assert token in dict(position)
+        assert [logprob for _, logprob in position] == sorted((p for _, p in position), reverse=True)
+    (bare,) = real.generation.generate([[1, 2, 3]], Sampling(max_tokens=4, logprobs=None))
+    assert bare.logprobs is None
+    stopping = Sampling(max_tokens=200, stop_token_ids=list(range(128)))
+    assert real.generation.generate([[1, 2, 3]], stopping)[0].finish_reason == "stop"
+    matching = Sampling(max_tokens=20, structured_outputs_regex="(ab|cd){3}")
+    (structured,) = real.generation.generate(["write: "], matching)
+    assert real.tokenizer.decode(structured.token_ids, skip_special_tokens=True) in {
+        a + b + c for a in ("ab", "cd") for b in ("ab", "cd") for c in ("ab", "cd")
+    }
+
+
+def test_bad_prompts_name_their_index_and_limit_before_the_engine_is_touched(real):
+    limit, vocabulary = real.generation.max_model_length - 1, 272
+    for bad, bound in (([], None), ([1] * (limit + 1), limit), ([vocabulary], vocabulary), ([-1], vocabulary)):
+        with pytest.raises(PromptError, match="prompt 1 ") as caught:
+            real.generation.generate([[1, 2], bad])
+        assert (caught.value.index, caught.value.limit) == (1, bound)
+    assert not real.sink.named(names.ENGINE_GENERATE)
+
+    rollouts = real.generation.generate([[1, 2], [], [3]], Sampling(max_tokens=3), 2, refused="mark")
+    assert [c.finish_reason == "error" for c in rollouts] == [False, False, True, True, False, False]
+    assert isinstance(rollouts[2].error, PromptError)
+    assert [c.prompt_index for c in rollouts] == [0, 0, 1, 1, 2, 2]
+    assert rollouts[4].token_ids
+    longest = real.generation.generate([[1] * limit], Sampling(max_tokens=8))
+    assert len(longest[0].token_ids) == 1
+
+
+def test_a_parameter_that_vllm_refuses_leaves_the_engine_well(real):
+    with pytest.raises((ValueError, TypeError)):
+        real.generation.generate([[1]], Sampling(extra={"bad_words": 3}))
+    assert real.generation.state is EngineState.AWAKE
+    assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=4)))
+
+
+def test_an_exception_in_the_callback_aborts_the_rest(real):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        real.generation.generate([[1], [2]], Sampling(max_tokens=8), 4, on_completion=stop)
+    assert not real.generation.engine.llm.llm_engine.has_unfinished_requests()
+    assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=4)))
+
+
+def test_sleep_pauses_the_engine_and_says_that_nothing_was_freed(real):
+    for level in (1, 2):
+        report = real.generation.sleep(level)
+        assert report.memory_freed is False
+        assert report.device_bytes is None
+        assert real.generation.engine.llm.llm_engine.is_sleeping()
+        with pytest.raises(EngineStateError, match=rf"asleep \(level {level}\)"):
+            real.generation.generate([[1]])
+        with pytest.raises(EngineStateError, match="asleep"):
+            real.generation.sleep()
+        with pytest.raises(EngineStateError, match="weights"):
+            real.generation.sync_weights()
+        real.generation.wake_up(["weights"])
+        assert real.generation.state is EngineState.ASLEEP
+        real.randomize()
+        real.generation.sync_weights()
+        assert real.generation.state is EngineState.ASLEEP
+        real.generation.wake_up(["kv_cache"])
+        assert agrees(real.model, real.generation.generate([[1, 2]], Sampling(max_tokens=8)))
+    slept = real.sink.named(names.SLEEP)
+    assert [span.attributes[names.MEMORY_FREED] for span in slept] == [False, False]
+    assert all(names.DEVICE_BYTES not in span.attributes for span in slept)
+    with pytest.raises(EngineStateError, match="awake"):
+        real.generation.wake_up()
+    with pytest.raises(ValueError, match="tags"):
+        real.generation.wake_up(["everything"])
+
+
+class Broken:
+    """A weight source that goes wrong at one parameter."""
+
+    bytes = tensors = 0
+    seconds = 0.0
+
+    def __init__(self, real, breaks):
+        self.weights = [(name, parameter.detach()) for name, parameter in real.model.named_parameters()]
+        self.breaks = breaks
+
+    def __iter__(self):
+        for name, tensor in self.weights:
+            yield from self.breaks(name, tensor)
+
+
+def wrong_shape(name, tensor):
+    yield name, tensor[:-1] if name.endswith("0.self_attn.k_proj.weight") else tensor
+
+
+def unknown_name(name, tensor):
+    yield name.replace("layers.1.mlp.up_proj", "layers.1.mlp.other"), tensor
+
+
+def missing(name, tensor):
+    if not name.endswith("layers.1.input_layernorm.weight"):
+        yield name, tensor
+
+
+def raising(name, tensor):
+    if name.endswith("layers.1.mlp.gate_proj.weight"):
+        raise OSError("the disk went away")
+    yield name, tensor
+
+
+def interrupted(name, tensor):
+    if name.endswith("layers.1.mlp.gate_proj.weight"):
+        raise KeyboardInterrupt
+    yield name, tensor
+
+
+@pytest.mark.parametrize(
+    ("breaks", "parameter"),
+    [
+        (wrong_shape, "model.layers.0.self_attn.k_proj.weight"),
+        (unknown_name, "model.layers.1.mlp.other.weight"),
+        (missing, "model.layers.1.input_layernorm.weight"),
+        (raising, None),
+        (interrupted, None),
+    ],
+)
+def test_a_sync_that_fails_names_the_parameter_and_the_next_one_brings_the_engine_back(
+    real, monkeypatch, breaks, parameter
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(real.generation, "_source", Broken(real, breaks))
+        kind = KeyboardInterrupt if breaks is interrupted else WeightSyncError
+        with pytest.raises(kind) as caught:
+            real.generation.sync_weights()
+        if breaks is not interrupted:
+            assert caught.value.phase == "load"
+        if parameter is not None:
+            assert caught.value.parameter == parameter
+            assert parameter in str(caught.value)
+        assert real.generation.state is EngineState.FAILED
+        with pytest.raises(EngineStateError, match="failed"):
+            real.generation.generate([[1]])
+    real.randomize()
+    real.generation.sync_weights()
+    assert agrees(real.model, real.generation.generate(PROMPTS, Sampling(max_tokens=12)))
+
+
+def test_one_call_at_a_time(real):
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold(_):
+        started.set()
+        go_on.wait(20)
+
+    call = dict(sampling=Sampling(max_tokens=4), on_completion=hold)
+    worker = threading.Thread(target=real.generation.generate, args=([[1, 2]],), kwargs=call)
+    worker.start()
+    started.wait(20)
+    for refused in (real.generation.sync_weights, real.generation.sleep, real.generation.wake_up):
+        with pytest.raises(EngineStateError, match="another thread"):
+            refused()
+    go_on.set()
+    worker.join(20)
+    assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=4)))
+
+
+def test_closed_refuses_everything(tmp_path):
+    model, _ = tiny_model(tmp_path)
+    generation = ColocateGeneration(model, max_model_length=64)
+    with pytest.raises(EngineStateError, match="enable_sleep_mode"):
+        generation.sleep()
+    generation.close()
+    generation.close()
+    for refused in (lambda: generation.generate([[1]]), generation.sync_weights, generation.sleep, generation.wake_up):
+        with pytest.raises(EngineStateError, match="closed"):
+            refused()
+
+
+def test_every_call_leaves_its_span_under_the_callers_step(real):
+    with real.profiling.step(4) as row:
+        rollouts = real.generation.generate([[1, 2, 3], [4]], Sampling(max_tokens=5, ignore_eos=True), 2)
+        real.generation.sync_weights(version="v4")
+    summary = row.summary()
+    assert summary["vgen.generate.output_tokens"] == rollouts.output_tokens == 20
+    assert summary["vgen.request.e2e.count"] == 4
+    spans = {span.name: span for span in real.sink.spans}
+    parents = {name: spans[name].parent.name for name in spans if spans[name].parent is not None}
+    assert parents == {
+        names.GENERATE: names.STEP,
+        names.ENGINE_GENERATE: names.GENERATE,
+        names.REQUEST: names.ENGINE_GENERATE,
+        names.DECODE_OUTPUTS: names.GENERATE,
+        names.WEIGHT_SYNC: names.STEP,
+        names.SYNC_LOAD: names.WEIGHT_SYNC,
+        names.SYNC_RESET: names.WEIGHT_SYNC,
+    }
+    assert len(real.sink.named(names.REQUEST)) == 4
+    for span in real.sink.spans:
+        assert span.attributes[names.STEP_NUMBER] == 4
+        if span.parent is not None:
+            assert span.parent.start_ns <= span.start_ns <= span.end_ns <= span.parent.end_ns

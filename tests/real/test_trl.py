@@ -1,0 +1,63 @@
+"""TRL's own `GRPOTrainer` takes steps with vgen in the place of its generation object."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+import pytest
+
+from vgen.profiling import ProfilingContext, names
+from vgen.testing import MemorySink, tiny_model
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'vgen[trl]'")
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_grpo_trainer_takes_two_steps(tmp_path, monkeypatch, sleep):
+    import trl.trainer.grpo_trainer
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from vgen.integrations.trl import TRLGeneration
+
+    model, tokenizer = tiny_model(tmp_path / "model")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    sink = MemorySink()
+    profiling = ProfilingContext([sink])
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", partial(TRLGeneration, profiling=profiling))
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
+        train_dataset=Dataset.from_dict({"prompt": ["hello", "once upon", "abc", "the end"] * 4}),
+        args=GRPOConfig(
+            output_dir=str(tmp_path / "out"),
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_enable_sleep_mode=sleep,
+            vllm_max_model_length=256,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=16,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+        ),
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "sampling/sampling_logp_difference/max" in row]
+    assert len(logged) == 2
+    # TRL's own comparison of the engine's log-probabilities with the trainer's: the engine had the weights of that step
+    assert max(float(row["sampling/sampling_logp_difference/max"]) for row in logged) < 1e-4
+    assert any(not parameter.equal(before[name]) for name, parameter in model.named_parameters())
+    assert len(sink.named(names.GENERATE)) == 2
+    assert len(sink.named(names.WEIGHT_SYNC)) == 2
+    assert len(sink.named(names.SLEEP)) == (3 if sleep else 0)
+    trainer.vllm_generation.generation.close()
+    del trainer
+    gc.collect()
