@@ -93,7 +93,7 @@ class ProfilingContext:
         """Ask `callback` for the gauge's value whenever a step ends. Bound methods are held weakly."""
         if self._core is not None:
             held = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
-            self._core.observers.append((instrument, held, self._attributes))
+            self._core.observe(instrument, held, self._attributes)
 
     def rebuilt(
         self,
@@ -181,6 +181,7 @@ class _Core:
         self.on_end = tuple(o.end for o in reversed(self.outlets) if o.end is not None)
         self.on_measurement = tuple(o.measure for o in self.outlets if o.measure is not None)
         self.on_step = tuple(o.step for o in self.outlets if o.step is not None)
+        self.on_observe = tuple(o.observe for o in self.outlets if o.observe is not None)
         self.current: ContextVar[Span | None] = ContextVar("vgen.current_span", default=None)
         self.run = Row()
         self.last_step: Link | None = None
@@ -195,16 +196,17 @@ class _Core:
         """Fill in a new span and tell the sinks. `start_ns` may already be set."""
         if parent is None:
             inherited = {**bound, **own} if bound else own
-            span.trace_id, span.parent_id, step = new_trace_id(), None, None
+            span.trace_id, span.parent_id, step, span.sampled = new_trace_id(), None, None, True
             span.offset_ns = time.time_ns() - time.monotonic_ns()
         else:
             inherited = {**parent.inherited, **bound, **own}
             span.trace_id, span.parent_id, step = parent.trace_id, parent.span_id, parent.step
+            span.sampled = parent.sampled
             span.offset_ns = parent.offset_ns
         span.name, span.parent, span.span_id = name, parent, new_span_id()
         span.attributes = span.inherited = plain(inherited)
         span.events = span.links = ()
-        span.end_ns = span.error = None
+        span.end_ns = span.error = span.handle = None
         if isinstance(span, Step):
             span.step = span
             # A run is many traces, one a step, each pointing at the one before: nobody can read an endless one.
@@ -263,6 +265,18 @@ class _Core:
         """Where a value belongs: the step that is open, or the run when none is, or has ended meanwhile."""
         step = span.step if span is not None else None
         return self.run if step is None or step.row.closed else step.row
+
+    def observe(
+        self, instrument: Instrument, held: Callable[[], Callable[[], float] | None], bound: dict[str, Any]
+    ) -> None:
+        self.observers.append((instrument, held, bound))
+
+        def read() -> float | None:
+            callback = held()
+            return None if callback is None else callback()
+
+        for tell in self.on_observe:
+            tell(instrument, read, bound)
 
     def sample(self) -> None:
         """Read what is observed."""
@@ -420,6 +434,7 @@ class _NoMaker(StepMaker):
 _NO_SPAN = _NoSpan()
 _NO_SPAN.name, _NO_SPAN.trace_id, _NO_SPAN.span_id = "", "0" * 32, "0" * 16
 _NO_SPAN.parent_id = _NO_SPAN.parent = _NO_SPAN.step = _NO_SPAN.error = _NO_SPAN.maker = None
+_NO_SPAN.handle, _NO_SPAN.sampled = None, False
 _NO_SPAN.number = _NO_SPAN.start_ns = _NO_SPAN.end_ns = _NO_SPAN.offset_ns = 0
 _NO_SPAN.attributes, _NO_SPAN.inherited, _NO_SPAN.current = {}, {}, False
 _NO_SPAN.events = _NO_SPAN.links = ()

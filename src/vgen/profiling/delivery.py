@@ -41,6 +41,7 @@ class Outlet:
         self.end = self._door("on_end")
         self.measure = self._door("on_measurement")
         self.step = self._door("on_step")
+        self.observe = self._door("on_observe")
         self._max_queue = max_queue
         self._queue: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._closed = False

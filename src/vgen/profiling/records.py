@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -33,6 +33,8 @@ class Instrument:
     unit: str = "1"
     description: str = ""
     attributes: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets; when empty, those of its unit (`names.boundaries`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,8 @@ class Span:
     """
 
     __slots__ = (
-        "attributes", "current", "end_ns", "error", "events", "inherited", "links", "maker", "name", "offset_ns",
-        "parent", "parent_id", "span_id", "start_ns", "step", "trace_id",
+        "attributes", "current", "end_ns", "error", "events", "handle", "inherited", "links", "maker", "name",
+        "offset_ns", "parent", "parent_id", "sampled", "span_id", "start_ns", "step", "trace_id",
     )  # fmt: skip
 
     name: str
@@ -99,6 +101,10 @@ class Span:
     current: bool
     """Whether it is what new spans nest under while open; false for one rebuilt after the fact."""
     maker: object
+    sampled: bool
+    """The sampled flag of its `traceparent`: the identity sink decides, for a whole trace; true without one."""
+    handle: Any
+    """The identity sink's own, to know the span again."""
 
     def set(self, attributes: Attributes | None = None, /, **more: Any) -> Span:
         """Add attributes, such as results known only at the end. After the end it does nothing."""
@@ -180,6 +186,12 @@ class Sink(Protocol):
 
     def on_step(self, step: Step) -> None:
         """A step has ended and its row is closed: `step.summary()` is final."""
+
+    def on_observe(self, instrument: Instrument, read: Callable[[], float | None], attributes: Attributes) -> None:
+        """A gauge that may be read at any time, from any thread; None once what it told of is gone.
+
+        Its values at the ends of steps come to `on_measurement` all the same.
+        """
 
     def on_idle(self) -> None:
         """The queue has just run empty: the moment to write out what was collected."""
