@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ def _trace(place: Path, step: int | None, svg: Path | None) -> int:
     if not trace:
         print(f"vgen trace: {place} holds no {'spans' if step is None else f'step {step}'}", file=sys.stderr)
         return 1
-    console = Console(highlight=False, record=svg is not None, quiet=svg is not None, width=100 if svg else None)
+    console = Console(highlight=False)
+    if svg is not None:
+        console = Console(highlight=False, record=True, file=io.StringIO(), width=100)
     console.print(waterfall(trace, width=min(console.width, 120)))
     if svg is not None:
         svg.write_text(_svg(console))

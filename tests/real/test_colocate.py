@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vgen import ColocateGeneration, Completions, EngineStateError, PromptError, Sampling, WeightSyncError
+from vgen import ColocateGeneration, Completions, EngineError, EngineStateError, PromptError, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
 from vgen.profiling import names
@@ -155,6 +155,24 @@ def test_top_logprobs_and_stop_and_regex_and_no_logprobs(real):
     assert real.tokenizer.decode(structured.token_ids, skip_special_tokens=True) in {
         a + b + c for a in ("ab", "cd") for b in ("ab", "cd") for c in ("ab", "cd")
     }
+
+
+def test_the_engines_randomness_is_its_own(real, tmp_path):
+    """Trainers seeded alike must not make ranks sample alike, nor generation disturb dropout."""
+    torch.manual_seed(5)
+    first = real.generation.generate([[1, 2, 3]], Sampling(max_tokens=16))
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    second = real.generation.generate([[1, 2, 3]], Sampling(max_tokens=16))
+    assert torch.rand(1) == after
+    assert first[0].token_ids != second[0].token_ids
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_the_others_alone(real, tmp_path):
+    model, _ = tiny_model(tmp_path, seed=3)
+    with pytest.raises(EngineError, match="vLLM could not start"):
+        ColocateGeneration(model, max_model_length=1 << 20)
+    assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=4)))
 
 
 def test_bad_prompts_name_their_index_and_limit_before_the_engine_is_touched(real):

@@ -14,7 +14,7 @@ import torch
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..types import Completion, RequestTiming, Sampling, SleepReport
 from .base import Request
-from .preserve import process_group, trainer_state
+from .preserve import Randomness, process_group, unchanged_process
 from .reload import NamedStream, reload
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -32,7 +32,7 @@ class ColocateEngine:
 
     def __init__(self, model: str, **vllm_kwargs: Any) -> None:
         try:
-            with trainer_state():
+            with unchanged_process():
                 # The engine core must live in this process, or the trainer's tensors could not be handed to it.
                 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
                 from vllm import LLM
@@ -47,8 +47,9 @@ class ColocateEngine:
                     # Without it the first bf16 matrix product ends the process with an illegal instruction.
                     torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
                 self._eager = self.device_type == "cpu" and bool(kwargs["enforce_eager"])
-                with self._at_work():
+                with process_group.joined(), self._at_work():
                     self._llm = LLM(model=model, **kwargs)
+                self._randomness = Randomness()  # as the engine's seed has left it
         except ImportError as error:
             if (error.name or "").partition(".")[0] != "vllm":
                 raise
@@ -87,7 +88,7 @@ class ColocateEngine:
         """
         engine, waiting, done = self._engine, dict[str, Request](), dict[str, Completion]()
         order: list[str] = []
-        with self._at_work():
+        with self._at_work(), self._randomness.installed():
             try:
                 for request in requests:
                     request_id = f"vgen-{self._count}"
@@ -179,9 +180,8 @@ class ColocateEngine:
     def close(self) -> None:
         """Shut the engine core down and let go of its memory."""
         engine = self._engine
-        with self._at_work():
-            engine.engine_core.shutdown()
-        del self._llm, self._engine
+        process_group.shut_down(engine.engine_core)
+        del engine, self._llm, self._engine
         gc.collect()
         if self.device_type != "cpu":
             torch.accelerator.empty_cache()

@@ -1,0 +1,201 @@
+"""`Generation` around an engine without a model: states, faults, telemetry. The real engine is in tests/real."""
+
+from __future__ import annotations
+
+import pytest
+
+from vgen import EngineError, EngineStateError, ProfilingContext, PromptError, Sampling, WeightSyncError
+from vgen.engines.base import EngineState, StateMachine
+from vgen.generation import Generation
+from vgen.profiling import Sink, names
+from vgen.testing import FakeEngine, MemorySink
+
+
+class Weights:
+    bytes, tensors, seconds = 1000, 2, 0.0
+
+    def __iter__(self):
+        yield from (("a", None), ("b", None))
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def sink():
+    return MemorySink()
+
+
+@pytest.fixture
+def generation(engine, sink):
+    return Generation(engine, Weights(), profiling=ProfilingContext([sink]))
+
+
+def test_the_default_context_is_off_and_everything_works(engine):
+    with Generation(engine, Weights()) as generation:
+        assert [c.token_ids for c in generation.generate([[1, 2], [3]], num_generations=2)] == [[1, 2]] * 2 + [[3]] * 2
+        generation.sync_weights()
+        generation.sleep()
+        generation.wake_up()
+    assert engine.calls == ["generate", "load_weights", "reset_caches", "sleep", "wake_up", "close"]
+
+
+def test_a_sink_that_raises_everywhere_does_not_stop_generation(engine):
+    class Bad(Sink):
+        inline = True
+
+        def on_start(self, span, attributes):
+            raise OSError
+
+        on_end = on_measurement = on_step = flush = close = lambda self, *_: 1 / 0
+
+    with ProfilingContext([Bad()]) as profiling, Generation(engine, Weights(), profiling=profiling) as generation:
+        for step in range(20):
+            with profiling.step(step):
+                assert len(generation.generate([[1]])) == 1
+                generation.sync_weights()
+
+
+def test_a_trainers_step_is_the_parent_although_the_contexts_are_copies(engine, sink):
+    profiling = ProfilingContext([sink])
+    generation = Generation(engine, Weights(), profiling=profiling.bind(job="a"))
+    with profiling.bind(loop="b").step(7):
+        generation.generate([[1]])
+    (generate,) = sink.named(names.GENERATE)
+    assert generate.parent.name == names.STEP
+    assert generate.attributes["job"] == "a"
+    assert generate.attributes["loop"] == "b"
+    assert generate.attributes[names.STEP_NUMBER] == 7
+
+
+def test_versions_count_up_or_are_the_callers(generation, engine):
+    assert generation.weight_version == "0"
+    assert generation.sync_weights().version == "1"
+    assert generation.sync_weights(version="step-9").version == "step-9"
+    assert engine.version == generation.generate([[1]])[0].weight_version == "step-9"
+    assert generation.sync_weights().version == "3"
+
+
+def test_waking_from_level_2_restores_the_weights_before_the_first_token(generation, engine, sink):
+    generation.sleep(2)
+    generation.wake_up()
+    assert "load_weights" not in engine.calls
+    generation.generate([[1]])
+    generation.generate([[1]])
+    assert engine.calls == ["sleep", "wake_up", "load_weights", "reset_caches", "generate", "generate"]
+    (sync,) = sink.named(names.WEIGHT_SYNC)
+    assert sync.parent.name == names.GENERATE
+    assert sink.named(names.WAKE_UP)[0].attributes[names.RESTORED] is True
+
+
+def test_a_sync_after_waking_is_not_done_twice(generation, engine):
+    generation.sleep(2)
+    generation.wake_up(["weights"])
+    generation.sync_weights()
+    generation.wake_up(["kv_cache"])
+    generation.generate([[1]])
+    assert engine.calls.count("load_weights") == 1
+
+
+def test_level_1_keeps_the_weights(generation, engine):
+    generation.sleep(1)
+    generation.wake_up()
+    generation.generate([[1]])
+    assert "load_weights" not in engine.calls
+
+
+@pytest.mark.parametrize("call", ["sleep", "wake_up", "sync_weights"])
+@pytest.mark.parametrize("error", [OSError("x"), KeyboardInterrupt()])
+def test_an_engine_call_that_raises_leaves_it_failed_with_a_red_span(generation, engine, sink, call, error):
+    if call == "wake_up":
+        generation.sleep()
+    engine.raises["load_weights" if call == "sync_weights" else call] = error
+    kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else (EngineError, OSError)
+    with pytest.raises(kind):
+        getattr(generation, call)()
+    assert generation.state is EngineState.FAILED
+    with pytest.raises(EngineStateError, match=f"failed .{call} raised {type(error).__name__}"):
+        generation.generate([[1]])
+    assert sink.spans[-1].error in {type(error).__name__, "EngineError"} or sink.spans[-2].error
+
+
+def test_a_failed_sync_is_brought_back_by_the_next(generation, engine):
+    engine.raises["load_weights"] = WeightSyncError("gone", phase="load", parameter="a")
+    with pytest.raises(WeightSyncError, match="parameter 'a'"):
+        generation.sync_weights()
+    with pytest.raises(EngineStateError, match="failed"):
+        generation.generate([[1]])
+    engine.raises.clear()
+    generation.sync_weights()
+    assert len(generation.generate([[1]])) == 1
+
+
+def test_an_engine_that_breaks_while_generating_is_failed(generation, engine):
+    engine.raises["generate"] = EngineError("gone")
+    with pytest.raises(EngineError):
+        generation.generate([[1]])
+    assert generation.state is EngineState.FAILED
+
+
+def test_a_refused_parameter_is_not_the_engines_fault(generation, engine):
+    engine.raises["generate"] = ValueError("bad parameter")
+    with pytest.raises(ValueError, match="bad parameter"):
+        generation.generate([[1]])
+    assert generation.state is EngineState.AWAKE
+
+
+def test_text_needs_a_tokenizer(generation):
+    with pytest.raises(TypeError, match="prompt 1 is text"):
+        generation.generate([[1], "two"])
+
+
+def test_prompt_errors_hold_no_prompt(generation):
+    with pytest.raises(PromptError) as caught:
+        generation.generate([[7777777]])
+    assert "7777777" not in str(caught.value)
+    assert caught.value.limit == 100
+
+
+def test_no_prompts_at_all(generation):
+    assert len(generation.generate([])) == 0
+    assert len(generation.generate([[]], refused="mark")) == 1
+
+
+def test_num_generations_and_level_are_checked(generation):
+    with pytest.raises(ValueError, match="num_generations"):
+        generation.generate([[1]], num_generations=0)
+    with pytest.raises(ValueError, match="level"):
+        generation.sleep(3)
+
+
+def test_only_the_slowest_requests_become_spans_and_all_are_counted(engine, sink):
+    profiling = ProfilingContext([sink])
+    generation = Generation(engine, Weights(), profiling=profiling, request_spans=3)
+    with profiling.step(1) as row:
+        generation.generate([[1, 2]] * 10, Sampling(max_tokens=2))
+    assert len(sink.named(names.REQUEST)) == 3
+    assert row.summary()["vgen.request.e2e.count"] == 10
+    assert row.summary()["vgen.generate.output_tokens"] == 20
+
+
+def test_nothing_recorded_holds_a_prompt_or_a_completion(engine, sink):
+    generation = Generation(engine, Weights(), profiling=ProfilingContext([sink]))
+    generation.generate([[41, 42, 43]], Sampling(max_tokens=3))
+    for span in sink.spans:
+        for value in span.attributes.values():
+            assert value not in ([41, 42, 43], (41, 42, 43), 41, 42, 43)
+
+
+def test_the_state_machine_knows_every_transition():
+    machine = StateMachine()
+    with pytest.raises(EngineStateError, match="starting"):
+        machine.move("sleep", EngineState.ASLEEP)
+    machine.move("construction", EngineState.AWAKE)
+    with pytest.raises(EngineStateError, match="awake"):
+        machine.move("wake_up", EngineState.WAKING)
+    machine.move("close", EngineState.CLOSED)
+    for state in EngineState:
+        with pytest.raises(EngineStateError):
+            machine.move("anything", state)
