@@ -239,7 +239,7 @@ def _report(result: _Result) -> None:
     from .analysis.run import read_run
     from .viewers.terminal import waterfall
 
-    console, rows = Console(highlight=False), result.rows
+    console, rows = Console(highlight=False, width=None if sys.stdout.isatty() else 110), result.rows
     table = Table(title=f"{result.engine}: seconds of each step", title_justify="left", box=None, padding=(0, 2, 0, 0))
     headings = ["step", "generate", "sync", "update", "sleep", "wake", "tokens/s", "sync MB", "GB/s", "reward"]
     freed = any(row.freed_bytes is not None for row in rows)

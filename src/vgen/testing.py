@@ -133,7 +133,7 @@ class FakeEngine:
             prompt_index=request.prompt_index,
             generation_index=request.generation_index,
             token_ids=token_ids,
-            logprobs=[0.0] * len(token_ids),
+            logprobs=[0.0 for _ in token_ids],
             finish_reason="length",
             weight_version=self.version,
             request_id=f"fake-{request.prompt_index}-{request.generation_index}",

@@ -159,7 +159,7 @@ def _parallel_state() -> Any:
 @contextmanager
 def _groups_kept() -> Iterator[None]:
     """Shutting an engine core down would destroy the groups of every other engine, and the trainer's, too."""
-    core = import_module("vllm.v1.engine.core")
+    core: Any = import_module("vllm.v1.engine.core")
     cleanup = core.cleanup_dist_env_and_memory
     core.cleanup_dist_env_and_memory = lambda *_, **__: None
     try:
