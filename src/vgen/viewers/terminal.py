@@ -46,9 +46,9 @@ def _walk(spans: Sequence[SpanRecord]) -> Iterator[tuple[SpanRecord, int]]:
 
 def _bar(start: int, end: int, total: int, width: int) -> str:
     """A bar from `start` to `end` of `total`, to an eighth of a cell, never narrower than that."""
-    first, last = start * width * 8 // total, max(end * width * 8 // total, start * width * 8 // total + 1)
-    cell = min(first // 8, width - 1)
-    whole, part = divmod(last - cell * 8, 8)
+    eighths = max((end - start) * width * 8 // total, 1)
+    cell = min(start * width // total, width - 1)
+    whole, part = divmod(eighths, 8)
     return " " * cell + ("█" * whole + _EIGHTHS[part])[: width - cell].rstrip(" ")
 
 
