@@ -196,14 +196,14 @@ class _Core:
         """Fill in a new span and tell the sinks. `start_ns` may already be set."""
         if parent is None:
             inherited = {**bound, **own} if bound else own
-            span.trace_id, span.parent_id, step, span.sampled = new_trace_id(), None, None, True
+            span.parent_id, step, span.sampled = None, None, True
             span.offset_ns = time.time_ns() - time.monotonic_ns()
         else:
             inherited = {**parent.inherited, **bound, **own}
             span.trace_id, span.parent_id, step = parent.trace_id, parent.span_id, parent.step
             span.sampled = parent.sampled
             span.offset_ns = parent.offset_ns
-        span.name, span.parent, span.span_id = name, parent, new_span_id()
+        span.name, span.parent = name, parent
         span.attributes = span.inherited = plain(inherited)
         span.events = span.links = ()
         span.end_ns = span.error = span.handle = None
@@ -214,8 +214,10 @@ class _Core:
                 span.links = (self.last_step,)
         else:
             span.step = step
-        if self.identify is not None:
-            self.identify(span)
+        if self.identify is None or not self.identify(span):
+            span.span_id = new_span_id()
+            if parent is None:
+                span.trace_id = new_trace_id()
         for start in self.on_start:
             start(span, span.attributes)
 

@@ -75,22 +75,24 @@ class Outlet:
         own = getattr(type(self.sink), method, None)
         return own is not None and own is not getattr(Sink, method, None)
 
-    def _door(self, method: str) -> Callable[..., None] | None:
+    def _door(self, method: str) -> Callable[..., Any] | None:
         if not self._implements(method):
             return None
         call = getattr(self.sink, method)
         return self._inline_door(call) if self.inline else self._queued_door(call)
 
-    def _inline_door(self, call: Callable[..., object]) -> Callable[..., None]:
-        def pass_on(*arguments: Any) -> None:
+    def _inline_door(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def pass_on(*arguments: Any) -> Any:
             if self.disabled:
-                return
+                return None
             try:
-                call(*arguments)
-                if self.failures:
-                    self.failures = 0
+                result = call(*arguments)
             except Exception as error:
                 self._failed(error)
+                return None
+            if self.failures:
+                self.failures = 0
+            return result
 
         return pass_on
 

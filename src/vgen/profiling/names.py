@@ -1,13 +1,20 @@
-"""Every span, metric and attribute that vgen emits, with unit and meaning. Nothing else may be emitted.
+"""Every span, event, metric and attribute that vgen emits, with unit and meaning. Nothing else may be emitted.
 
-The seconds of each span are aggregated as the histogram `<span name>.duration`.
+The seconds of each span are aggregated as the histogram `<span name>.duration`. What the caller names
+itself (`span("reward")`) is the caller's; the namespaces in `RESERVED` are not. `docs/telemetry.md` is
+made from this file: `python -m vgen.profiling.reference`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from .records import Instrument
+
+RESERVED = ("vgen.", "gen_ai.", "rl.")
+"""A name that starts with one of these must be listed here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +33,63 @@ class AttributeSpec:
     name: str
     type: str
     meaning: str
+    label: bool = False
+    """It takes few values, so that it may be a label of a metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventSpec:
+    """What an event within a span means."""
+
+    name: str
+    meaning: str
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A metric of another vocabulary that the values of one of vgen's go to as well."""
+
+    of: str
+    """vgen's metric."""
+    instrument: Instrument
+    engines: tuple[str, ...]
+    """The values of `vgen.engine` for which it is so."""
+    constant: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Labels that always have this value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """Another vocabulary, which the OpenTelemetry sink can speak: `OTelSink(conventions=(names.GEN_AI,))`."""
+
+    spans: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What spans are called in it, instead of their own names; their `.duration` too."""
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """What it adds to spans, by vgen's span name."""
+    metrics: tuple[Alias, ...] = ()
 
 
 ATTRIBUTES: dict[str, AttributeSpec] = {}
 SPANS: dict[str, SpanSpec] = {}
+EVENTS: dict[str, EventSpec] = {}
 METRICS: dict[str, Instrument] = {}
+RESOURCE: dict[str, AttributeSpec] = {}
+"""What is said once of a whole process, by the providers that vgen sets up."""
 
 
-def _attribute(name: str, type: str, meaning: str) -> str:
-    ATTRIBUTES[name] = AttributeSpec(name, type, meaning)
+def _attribute(name: str, type: str, meaning: str, *, label: bool = False) -> str:
+    ATTRIBUTES[name] = AttributeSpec(name, type, meaning, label)
+    return name
+
+
+def _event(name: str, meaning: str, *attributes: str) -> str:
+    EVENTS[name] = EventSpec(name, meaning, attributes)
+    return name
+
+
+def _resource(name: str, type: str, meaning: str) -> str:
+    RESOURCE[name] = AttributeSpec(name, type, meaning)
     return name
 
 
@@ -51,9 +106,9 @@ def _metric(name: str, kind: str, unit: str, description: str, *attributes: str)
 # Attributes ---------------------------------------------------------------------------------------------------------
 STEP_NUMBER = _attribute("vgen.step", "int", "The trainer's step number.")
 RANK = _attribute("vgen.rank", "int", "The trainer rank in whose process the record was made.")
-ENGINE = _attribute("vgen.engine", "string", "Which kind of engine: `colocate`, `server` or `ray`.")
-DEVICE = _attribute("vgen.engine.device", "string", "The engine's device type: `cpu` or `cuda`.")
-MODEL = _attribute("gen_ai.request.model", "string", "The model's name or path.")
+ENGINE = _attribute("vgen.engine", "string", "Which kind of engine: `colocate`, `server` or `ray`.", label=True)
+DEVICE = _attribute("vgen.engine.device", "string", "The engine's device type: `cpu` or `cuda`.", label=True)
+MODEL = _attribute("gen_ai.request.model", "string", "The model's name or path.", label=True)
 PROMPTS = _attribute("vgen.prompts", "int", "Prompts passed to the call.")
 REFUSED = _attribute("vgen.prompts.refused", "int", "Prompts refused before the engine saw them.")
 NUM_GENERATIONS = _attribute("vgen.num_generations", "int", "Completions asked for each prompt.")
@@ -73,7 +128,7 @@ TPOT_SECONDS = _attribute(
 )
 PREEMPTIONS = _attribute("vgen.request.preemptions", "int", "How often the scheduler took the request off the device.")
 CACHED_TOKENS = _attribute("vgen.request.cached_tokens", "int", "Prompt tokens found in the prefix cache.")
-TRANSPORT = _attribute("vgen.weight_sync.transport", "string", "How the weights travelled.")
+TRANSPORT = _attribute("vgen.weight_sync.transport", "string", "How the weights travelled.", label=True)
 TRANSPORT_REASON = _attribute("vgen.weight_sync.transport.reason", "string", "Why that transport was taken.")
 SYNC_BYTES = _attribute("vgen.weight_sync.bytes", "int", "Bytes of weights sent.")
 SYNC_TENSORS = _attribute("vgen.weight_sync.tensors", "int", "Tensors sent.")
@@ -82,7 +137,10 @@ GATHER_SECONDS = _attribute(
     "vgen.weight_sync.gather", "double", "Seconds of the load phase spent waiting for the trainer's model."
 )
 SLEEP_LEVEL = _attribute(
-    "vgen.sleep.level", "int", "1 keeps the weights in host memory, 2 discards them; both discard the KV cache."
+    "vgen.sleep.level",
+    "int",
+    "1 keeps the weights in host memory, 2 discards them; both discard the KV cache.",
+    label=True,
 )
 WAKE_TAGS = _attribute("vgen.wake_up.tags", "string[]", "What was woken: `weights`, `kv_cache`.")
 MEMORY_FREED = _attribute("vgen.sleep.memory_freed", "bool", "Whether sleeping gave memory back: false on a CPU.")
@@ -91,8 +149,12 @@ DEVICE_BYTES = _attribute(
 )
 RESTORED = _attribute("vgen.wake_up.restores_weights", "bool", "The next generation restores the weights first.")
 EXCEPTION = _attribute("exception.type", "string", "The type of the exception that ended the span.")
-ERROR_TYPE = _attribute("error.type", "string", "OpenTelemetry's name for the same.")
-SINK = _attribute("vgen.telemetry.sink", "string", "The sink's class.")
+ERROR_TYPE = _attribute("error.type", "string", "OpenTelemetry's name for the same.", label=True)
+SINK = _attribute("vgen.telemetry.sink", "string", "The sink's class.", label=True)
+
+SINK_NUMBER = _attribute(
+    "vgen.telemetry.sink.number", "int", "Of the scope of observed gauges: which of the process's OpenTelemetry sinks."
+)
 
 # Spans --------------------------------------------------------------------------------------------------------------
 STEP = _span("train.step", "One training step: the caller's, opened with `step(n)`.", STEP_NUMBER)
@@ -151,6 +213,9 @@ THROUGHPUT = _metric(
     "vgen.generate.throughput", "gauge", "{token}/s", "Completion tokens for each second of the last call.", ENGINE
 )
 COMPLETION_LENGTH = _metric("vgen.completion.length", "histogram", "{token}", "Tokens of a completion.", ENGINE)
+PROMPT_LENGTH = _metric(
+    "vgen.prompt.length", "histogram", "{token}", "Prompt tokens of a request, once for each completion.", ENGINE
+)
 REQUEST_E2E = _metric("vgen.request.e2e", "histogram", "s", "From queueing to the last token.", ENGINE)
 REQUEST_QUEUE = _metric("vgen.request.queue", "histogram", "s", "From queueing to the first scheduling.", ENGINE)
 REQUEST_PREFILL = _metric("vgen.request.prefill", "histogram", "s", "From scheduling to the first token.", ENGINE)
@@ -167,3 +232,87 @@ SYNC_BANDWIDTH = _metric(
 DROPPED = _metric(
     "vgen.telemetry.dropped", "counter", "{record}", "Telemetry records lost to a full queue or a dead sink.", SINK
 )
+
+# Events -------------------------------------------------------------------------------------------------------------
+EXCEPTION_EVENT = _event("exception", "The exception that ended the span: its type, never its message.", EXCEPTION)
+
+# Resource -----------------------------------------------------------------------------------------------------------
+SERVICE_NAME = _resource("service.name", "string", "`OTEL_SERVICE_NAME`, or `vgen`.")
+SERVICE_INSTANCE = _resource("service.instance.id", "string", "Host, process and rank: one for each process.")
+HOST_NAME = _resource("host.name", "string", "The machine.")
+PROCESS_ID = _resource("process.pid", "int", "The process.")
+_resource(RANK, "int", "The trainer rank: as passed, or torchrun's `RANK`.")
+RL_RUN_ID = _resource("rl.run.id", "string", "The training run; the caller's to pass. Experimental.")
+RL_ALGORITHM = _resource("rl.algorithm", "string", "Such as `grpo`; the caller's to pass. Experimental.")
+
+# Buckets ------------------------------------------------------------------------------------------------------------
+SECONDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0),
+    *(60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0),
+)
+"""From one decoded token to an hour's rollout. OpenTelemetry's own default is made for milliseconds."""
+BYTES = tuple(float(4**power) for power in range(5, 22))
+"""1 KiB to 4 TiB, each bucket four times the one before."""
+COUNTS = tuple(float(2**power) for power in range(21))
+"""1 to a million, each bucket twice the one before: tokens, requests, tensors."""
+
+
+def boundaries(instrument: Instrument) -> tuple[float, ...]:
+    """The upper bounds of a histogram's buckets: its own, or those of its unit."""
+    return instrument.boundaries or {"s": SECONDS, "By": BYTES}.get(instrument.unit, COUNTS)
+
+
+def duration(span_name: str) -> Instrument:
+    """The histogram of a span's seconds. Its labels are those of the span's attributes that take few values."""
+    spec = SPANS.get(span_name)
+    own = [name for name in spec.attributes if ATTRIBUTES[name].label] if spec is not None else []
+    shared = [ENGINE] if span_name.startswith("vgen.") and ENGINE not in own else []
+    labels = (*shared, *own, ERROR_TYPE)
+    return Instrument(span_name + ".duration", "histogram", "s", f"Seconds of `{span_name}`.", labels)
+
+
+# Other vocabularies -------------------------------------------------------------------------------------------------
+OPERATION = _attribute("gen_ai.operation.name", "string", "Always `text_completion`.", label=True)
+PROVIDER = _attribute("gen_ai.provider.name", "string", "Always `vllm`.", label=True)
+TOKEN_TYPE = _attribute("gen_ai.token.type", "string", "`input` or `output`.", label=True)
+
+_GEN_AI_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_GEN_AI_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_GEN_AI_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_GEN_AI_TOKENS = tuple(float(4**power) for power in range(14))
+
+
+def _alias(
+    of: Instrument, name: str, bounds: tuple[float, ...], engines: tuple[str, ...], tokens: str | None = None
+) -> Alias:
+    constant = {OPERATION: "text_completion", PROVIDER: "vllm"} | ({TOKEN_TYPE: tokens} if tokens else {})
+    description = "Prompt and completion tokens of a request." if tokens else of.description
+    return Alias(
+        of.name, Instrument(name, "histogram", of.unit, description, (*constant, MODEL), bounds), engines, constant
+    )
+
+
+_HERE = ("colocate",)
+"""vgen runs the engine itself: only then is this process a model server."""
+_ELSEWHERE = ("server", "ray")
+"""The engine is another process, and this one its client."""
+
+GEN_AI = Convention(
+    attributes={name: {OPERATION: "text_completion", PROVIDER: "vllm"} for name in (GENERATE, REQUEST)},
+    metrics=(
+        _alias(REQUEST_E2E, "gen_ai.server.request.duration", _GEN_AI_SECONDS, _HERE),
+        _alias(REQUEST_TTFT, "gen_ai.server.time_to_first_token", _GEN_AI_FIRST, _HERE),
+        _alias(REQUEST_TPOT, "gen_ai.server.time_per_output_token", _GEN_AI_PER_TOKEN, _HERE),
+        _alias(REQUEST_E2E, "gen_ai.client.operation.duration", _GEN_AI_SECONDS, _ELSEWHERE),
+        _alias(REQUEST_TTFT, "gen_ai.client.operation.time_to_first_chunk", _GEN_AI_SECONDS, _ELSEWHERE),
+        _alias(PROMPT_LENGTH, "gen_ai.client.token.usage", _GEN_AI_TOKENS, _ELSEWHERE, tokens="input"),
+        _alias(COMPLETION_LENGTH, "gen_ai.client.token.usage", _GEN_AI_TOKENS, _ELSEWHERE, tokens="output"),
+    ),
+)
+"""OpenTelemetry's generative AI conventions, with their own buckets. Status there: development."""
+
+RL_EXPERIMENTAL = Convention(
+    spans={STEP: "rl.loop", GENERATE: "rl.sample", "reward": "rl.reward", "update": "rl.train", WEIGHT_SYNC: "rl.sync"}
+)
+"""Experimental: the names under discussion for reinforcement learning, open-telemetry/semantic-conventions-genai
+issue 88. Resource attributes that belong to it: `rl.run.id`, `rl.algorithm`. It will change with them."""

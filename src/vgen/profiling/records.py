@@ -207,11 +207,11 @@ class Sink(Protocol):
 class IdentitySink(Protocol):
     """An inline sink whose backend gives out span ids. A context takes at most one, and every sink records its ids.
 
-    `identify` is called before any sink's `on_start`; it may replace `trace_id`, `span_id` and
-    `parent_id` of the span.
+    `identify` is called before any sink's `on_start`. It sets `trace_id` and `span_id` of the span, and
+    may replace `parent_id`; when it returns false, or raises, vgen gives out ids of its own.
     """
 
-    def identify(self, span: Span) -> None: ...
+    def identify(self, span: Span) -> bool: ...
 
 
 _PLAIN = frozenset({str, bool, int, float, list, tuple})

@@ -1,0 +1,176 @@
+"""What is measured, as OpenTelemetry's instruments: the half of `OTelSink` that has to do with metrics."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from opentelemetry import metrics
+
+from .. import names
+from ..records import Attributes, Instrument, Measurement
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+
+logger = logging.getLogger("vgen.telemetry")
+
+MAX_USER_SPANS = 64
+"""Span names of the caller's own that get a duration histogram each. A name with a number in it has no bound."""
+
+_VALID = re.compile(r"[A-Za-z][A-Za-z0-9_.\-/]{0,254}")
+_numbers = itertools.count()
+
+Timer: TypeAlias = Callable[[float, Attributes, "str | None"], None]
+_Take: TypeAlias = Callable[[Sequence[float], Attributes], None]
+_Put: TypeAlias = Callable[[float, dict[str, Any]], None]
+
+
+class OTelInstruments:
+    """Gives each `Instrument` its counterpart of OpenTelemetry, with buckets that suit its unit, once.
+
+    Only what `Instrument.attributes` lists becomes a label. A value that OpenTelemetry cannot hold (NaN
+    or an infinity in a histogram, anything negative in a histogram or counter) is left out, counted in
+    `refused` and reported once for each instrument.
+    """
+
+    def __init__(
+        self, provider: MeterProvider | None, scope: str, version: str, conventions: Iterable[names.Convention]
+    ) -> None:
+        self.refused = 0
+        self._meter = metrics.get_meter(scope, version, provider)
+        # OpenTelemetry keeps the callbacks of whoever is first to observe a gauge in a scope: so each sink has its own.
+        number = next(_numbers)
+        self._observing = metrics.get_meter(
+            scope, version, provider, attributes={names.SINK_NUMBER: number} if number else None
+        )
+        self._aliases = [alias for convention in conventions for alias in convention.metrics]
+        self._takes: dict[tuple[str, object], _Take] = {}
+        self._user_spans = 0
+        self._gauges: dict[str, list[tuple[Callable[[], float | None], dict[str, Any]]]] = {}
+        self._reported: set[str] = set()
+
+    def record(self, measurement: Measurement) -> None:
+        """Hand the values on, also under the names that other conventions have for them."""
+        instrument, attributes = measurement.instrument, measurement.attributes
+        if instrument.name in self._gauges:
+            return  # read when it is collected, so always fresher than this
+        key = instrument.name, attributes.get(names.ENGINE)
+        take = self._takes.get(key)
+        if take is None:
+            take = self._takes[key] = self._taker(instrument, key[1])
+        take(measurement.values, attributes)
+
+    def timer(self, name: str) -> Timer | None:
+        """What takes the seconds, attributes and error of each span called `name`; None where it gets no histogram."""
+        instrument = names.duration(name)
+        if name not in names.SPANS and not name.startswith(names.RESERVED):
+            self._user_spans += 1
+            if self._user_spans > MAX_USER_SPANS or not _VALID.fullmatch(instrument.name):
+                return None
+        record: _Put = _histogram(self._meter, instrument).record
+        labels = tuple(label for label in instrument.attributes if label != names.ERROR_TYPE)
+
+        def time(seconds: float, attributes: Attributes, error: str | None) -> None:
+            kept = {label: attributes[label] for label in labels if label in attributes} if labels else {}
+            if error is not None:
+                kept[names.ERROR_TYPE] = error
+            record(seconds, kept)
+
+        return time
+
+    def observe(self, instrument: Instrument, read: Callable[[], float | None], attributes: Attributes) -> None:
+        """Have `read` asked whenever metrics are collected, on whatever thread does that."""
+        kept = {label: attributes[label] for label in instrument.attributes if label in attributes}
+        readers = self._gauges.get(instrument.name)
+        if readers is not None:
+            readers.append((read, kept))
+            return
+        self._gauges[instrument.name] = readers = [(read, kept)]
+
+        def collect(_: CallbackOptions) -> Iterator[Observation]:
+            return self._read(instrument.name, readers)
+
+        self._observing.create_observable_gauge(instrument.name, [collect], instrument.unit, instrument.description)
+
+    def close(self) -> None:
+        """Observe nothing any more: what is observed may be gone when its callback is still there."""
+        for readers in self._gauges.values():
+            readers.clear()
+
+    def _read(
+        self, name: str, readers: list[tuple[Callable[[], float | None], dict[str, Any]]]
+    ) -> Iterator[Observation]:
+        for entry in tuple(readers):
+            try:
+                value = entry[0]()
+            except Exception as error:
+                self._report(name, f"the callback of the gauge {name} raised {type(error).__name__}")
+                continue
+            if value is not None:
+                yield metrics.Observation(value, entry[1])
+            elif entry in readers:
+                readers.remove(entry)
+
+    def _taker(self, instrument: Instrument, engine: object) -> _Take:
+        takers = [self._plain_taker(instrument, {})]
+        takers += [
+            self._plain_taker(alias.instrument, alias.constant)
+            for alias in self._aliases
+            if alias.of == instrument.name and engine in alias.engines
+        ]
+        if len(takers) == 1:
+            return takers[0]
+
+        def take(values: Sequence[float], attributes: Attributes) -> None:
+            for taker in takers:
+                taker(values, attributes)
+
+        return take
+
+    def _plain_taker(self, instrument: Instrument, constant: Mapping[str, str]) -> _Take:
+        labels = tuple(label for label in instrument.attributes if label not in constant)
+
+        def kept(attributes: Attributes) -> dict[str, Any]:
+            return {**constant, **{label: attributes[label] for label in labels if label in attributes}}
+
+        if instrument.kind == "gauge":
+            set_value = self._meter.create_gauge(instrument.name, instrument.unit, instrument.description).set
+            return lambda values, attributes: set_value(values[-1], kept(attributes))
+        if instrument.kind == "counter":
+            add = self._meter.create_counter(instrument.name, instrument.unit, instrument.description).add
+            return lambda values, attributes: add(math.fsum(self._good(instrument, values)), kept(attributes))
+        record: _Put = _histogram(self._meter, instrument).record
+
+        def take(values: Sequence[float], attributes: Attributes) -> None:
+            own = kept(attributes)
+            for value in self._good(instrument, values):
+                record(value, own)
+
+        return take
+
+    def _good(self, instrument: Instrument, values: Sequence[float]) -> Sequence[float]:
+        good = [value for value in values if 0 <= value < math.inf]
+        if len(good) < len(values):
+            self.refused += len(values) - len(good)
+            self._report(instrument.name, f"{instrument.name} got values that are negative or not finite")
+            return good
+        return values
+
+    def _report(self, name: str, problem: str) -> None:
+        if name not in self._reported:
+            self._reported.add(name)
+            logger.warning("vgen: OpenTelemetry's metrics leave something out: %s", problem)
+
+
+def _histogram(meter: Meter, instrument: Instrument) -> metrics.Histogram:
+    return meter.create_histogram(
+        instrument.name,
+        instrument.unit,
+        instrument.description,
+        explicit_bucket_boundaries_advisory=names.boundaries(instrument),
+    )
