@@ -195,16 +195,16 @@ class _Core:
     def open(self, span: Span, bound: dict[str, Any], name: str, own: Mapping[str, Any], parent: Span | None) -> None:
         """Fill in a new span and tell the sinks. `start_ns` may already be set."""
         if parent is None:
-            inherited = {**bound, **own} if bound else own
+            inherited = {**bound, **plain(own)} if bound else plain(own)
             span.parent_id, step, span.sampled = None, None, True
             span.offset_ns = time.time_ns() - time.monotonic_ns()
         else:
-            inherited = {**parent.inherited, **bound, **own}
+            inherited = {**parent.inherited, **bound, **plain(own)}
             span.trace_id, span.parent_id, step = parent.trace_id, parent.span_id, parent.step
             span.sampled = parent.sampled
             span.offset_ns = parent.offset_ns
         span.name, span.parent = name, parent
-        span.attributes = span.inherited = plain(inherited)
+        span.attributes = span.inherited = inherited
         span.events = span.links = ()
         span.end_ns = span.error = span.handle = None
         if isinstance(span, Step):

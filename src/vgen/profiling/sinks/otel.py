@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ...errors import MissingExtraError
 from .. import names
-from ..records import Attributes, Instrument, Link, Measurement, Sink, Span
+from ..records import Attributes, Instrument, Link, Measurement, Sink, Span, Step
 
 try:
     from opentelemetry import trace
@@ -86,6 +86,7 @@ class OTelSink(Sink):
         self._names = {own: theirs for convention in conventions for own, theirs in convention.spans.items()}
         self._extra = {name: extra for convention in conventions for name, extra in convention.attributes.items()}
         self._plans: dict[str, _Plan] = {}
+        self._untimed = self._metrics.idle
 
     def identify(self, span: Span) -> bool:
         """Start OpenTelemetry's span and give vgen's its ids. False without an SDK: then there are none."""
@@ -157,13 +158,18 @@ class OTelSink(Sink):
 
     def _plan(self, name: str) -> _Plan:
         shown = self._names.get(name, name)
-        plan = _Plan(shown, self._extra.get(name), self._metrics.timer(shown))
+        plan = _Plan(shown, self._extra.get(name), None if self._untimed else self._metrics.timer(shown))
         if len(self._plans) < MAX_PLANS:
             self._plans[name] = plan
         return plan
 
     def on_measurement(self, measurement: Measurement) -> None:
         self._metrics.record(measurement)
+
+    def on_step(self, step: Step) -> None:
+        if self._untimed and not self._metrics.idle:  # a global provider has been set since
+            self._untimed = False
+            self._plans.clear()
 
     def on_observe(self, instrument: Instrument, read: Callable[[], float | None], attributes: Attributes) -> None:
         self._metrics.observe(instrument, read, attributes)

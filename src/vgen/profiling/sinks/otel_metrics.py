@@ -42,6 +42,7 @@ class OTelInstruments:
         self, provider: MeterProvider | None, scope: str, version: str, conventions: Iterable[names.Convention]
     ) -> None:
         self.refused = 0
+        self._provider = provider
         self._meter = metrics.get_meter(scope, version, provider)
         # OpenTelemetry keeps the callbacks of whoever is first to observe a gauge in a scope: so each sink has its own.
         number = next(_numbers)
@@ -64,6 +65,12 @@ class OTelInstruments:
         if take is None:
             take = self._takes[key] = self._taker(instrument, key[1])
         take(measurement.values, attributes)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody takes what is measured: no provider was given, and there is no global one so far."""
+        provider = self._provider or metrics.get_meter_provider()
+        return type(provider).__module__.startswith("opentelemetry.metrics.")
 
     def timer(self, name: str) -> Timer | None:
         """What takes the seconds, attributes and error of each span called `name`; None where it gets no histogram."""
