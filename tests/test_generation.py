@@ -36,9 +36,9 @@ def generation(engine, sink):
 def test_the_default_context_is_off_and_everything_works(engine):
     with Generation(engine, Weights()) as generation:
         assert [c.token_ids for c in generation.generate([[1, 2], [3]], num_generations=2)] == [[1, 2]] * 2 + [[3]] * 2
-        generation.sync_weights()
-        generation.sleep()
-        generation.wake_up()
+        assert generation.sync_weights().seconds > 0
+        assert generation.sleep().seconds > 0
+        assert generation.wake_up().seconds > 0
     assert engine.calls == ["generate", "load_weights", "reset_caches", "sleep", "wake_up", "close"]
 
 

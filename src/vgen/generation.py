@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 from .engines.base import Engine, EngineState, Request, StateMachine
 from .errors import EngineError, EngineStateError, PromptError, VgenError
 from .profiling import ProfilingContext, names
+from .profiling.device import DeviceTimer, memory
 from .profiling.rollouts import measure
 from .ranks import GroupRanks, Ranks, SingleRank
 from .types import Completion, Completions, Prompt, Sampling, SleepReport, SyncReport
@@ -68,8 +70,9 @@ class Generation:
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._regex, self._request_spans, self._sleep_mode = structured_outputs_regex, request_spans, sleep_mode
         self._profiling = profiling.bind({names.ENGINE: engine.kind})
+        self._device = DeviceTimer(self._profiling)
         self._states, self._busy = StateMachine(), threading.Lock()
-        self._asleep: set[str] = set()
+        self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, "0"
         engine.set_weight_version(self._version)
         self._states.move("construction", EngineState.AWAKE)
@@ -173,13 +176,16 @@ class Generation:
                 # vLLM itself would report success and free nothing
                 raise EngineStateError("sleep", "awake", "construct with enable_sleep_mode=True")
             with self._profiling.span(names.SLEEP, {names.SLEEP_LEVEL: level}) as span:
-                self._states.move("sleep", EngineState.ASLEEP, f"level {level}")
+                self._level, start = f"level {level}", time.monotonic()
+                self._states.move("sleep", EngineState.ASLEEP, self._level)
                 with self._failing("sleep"):
                     report = self._engine.sleep(level)
                 self._asleep = set(TAGS)
                 self._stale = self._stale or (level == 2 and report.memory_freed)
-                span.set({names.MEMORY_FREED: report.memory_freed, names.DEVICE_BYTES: report.device_bytes})
-        return replace(report, seconds=span.duration or 0.0)
+                seconds = time.monotonic() - start
+                own = {names.MEMORY_FREED: report.memory_freed, names.DEVICE_BYTES: report.device_bytes}
+                span.set({**own, **self._memory()})
+        return replace(report, seconds=seconds)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> SleepReport:
         """Take memory again: `["weights"]`, `["kv_cache"]`, or both when None. Awake once both are back.
@@ -195,19 +201,21 @@ class Generation:
                 raise ValueError(f"tags must be among {', '.join(TAGS)}, got {tag!r}")
         with self._exclusive("wake_up"):
             self._states.require("wake_up", EngineState.ASLEEP)
-            detail = self._states.detail
+            start = time.monotonic()
             asked = [tag for tag in TAGS if tag in (tags or TAGS)]
             with self._profiling.span(names.WAKE_UP, {names.WAKE_TAGS: asked}) as span:
-                self._states.move("wake_up", EngineState.WAKING, detail)
+                self._states.move("wake_up", EngineState.WAKING, self._level)
                 with self._failing("wake_up"):
                     report = self._engine.wake_up(asked)
                 self._asleep -= set(asked)
                 if self._asleep:
-                    self._states.move("wake_up", EngineState.ASLEEP, detail)
+                    self._states.move("wake_up", EngineState.ASLEEP, self._level)
                 else:
                     self._states.move("wake_up", EngineState.AWAKE)
-                span.set({names.DEVICE_BYTES: report.device_bytes, names.RESTORED: self._stale or None})
-        return replace(report, seconds=span.duration or 0.0)
+                seconds = time.monotonic() - start
+                own = {names.DEVICE_BYTES: report.device_bytes, names.RESTORED: self._stale or None}
+                span.set({**own, **self._memory()})
+        return replace(report, seconds=seconds)
 
     def close(self) -> None:
         """Shut the engine down. Twice does no harm; anything else afterwards raises `EngineStateError`."""
@@ -275,22 +283,30 @@ class Generation:
             raise
 
     def _sync(self, version: str) -> SyncReport:
-        source, profiling = self._source, self._profiling
-        then = EngineState.ASLEEP if self._asleep else EngineState.AWAKE
+        source, profiling, start = self._source, self._profiling, time.monotonic()
+        then, detail = (EngineState.ASLEEP, self._level) if self._asleep else (EngineState.AWAKE, "")
         own = {names.WEIGHT_VERSION: version, names.TRANSPORT: "reload", names.TRANSPORT_REASON: "in process"}
         with (
             profiling.span(names.WEIGHT_SYNC, own) as span,
-            self._states.during("sync_weights", EngineState.SYNCING, then, self._states.detail),
+            self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
-            with profiling.span(names.SYNC_LOAD) as load:
+            with profiling.span(names.SYNC_LOAD) as load, self._device.of(load):
                 self._engine.load_weights(source)
                 load.set({names.GATHER_SECONDS: source.seconds})
             with profiling.span(names.SYNC_RESET):
                 self._engine.reset_caches()
                 self._engine.set_weight_version(version)
-            span.set({names.SYNC_BYTES: source.bytes, names.SYNC_TENSORS: source.tensors})
+            seconds = time.monotonic() - start
+            report = SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=seconds)
+            own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}
+            span.set({**own, names.SYNC_RATE: report.bandwidth, **self._memory()})
         self._version, self._stale = version, False
-        return SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=span.duration or 0.0)
+        profiling.record(names.SYNCED_BYTES, report.bytes, **{names.TRANSPORT: "reload"})
+        profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **{names.TRANSPORT: "reload"})
+        return report
+
+    def _memory(self) -> dict[str, int]:
+        return memory() if self._profiling.enabled else {}
 
     def _restore(self) -> None:
         """Bring the trainer's weights into an engine that holds none."""
@@ -382,7 +398,7 @@ class ColocateGeneration(Generation):
             own = {names.MODEL: checkpoint.path, names.ENGINE: ColocateEngine.kind}
             with profiling.span(names.ENGINE_INIT, own) as span:
                 engine = ColocateEngine(checkpoint.path, **settings | dict(engine_kwargs or {}))
-                span.set({names.DEVICE: engine.device_type})
+                span.set({names.DEVICE: engine.device_type, **(memory() if profiling.enabled else {})})
         finally:
             if checkpoint.folder is not None:
                 checkpoint.folder.cleanup()

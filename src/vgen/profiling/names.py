@@ -148,6 +148,19 @@ DEVICE_BYTES = _attribute(
     "vgen.memory.device.bytes", "int", "Device memory given back (sleep) or taken (wake up); absent on a CPU."
 )
 RESTORED = _attribute("vgen.wake_up.restores_weights", "bool", "The next generation restores the weights first.")
+DEVICE_FREE = _attribute("vgen.memory.device.free", "int", "Free device memory by the driver, in bytes.")
+DEVICE_USED = _attribute("vgen.memory.device.used", "int", "Device memory in use, of all processes, in bytes.")
+ALLOCATED = _attribute("vgen.memory.device.allocated", "int", "What torch's allocator has handed out, in bytes.")
+RESERVED_MEMORY = _attribute("vgen.memory.device.reserved", "int", "What torch's allocator holds, in bytes.")
+HOST_RESIDENT = _attribute("vgen.memory.host.resident", "int", "Host memory of this process, in bytes.")
+HOST_AVAILABLE = _attribute("vgen.memory.host.available", "int", "Host memory still to be had, in bytes.")
+TIMED_SPAN = _attribute("vgen.timed_span.name", "string", "Which span's device work was timed.", label=True)
+TIMED_SPAN_ID = _attribute("vgen.timed_span.id", "string", "That span's id.")
+INPUT_CONTENT = _attribute("gen_ai.input.messages", "string", "The prompt. Only where content capture is on.")
+OUTPUT_CONTENT = _attribute("gen_ai.output.messages", "string", "The completion. Only where content capture is on.")
+EXCEPTION_MESSAGE = _attribute(
+    "exception.message", "string", "What the exception says. Only where content capture is on."
+)
 EXCEPTION = _attribute("exception.type", "string", "The type of the exception that ended the span.")
 ERROR_TYPE = _attribute("error.type", "string", "OpenTelemetry's name for the same.", label=True)
 SINK = _attribute("vgen.telemetry.sink", "string", "The sink's class.", label=True)
@@ -229,6 +242,10 @@ SYNCED_BYTES = _metric("vgen.weight_sync.sent", "counter", "By", "Bytes of weigh
 SYNC_BANDWIDTH = _metric(
     "vgen.weight_sync.rate", "gauge", "By/s", "Bytes sent for each second of the last sync.", ENGINE, TRANSPORT
 )
+DEVICE_TIME = _metric(
+    "vgen.device.time", "histogram", "s", "What a span's work took on the device, by device events.", TIMED_SPAN
+)
+DEVICE_PENDING = _metric("vgen.device.pending", "gauge", "{span}", "Timed spans whose device work is not done yet.")
 DROPPED = _metric(
     "vgen.telemetry.dropped", "counter", "{record}", "Telemetry records lost to a full queue or a dead sink.", SINK
 )

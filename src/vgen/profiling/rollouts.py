@@ -11,7 +11,8 @@ from .records import Span
 def measure(profiling: ProfilingContext, span: Span, engine_span: Span, result: Completions, slowest: int) -> None:
     """The counts of a call onto its span, every request into the metrics, the `slowest` as spans of the engine's."""
     done = [completion for completion in result if completion.error is None]
-    tokens_in = sum(len(result.prompt_ids[completion.prompt_index]) for completion in done)
+    prompt_lengths = [len(result.prompt_ids[completion.prompt_index]) for completion in done]
+    tokens_in = sum(prompt_lengths)
     tokens_out = result.output_tokens
     span.set({names.COMPLETIONS: len(done), names.INPUT_TOKENS: tokens_in, names.OUTPUT_TOKENS: tokens_out})
     if not done:
@@ -21,6 +22,7 @@ def measure(profiling: ProfilingContext, span: Span, engine_span: Span, result: 
     if engine_span.duration:
         profiling.record(names.THROUGHPUT, tokens_out / engine_span.duration)
     profiling.record_many(names.COMPLETION_LENGTH, [len(completion.token_ids) for completion in done])
+    profiling.record_many(names.PROMPT_LENGTH, prompt_lengths)
     timed = [(completion, completion.timing) for completion in done if completion.timing is not None]
     timings = [timing for _, timing in timed]
     profiling.record_many(names.REQUEST_E2E, [timing.e2e for timing in timings])
