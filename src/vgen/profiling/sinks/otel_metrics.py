@@ -27,7 +27,6 @@ _numbers = itertools.count()
 
 Timer: TypeAlias = Callable[[float, Attributes, "str | None"], None]
 _Take: TypeAlias = Callable[[Sequence[float], Attributes], None]
-_Put: TypeAlias = Callable[[float, dict[str, Any]], None]
 
 
 class OTelInstruments:
@@ -79,7 +78,7 @@ class OTelInstruments:
             self._user_spans += 1
             if self._user_spans > MAX_USER_SPANS or not _VALID.fullmatch(instrument.name):
                 return None
-        record: _Put = _histogram(self._meter, instrument).record
+        record = _histogram(self._meter, instrument).record
         labels = tuple(label for label in instrument.attributes if label != names.ERROR_TYPE)
 
         def time(seconds: float, attributes: Attributes, error: str | None) -> None:
@@ -124,22 +123,22 @@ class OTelInstruments:
                 readers.remove(entry)
 
     def _taker(self, instrument: Instrument, engine: object) -> _Take:
-        takers = [self._plain_taker(instrument, {})]
-        takers += [
-            self._plain_taker(alias.instrument, alias.constant)
+        puts = [self._putter(instrument, {})]
+        puts += [
+            self._putter(alias.instrument, alias.constant)
             for alias in self._aliases
             if alias.of == instrument.name and engine in alias.engines
         ]
-        if len(takers) == 1:
-            return takers[0]
 
         def take(values: Sequence[float], attributes: Attributes) -> None:
-            for taker in takers:
-                taker(values, attributes)
+            good = values if instrument.kind == "gauge" else self._good(instrument, values)
+            if good:
+                for put in puts:
+                    put(good, attributes)
 
         return take
 
-    def _plain_taker(self, instrument: Instrument, constant: Mapping[str, str]) -> _Take:
+    def _putter(self, instrument: Instrument, constant: Mapping[str, str]) -> _Take:
         labels = tuple(label for label in instrument.attributes if label not in constant)
 
         def kept(attributes: Attributes) -> dict[str, Any]:
@@ -150,15 +149,15 @@ class OTelInstruments:
             return lambda values, attributes: set_value(values[-1], kept(attributes))
         if instrument.kind == "counter":
             add = self._meter.create_counter(instrument.name, instrument.unit, instrument.description).add
-            return lambda values, attributes: add(math.fsum(self._good(instrument, values)), kept(attributes))
-        record: _Put = _histogram(self._meter, instrument).record
+            return lambda values, attributes: add(sum(values), kept(attributes))
+        record = _histogram(self._meter, instrument).record
 
-        def take(values: Sequence[float], attributes: Attributes) -> None:
+        def put(values: Sequence[float], attributes: Attributes) -> None:
             own = kept(attributes)
-            for value in self._good(instrument, values):
+            for value in values:
                 record(value, own)
 
-        return take
+        return put
 
     def _good(self, instrument: Instrument, values: Sequence[float]) -> Sequence[float]:
         good = [value for value in values if 0 <= value < math.inf]

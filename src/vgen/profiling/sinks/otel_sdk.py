@@ -1,0 +1,228 @@
+"""OpenTelemetry's SDK, set up the right way for a trainer. Nothing global is set, and nothing here is needed by a
+caller who has providers of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ...errors import MissingExtraError
+from .. import names
+from ..ids import new_span_id, new_trace_id
+from .deadline import within
+
+try:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+    from opentelemetry.sdk.trace.id_generator import IdGenerator
+except ImportError as error:
+    raise MissingExtraError("vgen.profiling.sinks.otel_sdk", "OpenTelemetry's SDK", "otlp") from error
+
+logger = logging.getLogger("vgen.telemetry")
+
+CLOSE_TIMEOUT = 2.0
+"""Seconds that `Providers.close` may take by default."""
+SDK_PATIENCE = 60.0
+"""More seconds than the SDK's own shutdown ever takes."""
+
+
+def otlp_providers(
+    *,
+    service_name: str | None = None,
+    rank: int | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    metric_readers: Iterable[MetricReader] = (),
+) -> Providers:
+    """Providers that export over OTLP, as the standard `OTEL_*` variables say.
+
+    `OTEL_EXPORTER_OTLP_PROTOCOL` is `http/protobuf` (the default) or `grpc`; endpoint, headers, timeout,
+    sampler, batch sizes and export interval have their own variables, which the SDK reads. With
+    `OTEL_TRACES_EXPORTER=none` or `OTEL_METRICS_EXPORTER=none` that signal is not exported.
+
+    What is passed here goes before the environment. `attributes` are added to the resource;
+    `metric_readers` read the metrics as well, such as `prometheus_reader`.
+
+        with otlp_providers(service_name="grpo", attributes={"rl.algorithm": "grpo"}) as otlp:
+            profiling = ProfilingContext([OTelSink(otlp.tracer_provider, otlp.meter_provider)])
+
+    Raises:
+        ValueError: A variable names a protocol or exporter that is not known here.
+    """
+    described = resource(service_name=service_name, rank=rank, attributes=attributes)
+    readers = list(metric_readers)
+    if _exports("METRICS"):
+        readers.append(PeriodicExportingMetricReader(_metric_exporter()))
+    return Providers(described, _span_exporter() if _exports("TRACES") else None, readers)
+
+
+def resource(
+    *, service_name: str | None = None, rank: int | None = None, attributes: Mapping[str, Any] | None = None
+) -> Resource:
+    """Who is speaking: service, host, process and trainer rank, so that ranks can be told apart.
+
+    What is passed goes before `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME`, and those before what
+    is found out here. The rank defaults to torchrun's `RANK`.
+    """
+    host, launched = socket.gethostname(), os.environ.get("RANK", "")
+    own: dict[str, Any] = {names.SERVICE_NAME: "vgen", names.HOST_NAME: host, names.PROCESS_ID: os.getpid()}
+    passed: dict[str, Any] = dict(attributes or {})
+    if service_name is not None:
+        passed[names.SERVICE_NAME] = service_name
+    if rank is not None:
+        passed[names.RANK] = rank
+    elif launched.isdecimal():
+        own[names.RANK] = rank = int(launched)
+    own[names.SERVICE_INSTANCE] = f"{host}-{os.getpid()}" + ("" if rank is None else f"-rank{rank}")
+    said = OTELResourceDetector().detect().attributes
+    return Resource.create({**{name: value for name, value in own.items() if name not in said}, **passed})
+
+
+class RandomIds(IdGenerator):
+    """Ids from the operating system's randomness.
+
+    The SDK's own draws them from `random`, which trainers seed, often alike on every rank: then the
+    ranks' spans would have the same ids.
+    """
+
+    def generate_span_id(self) -> int:
+        return int(new_span_id(), 16)
+
+    def generate_trace_id(self) -> int:
+        return int(new_trace_id(), 16)
+
+    def is_trace_id_random(self) -> bool:
+        return True
+
+
+class Providers:
+    """A `tracer_provider` and a `meter_provider`, and an end of both that does not wait for a dead collector.
+
+    Closes by itself at interpreter exit. After a fork the child has to make its own.
+    """
+
+    def __init__(
+        self, described: Resource, span_exporter: SpanExporter | None, metric_readers: Sequence[MetricReader]
+    ) -> None:
+        # Not the SDK's own end at exit: it waits for the collector, up to half a minute.
+        self.tracer_provider = TracerProvider(resource=described, id_generator=RandomIds(), shutdown_on_exit=False)
+        self.meter_provider = MeterProvider(metric_readers, resource=described, shutdown_on_exit=False)
+        self._counted = None
+        if span_exporter is not None:
+            self._counted = _Counted(span_exporter)
+            self.tracer_provider.add_span_processor(_Counting(self._counted))
+        self._pid = os.getpid()
+        self._asked, self._over = threading.Event(), threading.Event()
+        self._in_time = False
+        # Now: Python 3.12 and newer start no thread once the interpreter is on its way out.
+        threading.Thread(target=self._close, name="vgen-otel-close", daemon=True).start()
+        # Bound to a provider, which the callback itself keeps alive: so it runs at exit only, and there after the
+        # contexts made later, which have something to hand on until then.
+        self._at_exit = weakref.finalize(self.tracer_provider, self.close)
+
+    @property
+    def lost(self) -> int:
+        """Spans that ended and were not delivered. While the providers are open: not yet."""
+        return 0 if self._counted is None else self._counted.accepted - self._counted.delivered
+
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
+        """Export what is left and shut both down, within `timeout` seconds. Twice does no harm.
+
+        False when that was not enough, or spans were lost; a warning then says how many.
+        """
+        if self._at_exit.detach() is not None and os.getpid() == self._pid:
+            self._asked.set()
+            self._in_time = self._over.wait(timeout) and self._in_time
+            if self.lost or not self._in_time:
+                logger.warning(
+                    "vgen: OpenTelemetry closed with losses: %d spans were not delivered%s",
+                    self.lost,
+                    "" if self._in_time else f", and not everything ended within {timeout:.1f} s",
+                )
+        return self._in_time and not self.lost
+
+    def __enter__(self) -> Providers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _close(self) -> None:
+        self._asked.wait()
+        self._in_time = within(SDK_PATIENCE, self.tracer_provider.shutdown, self.meter_provider.shutdown)
+        self._over.set()
+
+
+class _Counted(SpanExporter):
+    """Counts what an exporter has delivered."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self.accepted = self.delivered = 0
+        self._exporter = exporter
+        self.shutdown = exporter.shutdown
+        self.force_flush = exporter.force_flush
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        if result is SpanExportResult.SUCCESS:
+            self.delivered += len(spans)
+        return result
+
+
+class _Counting(BatchSpanProcessor):
+    """Counts what is to be delivered."""
+
+    def __init__(self, counted: _Counted) -> None:
+        super().__init__(counted)
+        self._counted, self._counting = counted, threading.Lock()
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.context is not None and span.context.trace_flags.sampled:
+            with self._counting:
+                self._counted.accepted += 1
+        super().on_end(span)
+
+
+def _exports(signal: str) -> bool:
+    variable = f"OTEL_{signal}_EXPORTER"
+    named = os.environ.get(variable, "").strip() or "otlp"
+    if named not in ("otlp", "none"):
+        raise ValueError(f"{variable} is {named!r}; otlp_providers knows `otlp` and `none`")
+    return named == "otlp"
+
+
+def _span_exporter() -> SpanExporter:
+    if _over_grpc("TRACES"):
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as OverGrpc
+
+        return OverGrpc()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter()
+
+
+def _metric_exporter() -> MetricExporter:
+    if _over_grpc("METRICS"):
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as OverGrpc
+
+        return OverGrpc()
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+
+    return OTLPMetricExporter()
+
+
+def _over_grpc(signal: str) -> bool:
+    for variable in (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = os.environ.get(variable, "").strip()
+        if protocol:
+            if protocol not in ("grpc", "http/protobuf"):
+                raise ValueError(f"{variable} is {protocol!r}; it must be `grpc` or `http/protobuf`")
+            return protocol == "grpc"
+    return False
