@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -80,7 +81,7 @@ def test_the_span_ends_when_the_host_is_done_whatever_the_device_does(cuda):
 def test_an_exception_still_records_the_end(cuda):
     profiling = ProfilingContext()
     timer = DeviceTimer(profiling)
-    with pytest.raises(OSError), profiling.span("x") as span, timer.of(span):
+    with contextlib.suppress(OSError), profiling.span("x") as span, timer.of(span):
         Event.now += 1
         raise OSError
     assert profiling.summary()["vgen.device.time.sum"] == 1.0

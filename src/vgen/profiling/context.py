@@ -387,7 +387,11 @@ class StepMaker(SpanMaker):
     def _finish(self, span: Span, now: int, error: str | None) -> None:
         core = self._core
         assert isinstance(span, Step)
+        # once more the current span: what is observed, and what its callbacks record, belongs to this step
+        after = core.current.get()
+        core.current.set(span)
         core.sample()
+        core.current.set(after)
         span.end_ns = now
         core.end(span, error)
         span.row.close()
