@@ -131,11 +131,11 @@ class Generation:
                 if self._stale:
                     self._restore()
                 span.set({names.WEIGHT_VERSION: self._version, names.REFUSED: len(errors) or None})
-                good = [ids for index, ids in enumerate(prompt_ids) if index not in errors]
-                everyone, start = self._ranks.gather(good)
+                good = [index for index in range(len(prompts)) if index not in errors]
+                everyone, start = self._ranks.gather([prompt_ids[index] for index in good])
                 requests = _requests(everyone, num_generations, sampling.seed)
                 with self._profiling.span(names.ENGINE_GENERATE) as engine_span:
-                    sampled = self._sample(requests, sampling, on_completion)
+                    sampled = self._sample(requests, sampling, _for_own(on_completion, good, start))
                 with self._profiling.span(names.DECODE_OUTPUTS):
                     mine = sampled[start * num_generations : (start + len(good)) * num_generations]
                     completions = _place(mine, len(prompts), num_generations, errors)
@@ -421,6 +421,21 @@ def _requests(prompts: list[list[int]], num_generations: int, seed: int | None) 
         for index, ids in enumerate(prompts)
         for generation in range(num_generations)
     ]
+
+
+def _for_own(
+    on_completion: Callable[[Completion], None] | None, good: list[int], start: int
+) -> Callable[[Completion], None] | None:
+    """`on_completion` for this rank's own completions alone, under their places in the caller's list."""
+    if on_completion is None:
+        return None
+
+    def pass_on(completion: Completion) -> None:
+        place = completion.prompt_index - start
+        if 0 <= place < len(good):
+            on_completion(replace(completion, prompt_index=good[place]))
+
+    return pass_on
 
 
 def _place(
