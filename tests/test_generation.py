@@ -39,7 +39,7 @@ def test_the_default_context_is_off_and_everything_works(engine):
         assert generation.sync_weights().seconds > 0
         assert generation.sleep().seconds > 0
         assert generation.wake_up().seconds > 0
-    assert engine.calls == ["generate", "load_weights", "reset_caches", "sleep", "wake_up", "close"]
+    assert engine.calls == ["stream", "load", "reset_cache", "sleep", "wake_up", "close"]
 
 
 def test_a_sink_that_raises_everywhere_does_not_stop_generation(engine):
@@ -81,10 +81,10 @@ def test_versions_count_up_or_are_the_callers(generation, engine):
 def test_waking_from_level_2_restores_the_weights_before_the_first_token(generation, engine, sink):
     generation.sleep(2)
     generation.wake_up()
-    assert "load_weights" not in engine.calls
+    assert "load" not in engine.calls
     generation.generate([[1]])
     generation.generate([[1]])
-    assert engine.calls == ["sleep", "wake_up", "load_weights", "reset_caches", "generate", "generate"]
+    assert engine.calls == ["sleep", "wake_up", "load", "reset_cache", "stream", "stream"]
     (sync,) = sink.named(names.WEIGHT_SYNC)
     assert sync.parent.name == names.GENERATE
     assert sink.named(names.WAKE_UP)[0].attributes[names.RESTORED] is True
@@ -96,14 +96,14 @@ def test_a_sync_after_waking_is_not_done_twice(generation, engine):
     generation.sync_weights()
     generation.wake_up(["kv_cache"])
     generation.generate([[1]])
-    assert engine.calls.count("load_weights") == 1
+    assert engine.calls.count("load") == 1
 
 
 def test_level_1_keeps_the_weights(generation, engine):
     generation.sleep(1)
     generation.wake_up()
     generation.generate([[1]])
-    assert "load_weights" not in engine.calls
+    assert "load" not in engine.calls
 
 
 @pytest.mark.parametrize("call", ["sleep", "wake_up", "sync_weights"])
@@ -111,7 +111,7 @@ def test_level_1_keeps_the_weights(generation, engine):
 def test_an_engine_call_that_raises_leaves_it_failed_with_a_red_span(generation, engine, sink, call, error):
     if call == "wake_up":
         generation.sleep()
-    engine.raises["load_weights" if call == "sync_weights" else call] = error
+    engine.raises["load" if call == "sync_weights" else call] = error
     kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else (EngineError, OSError)
     with pytest.raises(kind):
         getattr(generation, call)()
@@ -122,7 +122,7 @@ def test_an_engine_call_that_raises_leaves_it_failed_with_a_red_span(generation,
 
 
 def test_a_failed_sync_is_brought_back_by_the_next(generation, engine):
-    engine.raises["load_weights"] = WeightSyncError("gone", phase="load", parameter="a")
+    engine.raises["load"] = WeightSyncError("gone", phase="load", parameter="a")
     with pytest.raises(WeightSyncError, match="parameter 'a'"):
         generation.sync_weights()
     with pytest.raises(EngineStateError, match="failed"):
@@ -133,14 +133,14 @@ def test_a_failed_sync_is_brought_back_by_the_next(generation, engine):
 
 
 def test_an_engine_that_breaks_while_generating_is_failed(generation, engine):
-    engine.raises["generate"] = EngineError("gone")
+    engine.raises["stream"] = EngineError("gone")
     with pytest.raises(EngineError):
         generation.generate([[1]])
     assert generation.state is EngineState.FAILED
 
 
 def test_a_refused_parameter_is_not_the_engines_fault(generation, engine):
-    engine.raises["generate"] = ValueError("bad parameter")
+    engine.raises["stream"] = ValueError("bad parameter")
     with pytest.raises(ValueError, match="bad parameter"):
         generation.generate([[1]])
     assert generation.state is EngineState.AWAKE

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from .engines.base import Engine, EngineState, Request, StateMachine
+from .engines.base import Engine, EngineState, Request, Source, StateMachine
 from .errors import EngineError, EngineStateError, PromptError, VgenError
-from .profiling import ProfilingContext, names
+from .profiling import ProfilingContext, Span, names
 from .profiling.device import DeviceTimer, memory
 from .profiling.rollouts import measure
 from .ranks import GroupRanks, Ranks, SingleRank
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 
 TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
-
-
-class Source(Protocol):
-    """The trainer's weights as a stream that can be run again."""
-
-    bytes: int
-    tensors: int
-    seconds: float
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 class Generation:
@@ -74,7 +64,6 @@ class Generation:
         self._states, self._busy = StateMachine(), threading.Lock()
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, "0"
-        engine.set_weight_version(self._version)
         self._states.move("construction", EngineState.AWAKE)
 
     @property
@@ -276,11 +265,18 @@ class Generation:
     def _sample(
         self, requests: list[Request], sampling: Sampling, on_completion: Callable[[Completion], None] | None
     ) -> list[Completion]:
+        """The completions of `requests`, in their order."""
+        done: dict[tuple[int, int], Completion] = {}
         try:
-            return self._engine.generate(requests, sampling, on_completion)
+            with closing(self._engine.stream(requests, sampling)) as stream:
+                for completion in stream:
+                    done[completion.prompt_index, completion.generation_index] = completion
+                    if on_completion is not None:
+                        on_completion(completion)
         except EngineError as error:
             self._states.move("generate", EngineState.FAILED, str(error))
             raise
+        return [done[request.prompt_index, request.generation_index] for request in requests]
 
     def _sync(self, version: str) -> SyncReport:
         source, profiling, start = self._source, self._profiling, time.monotonic()
@@ -290,12 +286,7 @@ class Generation:
             profiling.span(names.WEIGHT_SYNC, own) as span,
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
-            with profiling.span(names.SYNC_LOAD) as load, self._device.of(load):
-                self._engine.load_weights(source)
-                load.set({names.GATHER_SECONDS: source.seconds})
-            with profiling.span(names.SYNC_RESET):
-                self._engine.reset_caches()
-                self._engine.set_weight_version(version)
+            self._engine.sync(source, version, self._phase)
             seconds = time.monotonic() - start
             report = SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=seconds)
             own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}
@@ -304,6 +295,11 @@ class Generation:
         profiling.record(names.SYNCED_BYTES, report.bytes, **{names.TRANSPORT: "reload"})
         profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **{names.TRANSPORT: "reload"})
         return report
+
+    @contextmanager
+    def _phase(self, name: str) -> Generator[Span]:
+        with self._profiling.span(f"{names.WEIGHT_SYNC}.{name}") as span, self._device.of(span):
+            yield span
 
     def _memory(self) -> dict[str, int]:
         return memory() if self._profiling.enabled else {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engines.base import Request
+from .engines.base import Phase, Request, Source
 from .profiling.sinks.memory import MemorySink
 from .types import Completion, RequestTiming, Sampling, SleepReport
 
@@ -79,32 +79,26 @@ class FakeEngine:
         self.raises: dict[str, BaseException] = {}
         self.calls: list[str] = []
         self.weights: dict[str, torch.Tensor] = {}
-        self.version = ""
+        self.version = "0"
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
-    ) -> list[Completion]:
-        self._called("generate")
-        completions = [self._completion(request, sampling) for request in requests]
-        for completion in completions if on_finished is not None else ():
-            on_finished(completion)  # pyright: ignore[reportOptionalCall]
-        return completions
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Completion]:
+        self._called("stream")
+        for request in requests:
+            yield self._completion(request, sampling)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._called("load_weights")
-        self.weights = dict(weights)
-
-    def reset_caches(self) -> None:
-        self._called("reset_caches")
-
-    def set_weight_version(self, version: str) -> None:
+    def sync(self, source: Source, version: str, phase: Phase) -> None:
+        with phase("load"):
+            self._called("load")
+            self.weights = dict(source)
+        with phase("reset_cache"):
+            self._called("reset_cache")
         self.version = version
 
     def sleep(self, level: int) -> SleepReport:
         self._called("sleep")
         return SleepReport(memory_freed=True, device_bytes=1 << 20)
 
-    def wake_up(self, tags: Sequence[str] | None) -> SleepReport:
+    def wake_up(self, tags: Sequence[str]) -> SleepReport:
         self._called("wake_up")
         return SleepReport(memory_freed=True, device_bytes=1 << 20)
 

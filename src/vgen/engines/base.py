@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EngineStateError
+from ..profiling import Span
 from ..types import Completion, Sampling, SleepReport
 
 if TYPE_CHECKING:
@@ -102,8 +103,26 @@ class Request:
     seed: int | None
 
 
+class Source(Protocol):
+    """The trainer's weights as a stream of checkpoint names and full tensors that can be run again."""
+
+    bytes: int
+    """Sent in the last pass, with `tensors`."""
+    tensors: int
+    seconds: float
+    """Spent in the last pass on getting the tensors, apart from what their receiver did with them."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+class Phase(Protocol):
+    """Opens the span of one phase of a sync, by its last word: `with phase("load") as span`."""
+
+    def __call__(self, name: str, /) -> AbstractContextManager[Span]: ...
+
+
 class Engine(Protocol):
-    """Owns weights, a KV cache and a scheduler. Knows nothing of profiling, ranks or a trainer's model.
+    """Owns weights, a KV cache and a scheduler. Knows nothing of ranks or a trainer's model.
 
     One call at a time; the state is checked by whoever composes it.
     """
@@ -113,27 +132,20 @@ class Engine(Protocol):
     max_model_length: int
     vocabulary_size: int
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
-    ) -> list[Completion]:
-        """Sample all `requests`; completions in their order, `on_finished` called as each is done.
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Completion]:
+        """Sample all `requests`, yielding each completion as it is done.
 
-        Nothing stays behind in the engine when this raises. `EngineError` means that it broke.
+        However the iteration ends, nothing stays behind in the engine. `EngineError` means that it broke,
+        `ValueError` that it refused a parameter.
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights by a stream of checkpoint names and full tensors. Raises `WeightSyncError`."""
+    def sync(self, source: Source, version: str, phase: Phase) -> None:
+        """Replace all weights and empty every cache of what the old ones computed. Raises `WeightSyncError`."""
         ...
-
-    def reset_caches(self) -> None:
-        """Empty every cache of what the old weights computed. Raises `WeightSyncError` when one could not be."""
-        ...
-
-    def set_weight_version(self, version: str) -> None: ...
 
     def sleep(self, level: int) -> SleepReport: ...
 
-    def wake_up(self, tags: Sequence[str] | None) -> SleepReport: ...
+    def wake_up(self, tags: Sequence[str]) -> SleepReport: ...
 
     def close(self) -> None: ...

@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..errors import EngineError, MissingExtraError, WeightSyncError
+from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
-from .base import Request
+from .base import Phase, Request, Source
 from .preserve import Randomness, process_group, unchanged_process
 from .reload import NamedStream, reload
 
@@ -61,6 +62,7 @@ class ColocateEngine:
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
         self._count = 0
+        self._engine.set_weight_version("0")
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -78,46 +80,47 @@ class ColocateEngine:
         """The `vllm.LLM`, for what vgen does not cover."""
         return self._llm
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_finished: Callable[[Completion], None] | None = None
-    ) -> list[Completion]:
-        """Sample all requests; completions in their order. All are aborted when anything is raised.
-
-        `ValueError` is vLLM's refusal of a parameter, `EngineError` a broken engine; what `on_finished`
-        raises goes through.
-        """
-        engine, waiting, done = self._engine, dict[str, Request](), dict[str, Completion]()
-        order: list[str] = []
-        with self._at_work(), self._randomness.installed():
-            try:
-                for request in requests:
-                    request_id = f"vgen-{self._count}"
-                    self._count += 1
-                    parameters = sampling_params(sampling, request.seed)
-                    waiting[request_id] = request
-                    order.append(request_id)
-                    engine.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
-                while waiting:
-                    for output in self._step():
-                        if output.finished:
-                            request = waiting.pop(output.request_id)
-                            completion = done[output.request_id] = _completion(request, output, sampling)
-                            if on_finished is not None:
-                                on_finished(completion)
-            except BaseException:
-                engine.abort_request(list(waiting))
-                raise
-        return [done[request_id] for request_id in order]
-
-    def _step(self) -> list[Any]:
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Completion]:
+        """Yield each completion as it is done. The scheduler stands still while the caller has one in hand."""
+        waiting: dict[str, Request] = {}
         try:
-            return self._engine.step()
-        except Exception as error:
-            raise EngineError(f"vLLM failed in a scheduler step: {type(error).__name__}") from error
+            with self._at_work():
+                for request in requests:
+                    self._count += 1
+                    request_id = f"vgen-{self._count}"
+                    parameters = sampling_params(sampling, request.seed)
+                    self._engine.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
+                    waiting[request_id] = request
+            while waiting:
+                for output in self._next_finished():
+                    yield _completion(waiting.pop(output.request_id), output, sampling)
+        finally:
+            if waiting:
+                with self._at_work():
+                    self._engine.abort_request(list(waiting))
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Run vLLM's own reload over the stream; raise unless every parameter of the engine was written."""
-        stream = NamedStream(weights)
+    def _next_finished(self) -> list[Any]:
+        """Run the scheduler until a request is done; returns the outputs of those that are."""
+        with self._at_work(), self._randomness.installed():
+            while True:
+                try:
+                    outputs = self._engine.step()
+                except Exception as error:
+                    raise EngineError(f"vLLM failed in a scheduler step: {type(error).__name__}") from error
+                if finished := [output for output in outputs if output.finished]:
+                    return finished
+
+    def sync(self, source: Source, version: str, phase: Phase) -> None:
+        """Run vLLM's own reload over the stream, then reset the caches. Nothing is in flight meanwhile."""
+        with phase("load") as span:
+            self._load(source)
+            span.set({names.GATHER_SECONDS: source.seconds})
+        with phase("reset_cache"):
+            self._reset_caches()
+            self._engine.set_weight_version(version)
+
+    def _load(self, source: Source) -> None:
+        stream = NamedStream(source)
 
         def load(worker: Any) -> tuple[str, ...]:
             from vllm.config import set_current_vllm_config
@@ -142,17 +145,13 @@ class ColocateEngine:
                 receiver=self.kind,
             )
 
-    def reset_caches(self) -> None:
-        """Empty the prefix, multimodal and encoder caches; a warm prompt would be answered from the old weights."""
+    def _reset_caches(self) -> None:
+        """Empty the prefix, multimodal and encoder caches: a warm prompt would be answered from the old weights."""
         with self._at_work():
             if not self._llm.reset_prefix_cache():
                 raise WeightSyncError("the prefix cache could not be reset", phase="reset_cache", receiver=self.kind)
             self._engine.reset_mm_cache()
             self._engine.reset_encoder_cache()
-
-    def set_weight_version(self, version: str) -> None:
-        """Label all tokens sampled from now on."""
-        self._engine.set_weight_version(version)
 
     def sleep(self, level: int) -> SleepReport:
         """Give device memory back; on a CPU, where vLLM cannot, stop scheduling."""
@@ -166,15 +165,15 @@ class ColocateEngine:
             freed = _free_bytes() - before
             return SleepReport(memory_freed=freed > 0, device_bytes=freed)
 
-    def wake_up(self, tags: Sequence[str] | None) -> SleepReport:
-        """Take the memory of `tags` (all when None) again."""
+    def wake_up(self, tags: Sequence[str]) -> SleepReport:
+        """Take the memory of `tags` again."""
         with self._at_work():
             if self.device_type == "cpu":
-                if tags is None or "kv_cache" in tags:
+                if "kv_cache" in tags:
                     self._llm.wake_up(tags=["scheduling"])
                 return SleepReport(memory_freed=False)
             before = _free_bytes()
-            self._llm.wake_up(tags=list(tags) if tags is not None else None)
+            self._llm.wake_up(tags=list(tags))
             return SleepReport(memory_freed=True, device_bytes=before - _free_bytes())
 
     def close(self) -> None:
