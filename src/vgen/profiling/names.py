@@ -24,6 +24,8 @@ class SpanSpec:
     name: str
     meaning: str
     attributes: tuple[str, ...] = ()
+    selected: bool = False
+    """Only some of what it stands for become spans: their seconds would be a histogram of nothing in particular."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,8 @@ def _resource(name: str, type: str, meaning: str) -> str:
     return name
 
 
-def _span(name: str, meaning: str, *attributes: str) -> str:
-    SPANS[name] = SpanSpec(name, meaning, attributes)
+def _span(name: str, meaning: str, *attributes: str, selected: bool = False) -> str:
+    SPANS[name] = SpanSpec(name, meaning, attributes, selected)
     return name
 
 
@@ -162,7 +164,7 @@ EXCEPTION_MESSAGE = _attribute(
     "exception.message", "string", "What the exception says. Only where content capture is on."
 )
 EXCEPTION = _attribute("exception.type", "string", "The type of the exception that ended the span.")
-ERROR_TYPE = _attribute("error.type", "string", "OpenTelemetry's name for the same.", label=True)
+ERROR_TYPE = _attribute("error.type", "string", "The same, under the name that OpenTelemetry has for it.", label=True)
 SINK = _attribute("vgen.telemetry.sink", "string", "The sink's class.", label=True)
 
 SINK_NUMBER = _attribute(
@@ -201,6 +203,7 @@ REQUEST = _span(
     PREEMPTIONS,
     CACHED_TOKENS,
     REBUILT,
+    selected=True,
 )
 DECODE_OUTPUTS = _span("vgen.decode_outputs", "The engine's outputs become completions.")
 WEIGHT_SYNC = _span(

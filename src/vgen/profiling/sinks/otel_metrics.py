@@ -73,8 +73,10 @@ class OTelInstruments:
 
     def timer(self, name: str) -> Timer | None:
         """What takes the seconds, attributes and error of each span called `name`; None where it gets no histogram."""
-        instrument = names.duration(name)
-        if name not in names.SPANS and not name.startswith(names.RESERVED):
+        instrument, spec = names.duration(name), names.SPANS.get(name)
+        if spec is not None and spec.selected:
+            return None
+        if spec is None and not name.startswith(names.RESERVED):
             self._user_spans += 1
             if self._user_spans > MAX_USER_SPANS or not _VALID.fullmatch(instrument.name):
                 return None
