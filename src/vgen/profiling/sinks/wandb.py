@@ -51,31 +51,36 @@ class WandbSink(Sink):
         self._waiting = _Steps()  # not yet given to W&B
         self._open = _Steps()  # in the row that W&B holds open, at its step `_at`
         self._at = -1
-        self._unknown = 0
-        self._forked = False
+        self._unconfirmed = 0
+        self._sending = self._closed = self._forked = False
         self._defined = {STEP_METRIC}
         run.define_metric(STEP_METRIC, hidden=True)
 
     @property
-    def lost(self) -> int:
-        """Steps that W&B has not taken, as far as is known; while it runs, also those that wait their turn."""
-        return self._unknown + self._waiting.count
+    def lost(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Steps that W&B did not take, or took without saying so. Those that wait count once nothing follows."""
+        return self._unconfirmed + (self._waiting.count if self._closed or self._sending else 0)
 
     def on_step(self, step: Step) -> None:
         if self._forked:
             return
         self._waiting.add(step)
         if self._commit:
-            self._send()
+            self.on_idle()
 
     def on_idle(self) -> None:
-        self._send()
+        self._sending = True
+        try:
+            self._send()
+        finally:
+            self._sending = False
 
     def flush(self, timeout: float) -> None:
-        self._send()
+        self.on_idle()
 
     def close(self, timeout: float) -> None:
-        self._send()
+        self._closed = True
+        self.on_idle()
 
     def after_fork(self) -> None:
         """The run, and the row that it holds open, are the parent's."""
@@ -100,7 +105,7 @@ class WandbSink(Sink):
             after = self.run.step
             finished = after != now and self.run.summary.get(_MARK) == mark
         except Exception:
-            self._unknown += self._waiting.count
+            self._unconfirmed += self._waiting.count
             self._waiting, self._open = _Steps(), _Steps()
             raise
         if after != now and refusable and not finished:
