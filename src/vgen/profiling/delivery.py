@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .records import Sink
@@ -18,121 +16,177 @@ logger = logging.getLogger("vgen.telemetry")
 MAX_QUEUE = 65_536
 """Records that may wait for a slow sink. What comes on top is dropped and counted."""
 MAX_FAILURES = 10
-"""Exceptions in a row after which a sink is switched off."""
+"""Exceptions in a row, from one of its methods, after which a sink is switched off."""
 POLL = 0.05
-"""Seconds between two looks into the queue. The caller never signals: that would cost it more than the append."""
+"""Seconds between two looks into the queue, and at most between two calls of `on_idle`."""
+ALARM = 2048
+"""Records that wait when the worker is woken before its time. A signal for each would cost more than the append."""
+BATCH = 512
+"""Records between two looks at the clock."""
+
+
+class Command:
+    """A flush or close on its way to the worker."""
+
+    def __init__(self, name: str, deadline: float) -> None:
+        self.name, self.deadline = name, deadline
+        self.done, self.well = threading.Event(), False
 
 
 class Outlet:
     """One sink with what shields the work from it.
 
-    `start`, `end`, `measure` and `step` are what the context calls. They never raise and, for a sink
-    that is not inline, never wait. A method that the sink does not override is None here.
+    `identify`, `start`, `end`, `measure`, `step` and `observe` are what the context calls. They raise no
+    `Exception` and, for a sink that is not inline, never wait. What is no `Exception` (a Ctrl-C, a signal
+    handler's exit) goes on to the work from an inline sink, and ends nothing on a worker. A method that
+    the sink does not override is None here. `mute` is called on the worker thread as it starts.
     """
 
-    def __init__(self, sink: Sink, max_queue: int = MAX_QUEUE) -> None:
-        self.sink = sink
+    def __init__(self, sink: Sink, mute: Callable[[], object]) -> None:
+        self.sink, self.name = sink, type(sink).__name__
         self.inline = bool(getattr(sink, "inline", False))
-        self.dropped = 0
-        self.failures = 0
-        self.disabled = False
+        self.off = False
+        """Nothing is delivered any more: it failed too often, or is closed."""
+        self._closed = False
+        self._mute = mute
+        self._queue: deque[tuple[Callable[[Any], object], Any]] = deque()
+        self._begin()
         self.identify = self._door("identify")
         self.start = self._door("on_start")
         self.end = self._door("on_end")
         self.measure = self._door("on_measurement")
         self.step = self._door("on_step")
         self.observe = self._door("on_observe")
-        self._max_queue = max_queue
-        self._queue: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._closed = False
-        self._begin()
-        os.register_at_fork(after_in_child=_after_fork(weakref.ref(self)))
         if self._implements("close") or self._implements("flush"):
             self._ensure_worker()  # now: Python 3.12 and newer start no thread once the interpreter is on its way out
 
-    def post(self, command: str, deadline: float) -> threading.Event | None:
-        """Have the worker deliver all that was accepted, then flush or close the sink; the event says when it has.
+    def lost(self) -> int:
+        """Records that were not delivered, or that the sink says it could not hand on."""
+        # While the worker is at it, what the sink has in its hands is not lost: it is asked when it has run idle.
+        busy = not self.inline and self._worker is not None and not self._closed
+        return self._dropped + (self._sinks_loss if busy else self._ask())
+
+    def newly_lost(self) -> int:
+        """Those of `lost` that no earlier call has told of."""
+        lost = self.lost()
+        if lost <= self._told:
+            return 0
+        with self._lock:
+            lost, self._told = max(0, lost - self._told), max(lost, self._told)
+        return lost
+
+    def post(self, name: str, deadline: float) -> Command | None:
+        """Have the worker deliver all that was accepted, then flush or close the sink.
 
         `deadline` is on `time.monotonic`'s clock. None when there is nothing to wait for.
         """
         if self._closed:
             return None
-        self._ensure_worker()
+        if self._worker is None and (self._queue or self._implements(name)):
+            self._ensure_worker()
         if self._worker is None:
-            self.dropped += len(self._queue)
+            if name == "close":
+                self.abandon()
             return None
-        done = threading.Event()
-        self._commands.append((command, deadline, done))
+        command = Command(name, deadline)
+        self._commands.append(command)
         self._wake.set()
-        return done
+        # A sink may flush the context that calls it, and the worker may be the last to hold it: no waiting for itself.
+        return None if self._closed or threading.current_thread() is self._worker else command
 
     def abandon(self) -> None:
-        """Let go of a sink that did not close in time. What still waits is counted as dropped."""
-        self._closed = True
-        self.dropped += len(self._queue)
+        """Let go of a sink, closed or not. What still waits is counted as lost."""
+        self._closed = self.off = True
+        self._dropped += len(self._queue) + self._delivering
+        self._queue.clear()
+
+    def after_fork(self) -> None:
+        """In a forked child: what was waiting belongs to the parent, which still has its worker."""
+        if self._closed:
+            return
+        self._begin()
+        if self._implements("after_fork"):
+            self._guarded(self.sink.after_fork)
+        if self.inline and (self._implements("close") or self._implements("flush")):
+            self._ensure_worker()  # as in the constructor; behind a queue the first record does it
+
+    def _begin(self) -> None:
+        self._queue.clear()
+        self._dropped = self._sinks_loss = self._told = 0
+        self._delivering = False
+        self._failures: dict[Callable[..., object], int] = {}
+        self._commands: deque[Command] = deque()
+        self._wake = threading.Event()
+        self._lock = threading.RLock()
+        self._worker: threading.Thread | None = None
 
     def _implements(self, method: str) -> bool:
         own = getattr(type(self.sink), method, None)
         return own is not None and own is not getattr(Sink, method, None)
 
-    def _door(self, method: str) -> Callable[..., Any] | None:
+    def _door(self, method: str) -> Callable[..., None] | None:
         if not self._implements(method):
             return None
         call = getattr(self.sink, method)
-        return self._inline_door(call) if self.inline else self._queued_door(call)
+        if not self.inline:
+            if method == "on_start":
+                return self._queued_door(lambda span: call(span, span.inherited))
+            if method == "on_observe":
+                enqueue = self._queued_door(lambda arguments: call(*arguments))
+                return lambda *arguments: enqueue(arguments)
+            return self._queued_door(call)
+        owed = method == "on_end" and self._implements("identify")
+        return self._inline_door(call, owed, record=method not in ("identify", "on_observe"))
 
-    def _inline_door(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def pass_on(*arguments: Any) -> Any:
-            if self.disabled:
-                return None
+    def _inline_door(self, call: Callable[..., object], owed: bool, record: bool) -> Callable[..., None]:
+        def pass_on(*arguments: Any) -> None:
+            if self.off and not (owed and arguments[0].handle is not None):
+                self._dropped += record
+                return
             try:
-                result = call(*arguments)
+                call(*arguments)
+                if self._failures:
+                    self._failures.pop(call, None)
             except Exception as error:
-                self._failed(error)
-                return None
-            if self.failures:
-                self.failures = 0
-            return result
+                self._dropped += record
+                self._failed(call, error)
 
         return pass_on
 
-    def _queued_door(self, call: Callable[..., object]) -> Callable[..., None]:
-        def enqueue(*arguments: Any) -> None:
-            queue = self._queue
+    def _queued_door(self, call: Callable[[Any], object]) -> Callable[[Any], None]:
+        queue = self._queue
+
+        def enqueue(record: Any, *_: Any) -> None:
             waiting = len(queue)
-            if waiting >= self._max_queue or self.disabled or self._closed:
-                self.dropped += 1
+            if waiting >= MAX_QUEUE or self.off:
+                self._dropped += 1
                 return
-            queue.append((call, arguments))
-            if not waiting and self._worker is None:
+            queue.append((call, record))
+            if waiting == ALARM:
+                self._wake.set()
+            elif not waiting and self._worker is None:
                 self._ensure_worker()
 
         return enqueue
 
-    def _failed(self, error: Exception) -> None:
-        self.failures += 1
-        if self.failures < MAX_FAILURES or self.disabled:
-            return
-        self.disabled = True
+    def _failed(self, call: Callable[..., object], error: BaseException) -> None:
+        with self._lock:
+            self._failures[call] = self._failures.get(call, 0) + 1
+            if self._failures[call] < MAX_FAILURES or self.off:
+                return
+            self.off = True
         # The error's type alone: its message may hold what a sink was about to send.
         logger.warning(
             "vgen: telemetry sink %s failed %d times in a row (%s) and is switched off; the work goes on without it",
-            type(self.sink).__name__,
-            self.failures,
+            self.name,
+            MAX_FAILURES,
             type(error).__name__,
         )
 
-    def _begin(self) -> None:
-        self._queue.clear()
-        self._wake = threading.Event()
-        self._commands: deque[tuple[str, float, threading.Event]] = deque()
-        self._worker: threading.Thread | None = None
-        self._started = threading.Lock()
-
     def _ensure_worker(self) -> None:
-        with self._started:
+        with self._lock:
             if self._worker is None and not self._closed:
-                worker = threading.Thread(target=self._work, name=f"vgen-{type(self.sink).__name__}", daemon=True)
+                worker = threading.Thread(target=self._work, name=f"vgen-{self.name}", daemon=True)
                 try:
                     worker.start()
                 except RuntimeError:  # the interpreter is shutting down
@@ -140,72 +194,106 @@ class Outlet:
                 self._worker = worker
 
     def _work(self) -> None:
-        while True:
-            self._wake.wait(POLL if not self.inline else None)
+        self._mute()
+        while not self._closed:
+            self._wake.wait(None if self.inline else POLL)
             self._wake.clear()
-            self._drain()
-            while self._commands:
-                name, deadline, done = self._commands.popleft()
-                self._drain()
-                self._guarded(getattr(self.sink, name), max(0.0, deadline - time.monotonic()))
-                done.set()
-                if name == "close":
-                    self._closed = True
-                    return
-            if self._closed:
-                return
+            self._deliver()
+            while self._commands and not self._closed:
+                self._obey(self._commands.popleft())
+        while self._commands:
+            self._commands.popleft().done.set()
 
-    def _drain(self) -> None:
-        queue, worked = self._queue, False
-        while queue:
-            call, arguments = queue.popleft()
-            worked = True
-            if self.disabled:
-                self.dropped += 1
+    def _obey(self, command: Command) -> None:
+        self._deliver()
+        if not self._closed:
+            if self.off and command.name == "flush":
+                pass
+            elif self._implements(command.name):
+                rest = max(0.0, command.deadline - time.monotonic())
+                command.well = self._guarded(getattr(self.sink, command.name), rest)
             else:
-                self._guarded(call, *arguments)
-        if worked and self._implements("on_idle"):
-            self._guarded(self.sink.on_idle)
+                command.well = True
+            self._sinks_loss = self._ask()
+            if command.name == "close" and not self._closed:
+                self.abandon()
+        command.done.set()
 
-    def _guarded(self, call: Callable[..., object], *arguments: Any) -> None:
+    def _deliver(self) -> None:
+        """Hand over what waits now; what comes meanwhile is for the next time, or a flush would never end."""
+        queue, rest = self._queue, len(self._queue)
+        if not rest:
+            return
+        while rest and not self._closed:
+            due = time.monotonic() + POLL
+            while rest and not self._closed and time.monotonic() < due:
+                batch = min(rest, BATCH)
+                rest -= batch
+                self._hand_over(queue, batch)
+            if self._implements("on_idle") and not self.off:
+                self._guarded(self.sink.on_idle)
+                self._sinks_loss = self._ask()
+
+    def _hand_over(self, queue: deque[tuple[Callable[[Any], object], Any]], count: int) -> None:
+        failures = self._failures
+        self._delivering = True
+        for _ in range(count):
+            try:
+                call, record = queue.popleft()
+            except IndexError:  # abandoned meanwhile
+                break
+            if self.off:
+                self._dropped += 1
+                continue
+            try:
+                call(record)
+                if failures:
+                    failures.pop(call, None)
+            except BaseException as error:
+                self._dropped += 1
+                self._failed(call, error)
+        self._delivering = False
+
+    def _guarded(self, call: Callable[..., object], *arguments: Any) -> bool:
         try:
             call(*arguments)
-            self.failures = 0
-        except Exception as error:
-            self._failed(error)
+            self._failures.pop(call, None)
+            return True
+        except BaseException as error:
+            self._failed(call, error)
+            return False
 
-    def after_fork(self) -> None:
-        """In a forked child: what was waiting belongs to the parent, which still has its worker."""
-        self.dropped = 0
-        self._begin()
-        forked = getattr(self.sink, "after_fork", None)
-        if forked is not None:
-            self._guarded(forked)
-
-
-def _after_fork(reference: weakref.ref[Outlet]) -> Callable[[], None]:
-    def run() -> None:
-        outlet = reference()
-        if outlet is not None:
-            outlet.after_fork()
-
-    return run
+    def _ask(self) -> int:
+        try:
+            return int(getattr(self.sink, "lost", 0))
+        except Exception:
+            return 0
 
 
-def tell_all(command: str, outlets: tuple[Outlet, ...], timeout: float) -> bool:
-    """Flush or close every sink, side by side, within `timeout` seconds in all. False when one did not make it."""
+def losses(outlets: Iterable[Outlet]) -> dict[str, int]:
+    """Records lost so far, by sink class."""
+    found: dict[str, int] = {}
+    for outlet in outlets:
+        if lost := outlet.lost():
+            found[outlet.name] = found.get(outlet.name, 0) + lost
+    return found
+
+
+def tell_all(name: str, outlets: tuple[Outlet, ...], timeout: float) -> bool:
+    """Flush or close every sink, side by side, within `timeout` seconds in all. False when one failed or was late."""
     deadline = time.monotonic() + timeout
-    waits = [(outlet, outlet.post(command, deadline)) for outlet in outlets]
-    late = [o for o, done in waits if done is not None and not done.wait(max(0.0, deadline - time.monotonic()))]
-    if command == "close":
+    commands = [(outlet, outlet.post(name, deadline)) for outlet in outlets]
+    waited = [(o, c, c.done.wait(max(0.0, deadline - time.monotonic()))) for o, c in commands if c is not None]
+    late = [outlet for outlet, _, in_time in waited if not in_time]
+    if name == "close":
         for outlet in late:
             outlet.abandon()
-        dropped = {type(outlet.sink).__name__: outlet.dropped for outlet in outlets if outlet.dropped}
-        if dropped or late:
+        lost = losses(outlets)
+        if lost or late:
             logger.warning(
-                "vgen: telemetry closed with losses: records dropped %s, sinks that did not close in %.1f s: %s",
-                dropped,
+                "vgen: telemetry closed with losses: records lost %s, sinks that did not close in %.1f s: %s",
+                lost,
                 timeout,
-                [type(outlet.sink).__name__ for outlet in late],
+                [outlet.name for outlet in late],
             )
-    return not late
+    return all(in_time and command.well for _, command, in_time in waited)

@@ -6,15 +6,20 @@ wall-clock time; it is read once for each trace, so that a clock that is set bac
 
 from __future__ import annotations
 
+import json
+import logging
 import numbers
+import os
+import threading
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from .sketch import Row
+
+logger = logging.getLogger("vgen.telemetry")
 
 Attributes: TypeAlias = "Mapping[str, Any]"
 """Names to str, bool, int, float, or a sequence of one of these."""
@@ -68,6 +73,17 @@ class Link:
     attributes: Attributes = field(default_factory=dict[str, Any])
 
 
+_changing = threading.RLock()  # of open spans: several threads may add to one, and a signal handler too
+
+
+def _unlock() -> None:
+    global _changing
+    _changing = threading.RLock()  # another thread may have held it when the process was forked
+
+
+os.register_at_fork(after_in_child=_unlock)
+
+
 class Span:
     """One timed piece of work: the handle while it is open, the record once it has ended.
 
@@ -108,20 +124,26 @@ class Span:
 
     def set(self, attributes: Attributes | None = None, /, **more: Any) -> Span:
         """Add attributes, such as results known only at the end. After the end it does nothing."""
-        if self.end_ns is None:
-            self.attributes = {**self.attributes, **plain({**(attributes or {}), **more})}
+        added = plain({**(attributes or {}), **more})
+        with _changing:
+            if self.end_ns is None:
+                self.attributes = {**self.attributes, **added}
         return self
 
     def event(self, name: str, attributes: Attributes | None = None, /, **more: Any) -> Span:
         """Note that something happened now."""
-        if self.end_ns is None:
-            self.events = (*self.events, Event(name, time.monotonic_ns(), plain({**(attributes or {}), **more})))
+        event = Event(name, time.monotonic_ns(), plain({**(attributes or {}), **more}))
+        with _changing:
+            if self.end_ns is None:
+                self.events = (*self.events, event)
         return self
 
     def link(self, other: Span | Link, **attributes: Any) -> Span:
         """Point at another span: the sync that made a rollout's weights, the previous step."""
-        if self.end_ns is None:
-            self.links = (*self.links, Link(other.trace_id, other.span_id, plain(attributes)))
+        link = Link(other.trace_id, other.span_id, plain(attributes))
+        with _changing:
+            if self.end_ns is None:
+                self.links = (*self.links, link)
         return self
 
     @property
@@ -166,11 +188,15 @@ class Sink(Protocol):
     """Receives records. Subclass it and override what you need: what is not overridden costs nothing.
 
     An implementer may rely on this: calls never overlap for one sink; `on_start` of a span comes before
-    its `on_end`; an exception never reaches the work being traced (after ten in a row the sink is
-    switched off with one warning). `inline = True` means being called on the thread that does the work,
-    for what must happen there and is quick, and then calls do overlap. `inline = False` means one
+    its `on_end`; an `Exception` never reaches the work being traced (after ten in a row from one method
+    the sink is switched off with one warning). `inline = True` means being called on the thread that does
+    the work, for what must happen there and is quick, and then calls do overlap. `inline = False` means one
     worker thread, behind a bounded queue: it may be slow. `flush` and `close` always run on that worker;
     the caller leaves it behind when the time is over.
+
+    What a sink itself does while it is called is not recorded by the context that calls it: its spans
+    would be its own food. Records that it took without an exception and could not hand on, it may count
+    in an attribute or property `lost`.
     """
 
     inline: bool = False
@@ -202,6 +228,9 @@ class Sink(Protocol):
     def close(self, timeout: float) -> None:
         """Flush and let go of resources, within `timeout` seconds. Nothing is called afterwards."""
 
+    def after_fork(self) -> None:
+        """This is a forked child now. What was collected and not yet written is the parent's to write."""
+
 
 @runtime_checkable
 class IdentitySink(Protocol):
@@ -214,32 +243,84 @@ class IdentitySink(Protocol):
     def identify(self, span: Span) -> bool: ...
 
 
-_PLAIN = frozenset({str, bool, int, float, list, tuple})
-_reported: set[type] = set()
+_PLAIN = frozenset({str, bool, int, float})
+_LISTS = frozenset({list, tuple})
+_CONTAINERS: tuple[Any, ...] = (Mapping, Set, Sequence)
+_LARGEST = float.fromhex("0x1.fffffffffffffp+1023")
+_reported: set[str] = set()
 
 
 def plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """`attributes` with values of other types than telemetry knows turned into strings, and None left out."""
-    for value in attributes.values():
-        if type(value) not in _PLAIN:
-            return {k: v if type(v) in _PLAIN else _as_plain(k, v) for k, v in attributes.items() if v is not None}
+    for key, value in attributes.items():
+        if type(value) not in _PLAIN or type(key) is not str:
+            return {_key(k): _as_plain(k, v) for k, v in attributes.items() if v is not None}
     return attributes if type(attributes) is dict else dict(attributes)  # pyright: ignore[reportUnknownVariableType]
 
 
-def _as_plain(key: str, value: Any) -> Any:
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, numbers.Integral):  # NumPy's too
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if type(value) not in _reported:
-        _reported.add(type(value))  # pyright: ignore[reportUnknownArgumentType]
-        warnings.warn(
-            f"vgen: attribute {key!r} has a value of type {type(value).__name__}, which telemetry cannot hold; "
-            "it is recorded as a string, here and from now on",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-    # a tensor's str would wait for its device and spell out its content
-    return f"<{type(value).__name__}>" if hasattr(value, "device") else str(value)
+def numeric(instrument: Instrument, values: Iterable[Any]) -> Sequence[float]:
+    """`values` as ints and floats within float's range. What is no number becomes NaN."""
+    kept = tuple(values)
+    if set(map(type, kept)) <= {float}:
+        return kept
+    return tuple([value if type(value) is float else _as_number(instrument.name, value) for value in kept])
+
+
+def _as_number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, numbers.Integral):
+            whole = int(value)
+            return whole if -_LARGEST <= whole <= _LARGEST else float("inf") if whole > 0 else float("-inf")
+        if not hasattr(value, "device") or isinstance(value, numbers.Real):  # a tensor's float waits for its device
+            return float(value)
+    except Exception:
+        pass
+    _report(name, value, "is not a number and is recorded as NaN")
+    return float("nan")
+
+
+def _key(key: object) -> str:
+    return str.__str__(key) if isinstance(key, str) else _text(key)
+
+
+def _as_plain(key: object, value: Any) -> Any:
+    if type(value) in _LISTS:
+        return value if _PLAIN.issuperset(map(type, value)) else [_as_item(key, item) for item in value]
+    return _as_item(key, value)
+
+
+def _as_item(key: object, value: Any) -> Any:
+    if type(value) in _PLAIN or value is None:
+        return value
+    try:
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, numbers.Integral):  # NumPy's too
+            return int(value)
+        if isinstance(value, numbers.Real):
+            return float(value)
+        if type(value).__name__ in ("bool", "bool_"):  # NumPy's again, which is no Integral
+            return bool(value)
+    except Exception:
+        pass
+    _report(key, value, "is not for telemetry and is recorded as a string")
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    try:
+        if isinstance(value, _CONTAINERS):
+            return json.dumps(value)  # and not `str`, which would spell out the tensors in it
+        if not hasattr(value, "device"):  # a tensor's `str` would wait for its device and spell out its content
+            return str(value)
+    except Exception:
+        pass
+    return f"<{type(value).__name__}>"
+
+
+def _report(name: object, value: Any, what: str) -> None:
+    """Say so once for each type. By the logger: a warning may be made an exception, and stop the work."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if kind not in _reported:
+        _reported.add(kind)
+        logger.warning("vgen: a value of type %s (first for %r) %s, here and from now on", kind, name, what)

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .records import Instrument
 
 if TYPE_CHECKING:
-    from ddsketch import DDSketch
     from ddsketch.mapping import LogarithmicMapping
+    from ddsketch.store import DenseStore
 
 ACCURACY = 0.005
 """The relative error of a percentile."""
 
 _FOLD = 4096
+
+_lock = threading.RLock()  # re-entrant: a signal handler may take a value while its thread settles a row
+
+
+def _unlock() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it when the process was forked
+
+
+os.register_at_fork(after_in_child=_unlock)
 
 
 class Histogram:
@@ -28,14 +39,18 @@ class Histogram:
     sketch of all their values. NaN and infinities are counted in `nonfinite` and left out of the rest.
     """
 
-    __slots__ = ("_pending", "_sketch", "count", "maximum", "minimum", "nonfinite", "total")
+    __slots__ = ("_negative", "_pending", "_positive", "_sketch", "count", "maximum", "minimum", "nonfinite", "total")
 
     def __init__(self) -> None:
+        from ddsketch.ddsketch import BaseDDSketch  # a tenth of `import vgen`'s budget, so not at import
+        from ddsketch.store import DenseStore
+
         self.count = self.nonfinite = 0
         self.total = 0.0
         self.minimum, self.maximum = math.inf, -math.inf
         self._pending: list[float] = []
-        self._sketch: DDSketch | None = None
+        self._positive, self._negative = DenseStore(), DenseStore()
+        self._sketch = BaseDDSketch(_mapping(), self._positive, self._negative, 0.0)
 
     def add(self, value: float) -> None:
         """Take one value. Cheap: the sketch is brought up to date in batches."""
@@ -54,17 +69,14 @@ class Histogram:
         self._fold()
         other._fold()
         self.nonfinite += other.nonfinite
-        if not other.count or other._sketch is None:
-            return
-        self.count += other.count
-        self.total += other.total
-        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
-        self._ensure().merge(other._sketch)
+        if other.count:
+            self._count(other.count, other.total, other.minimum, other.maximum)
+            self._sketch.merge(other._sketch)
 
     def quantile(self, q: float) -> float:
         """The value below which the fraction `q` lies, to within `ACCURACY`; NaN when there is none."""
         self._fold()
-        value = self._sketch.get_quantile_value(q) if self._sketch is not None else None
+        value = self._sketch.get_quantile_value(q)
         return math.nan if value is None else min(max(value, self.minimum), self.maximum)
 
     def summary(self, name: str) -> dict[str, float]:
@@ -83,34 +95,68 @@ class Histogram:
             }
         return found
 
-    def _ensure(self) -> DDSketch:
-        if self._sketch is None:
-            from ddsketch import DDSketch  # a tenth of `import vgen`'s budget, so not at import
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON holds it: buckets of the sketch as pairs of key and count."""
+        self._fold()
+        extremes = {"min": self.minimum, "max": self.maximum} if self.count else {}
+        return {
+            "count": self.count,
+            "nonfinite": self.nonfinite,
+            "sum": _spoken(self.total),
+            **extremes,
+            "zeros": self.count - int(self._positive.count + self._negative.count),
+            "positive": _bins(self._positive),
+            "negative": _bins(self._negative),
+        }
 
-            self._sketch = DDSketch(ACCURACY)
-        return self._sketch
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Histogram:
+        """What `to_dict` gave."""
+        made, mapping = cls(), _mapping()
+        made.nonfinite = data["nonfinite"]
+        if data["count"]:
+            made._count(data["count"], float(data["sum"]), data["min"], data["max"])
+            if data["zeros"]:
+                made._sketch.add(0.0, data["zeros"])
+            for sign, side in ((1, "positive"), (-1, "negative")):
+                for key, count in data[side]:
+                    made._sketch.add(sign * mapping.value(key), count)
+        return made
+
+    def _count(self, count: int, total: float, minimum: float, maximum: float) -> None:
+        self.count += count
+        self.total += total
+        self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
 
     def _fold(self) -> None:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        finite = [value for value in pending if math.isfinite(value)]
-        self.nonfinite += len(pending) - len(finite)
-        if not finite:
-            return
-        self.count += len(finite)
-        self.total += math.fsum(finite)
-        self.minimum, self.maximum = min(self.minimum, *finite), max(self.maximum, *finite)
-        sketch = self._ensure()
-        positive = [value for value in finite if value > 0]
-        if len(positive) < len(finite):
-            for value in finite:
-                if value <= 0:
-                    sketch.add(value)
+        finite = pending
+        if not math.isfinite(sum(pending)):
+            finite = [value for value in pending if math.isfinite(value)]
+            self.nonfinite += len(pending) - len(finite)
+            if not finite:
+                return
+        try:
+            total = math.fsum(finite)
+        except OverflowError:
+            total = sum(finite)
+        lowest, highest = min(finite), max(finite)
+        self._count(len(finite), total, lowest, highest)
+        if highest > 0:
+            self._sketch_all([value for value in finite if value > 0], 1)
+        if lowest < 0:
+            self._sketch_all([-value for value in finite if value < 0], -1)
+        if zeros := finite.count(0):
+            self._sketch.add(0.0, zeros)
+
+    def _sketch_all(self, magnitudes: list[float], sign: int) -> None:
         # Values of one bucket go in together: the sketch's own bookkeeping costs more than finding the bucket.
-        mapping = _mapping()
-        for bucket, count in Counter(map(mapping.key, positive)).items():
-            sketch.add(mapping.value(bucket), count)
+        mapping, (scale, top) = _mapping(), _buckets()
+        ceil, log2 = math.ceil, math.log2
+        for key, count in Counter([ceil(log2(value) * scale) for value in magnitudes]).items():
+            self._sketch.add(sign * mapping.value(min(key, top)), count)
 
 
 @functools.cache
@@ -121,41 +167,67 @@ def _mapping() -> LogarithmicMapping:
     return LogarithmicMapping(ACCURACY)
 
 
+@functools.cache
+def _buckets() -> tuple[float, int]:
+    """What a value's binary logarithm is multiplied with to give its bucket, and the last whose value is finite."""
+    scale = 1 / math.log2(_mapping().gamma)
+    return scale, math.floor(1024 * scale) - 1
+
+
+def _bins(store: DenseStore) -> list[tuple[int, int]]:
+    return [(store.offset + index, int(count)) for index, count in enumerate(store.bins) if count]
+
+
+def _spoken(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no such numbers; `float` reads them back
+
+
 class Row:
     """What was measured while a step was open (or in a whole run), by instrument name.
 
-    Taking a value is one append, safe from any thread; aggregation happens when somebody looks.
+    Taking a value is one append, safe from any thread; aggregation happens when somebody looks. What
+    comes after `close` goes to `heir`. Ranks merge theirs exactly, percentiles too:
+
+        total = Row()
+        for part in gathered:  # each rank's `step.row.to_dict()`
+            total.merge(Row.from_dict(part))
     """
 
-    def __init__(self) -> None:
-        self.closed = False
-        self._lock = threading.Lock()
-        # A deque, emptied from the left: a thread that appends meanwhile loses nothing.
-        self._pending: deque[tuple[str, float] | tuple[Instrument, Sequence[float]]] = deque()
+    def __init__(self, heir: Row | None = None) -> None:
+        # Deques, emptied from the left: a thread that appends meanwhile loses nothing.
+        self._seconds: deque[tuple[str, float]] = deque()
+        self._values: deque[tuple[Instrument, Sequence[float]]] = deque()
         self._histograms: dict[str, Histogram] = {}
         self._totals: dict[str, float] = {}
         self._gauges: dict[str, float] = {}
-        self._fixed: dict[str, float] = {}
+        self._fixed: dict[str, float] | None = None
+        self._heir = heir
 
-    def add(self, name: str, value: float) -> None:
-        """Take one value of the histogram `name`."""
-        self._pending.append((name, value))
-        if len(self._pending) >= _FOLD:
+    @property
+    def closed(self) -> bool:
+        """Whether the summary is fixed."""
+        return self._fixed is not None
+
+    def add(self, span_name: str, seconds: float) -> None:
+        """Take the duration of a span, into the histogram `<span name>.duration`."""
+        self._seconds.append((span_name, seconds))
+        # After the append: a value that comes while the row is being closed is then seen by one side or the other.
+        if len(self._seconds) >= _FOLD or self._fixed is not None:
             self._settle()
 
     def record(self, instrument: Instrument, values: Sequence[float]) -> None:
         """Take values of `instrument`."""
-        self._pending.append((instrument, values))
-        if len(self._pending) >= _FOLD:
+        self._values.append((instrument, values))
+        if len(self._values) >= _FOLD or self._fixed is not None:
             self._settle()
 
     def merge(self, other: Row) -> None:
         """Take all that `other` has: histograms merged, counters added, the other's gauges the later ones."""
-        self._settle()
-        other._settle()
-        with self._lock, other._lock:
+        with _lock:
+            other._settle()
+            self._settle()
             for name, histogram in other._histograms.items():
-                self._histograms.setdefault(name, Histogram()).merge(histogram)
+                self._histogram(name).merge(histogram)
             for name, value in other._totals.items():
                 self._totals[name] = self._totals.get(name, 0) + value
             self._gauges |= other._gauges
@@ -167,33 +239,76 @@ class Row:
 
     def close(self) -> None:
         """Fix the summary."""
-        if not self.closed:
-            self._fixed = self.summary()
-            self.closed = True
+        with _lock:
+            if self._fixed is None:
+                self._fixed = self.summary()
 
     def summary(self) -> dict[str, float]:
         """A flat dict of all aggregates, as of now or as of the close."""
-        if self.closed:
-            return dict(self._fixed)
-        self._settle()
-        with self._lock:
+        with _lock:
+            if self._fixed is not None:
+                return dict(self._fixed)
+            self._settle()
             flat = self._totals | self._gauges
             for name, histogram in self._histograms.items():
                 flat |= histogram.summary(name)
             return flat
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON holds it, for another process to merge."""
+        with _lock:
+            self._settle()
+            return {
+                "accuracy": ACCURACY,
+                "counters": {name: _spoken(value) for name, value in self._totals.items()},
+                "gauges": {name: _spoken(value) for name, value in self._gauges.items()},
+                "histograms": {name: histogram.to_dict() for name, histogram in self._histograms.items()},
+            }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """What `to_dict` gave. `ValueError` when it comes from a vgen with another accuracy: it cannot be merged."""
+        if data["accuracy"] != ACCURACY:
+            raise ValueError(f"sketches of accuracy {data['accuracy']} and {ACCURACY} cannot be merged")
+        made = cls()
+        made._totals = {name: float(v) if isinstance(v, str) else v for name, v in data["counters"].items()}
+        made._gauges = {name: float(v) if isinstance(v, str) else v for name, v in data["gauges"].items()}
+        made._histograms = {name: Histogram.from_dict(value) for name, value in data["histograms"].items()}
+        return made
+
+    def _histogram(self, name: str) -> Histogram:
+        found = self._histograms.get(name)
+        if found is None:
+            found = self._histograms[name] = Histogram()
+        return found
+
     def _settle(self) -> None:
-        with self._lock:
-            pending, singles = self._pending, dict[str, list[float]]()
-            while pending:
-                what, value = pending.popleft()
-                if isinstance(what, str):
-                    singles.setdefault(what, []).append(value)  # type: ignore[arg-type]
-                elif what.kind == "histogram":
-                    self._histograms.setdefault(what.name, Histogram()).extend(value)  # type: ignore[arg-type]
-                elif what.kind == "counter":
-                    self._totals[what.name] = self._totals.get(what.name, 0) + sum(value)  # type: ignore[arg-type]
+        with _lock:
+            if self._fixed is not None and self._heir is not None:
+                while self._seconds:
+                    self._heir.add(*self._seconds.popleft())
+                while self._values:
+                    self._heir.record(*self._values.popleft())
+                return
+            spans: dict[str, list[float]] = {}
+            while self._seconds:
+                name, seconds = self._seconds.popleft()
+                spans.setdefault(name, []).append(seconds)
+            for name, durations in spans.items():
+                self._histogram(f"{name}.duration").extend(durations)
+            while self._values:
+                instrument, values = self._values.popleft()
+                if instrument.kind == "histogram":
+                    self._histogram(instrument.name).extend(values)
+                elif instrument.kind == "gauge":
+                    self._gauges[instrument.name] = values[-1]
                 else:
-                    self._gauges[what.name] = value[-1]  # type: ignore[index]
-            for name, values in singles.items():
-                self._histograms.setdefault(name, Histogram()).extend(values)
+                    self._add_up(instrument.name, values)
+
+    def _add_up(self, name: str, values: Sequence[float]) -> None:
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            self._totals[name] = self._totals.get(name, 0) + sum(finite)
+        if len(finite) < len(values):
+            strange = f"{name}.nonfinite"
+            self._totals[strange] = self._totals.get(strange, 0) + len(values) - len(finite)
