@@ -32,9 +32,9 @@ _Take: TypeAlias = Callable[[Sequence[float], Attributes], None]
 class OTelInstruments:
     """Gives each `Instrument` its counterpart of OpenTelemetry, with buckets that suit its unit, once.
 
-    Only what `Instrument.attributes` lists becomes a label. A value that OpenTelemetry cannot hold (NaN
-    or an infinity in a histogram, anything negative in a histogram or counter) is left out, counted in
-    `refused` and reported once for each instrument.
+    Only what `Instrument.attributes` lists becomes a label. A value that OpenTelemetry cannot hold (NaN,
+    an infinity, and anything negative in a histogram or counter) is left out, counted in `refused` and
+    reported once for each instrument.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class OTelInstruments:
         ]
 
         def take(values: Sequence[float], attributes: Attributes) -> None:
-            good = values if instrument.kind == "gauge" else self._good(instrument, values)
+            good = self._good(instrument, values)
             if good:
                 for put in puts:
                     put(good, attributes)
@@ -162,7 +162,8 @@ class OTelInstruments:
         return put
 
     def _good(self, instrument: Instrument, values: Sequence[float]) -> Sequence[float]:
-        good = [value for value in values if 0 <= value < math.inf]
+        least = -math.inf if instrument.kind == "gauge" else 0
+        good = [value for value in values if least <= value < math.inf and value > -math.inf]
         if len(good) < len(values):
             self.refused += len(values) - len(good)
             self._report(instrument.name, f"{instrument.name} got values that are negative or not finite")

@@ -1,0 +1,360 @@
+"""Spans through OpenTelemetry: one tree and one id space with the caller's own, on every thread and task."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from opentelemetry import baggage, context, propagate, trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+
+from vgen.profiling import ProfilingContext, names
+from vgen.profiling.sinks.otel import OTelSink
+from vgen.testing import MemorySink
+
+
+class Traced:
+    """A context over an SDK of its own, with a memory sink beside to compare with."""
+
+    def __init__(self, **provider: Any) -> None:
+        self.exporter = InMemorySpanExporter()
+        self.provider = TracerProvider(shutdown_on_exit=False, **provider)
+        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = self.provider.get_tracer("caller")
+        self.memory = MemorySink()
+        self.profiling = ProfilingContext([OTelSink(self.provider), self.memory])
+
+    def spans(self) -> dict[str, ReadableSpan]:
+        return {span.name: span for span in self.exporter.get_finished_spans()}
+
+    def parents(self) -> dict[str, str | None]:
+        """Each exported span's name and its parent's; `?` for a parent that was not exported."""
+        spans = self.exporter.get_finished_spans()
+        by_id = {span.context.span_id: span.name for span in spans}
+        return {span.name: by_id.get(span.parent.span_id, "?") if span.parent else None for span in spans}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_current():
+    assert not context.get_current()
+    yield
+    assert not context.get_current()
+
+
+@pytest.fixture
+def traced() -> Traced:
+    return Traced()
+
+
+def current_name() -> str | None:
+    return getattr(trace.get_current_span(), "name", None)
+
+
+def test_the_callers_spans_are_parents_and_children_of_vgens(traced: Traced):
+    with traced.tracer.start_as_current_span("caller's outer"):
+        with traced.profiling.step(1):
+            with traced.tracer.start_as_current_span("caller's inner"):
+                with traced.profiling.span("vgen's inner"):
+                    assert current_name() == "vgen's inner"
+                assert current_name() == "caller's inner"
+            assert current_name() == names.STEP
+        assert current_name() == "caller's outer"
+    assert traced.parents() == {
+        "caller's outer": None,
+        names.STEP: "caller's outer",
+        "caller's inner": names.STEP,
+        "vgen's inner": "caller's inner",
+    }
+    assert len({span.context.trace_id for span in traced.spans().values()}) == 1
+
+
+def test_all_sinks_record_opentelemetrys_ids(traced: Traced):
+    with traced.tracer.start_as_current_span("caller's"), traced.profiling.span("a"), traced.profiling.span("b"):
+        pass
+    exported = traced.spans()
+    for kept in traced.memory.spans:
+        theirs = exported[kept.name]
+        assert theirs.parent is not None
+        assert kept.trace_id == trace.format_trace_id(theirs.context.trace_id)
+        assert kept.span_id == trace.format_span_id(theirs.context.span_id)
+        assert kept.parent_id == trace.format_span_id(theirs.parent.span_id)
+        assert kept.start_unix_ns == theirs.start_time
+        assert kept.end_unix_ns == theirs.end_time
+
+
+def test_http_headers_carry_the_open_span(traced: Traced):
+    with traced.profiling.span("request") as span:
+        headers: dict[str, str] = {}
+        propagate.inject(headers)
+    assert headers["traceparent"][:55].startswith(f"00-{span.trace_id}-{span.span_id}-")
+    assert int(headers["traceparent"][-2:], 16) & trace.TraceFlags.SAMPLED
+
+
+def test_other_values_of_the_context_stay_in_force(traced: Traced):
+    token = context.attach(baggage.set_baggage("tenant", "a"))
+    with traced.profiling.span("outer"), traced.profiling.span("inner"):
+        assert baggage.get_baggage("tenant") == "a"
+    assert baggage.get_baggage("tenant") == "a"
+    context.detach(token)
+
+
+async def test_tasks_nest_apart(traced: Traced):
+    async def rollout(number: int) -> None:
+        async with traced.profiling.span(f"rollout {number}"):
+            await asyncio.sleep(0.01)
+            with traced.profiling.span(f"request {number}"):
+                await asyncio.sleep(0.01)
+                assert current_name() == f"request {number}"
+
+    with traced.profiling.span("generate"):
+        await asyncio.gather(*(rollout(number) for number in range(5)))
+    parents = traced.parents()
+    assert all(parents[f"request {n}"] == f"rollout {n}" and parents[f"rollout {n}"] == "generate" for n in range(5))
+
+
+def test_threads_that_are_carried_into_lie_beneath_the_open_span(traced: Traced):
+    def reward(number: int) -> None:
+        with traced.profiling.span(f"reward {number}"):
+            assert current_name() == f"reward {number}"
+
+    with ThreadPoolExecutor(4) as pool:
+        with traced.profiling.span("rewards"):
+            list(pool.map(traced.profiling.carry(reward), range(8)))
+        pool.submit(reward, 99).result()
+    parents = traced.parents()
+    assert {parents[f"reward {number}"] for number in range(8)} == {"rewards"}
+    assert parents["reward 99"] is None
+
+
+def test_a_span_that_ends_on_another_thread_logs_nothing_and_leaves_nothing_current(traced: Traced, caplog: Any):
+    held = traced.profiling.span("held")
+
+    def begin() -> None:
+        held.__enter__()
+        worker_context.append(context.get_current())
+
+    worker_context: list[Any] = []
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    with caplog.at_level(logging.DEBUG):
+        with traced.profiling.span("mine"):
+            held.__exit__(None, None, None)
+            assert current_name() == "mine"
+        assert current_name() is None
+    assert "held" in traced.spans()
+    assert not caplog.records
+
+
+async def test_a_span_that_ends_in_another_task_logs_nothing(traced: Traced, caplog: Any):
+    held = traced.profiling.span("held")
+
+    async def begin() -> None:
+        held.__enter__()
+
+    async def finish() -> None:
+        held.__exit__(None, None, None)
+
+    with caplog.at_level(logging.DEBUG, "opentelemetry"), traced.profiling.span("outer"):
+        await asyncio.create_task(begin())
+        await asyncio.create_task(finish())
+        assert current_name() == "outer"
+    assert traced.parents()["held"] == "outer"
+    assert not caplog.records
+
+
+def test_spans_that_end_in_the_wrong_order_leave_nothing_behind(traced: Traced):
+    first, second = traced.profiling.span("first"), traced.profiling.span("second")
+    with traced.profiling.span("outer"):
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert current_name() == "outer"
+    with traced.profiling.span("later"):
+        pass
+    assert traced.parents() == {"outer": None, "first": "outer", "second": "first", "later": None}
+
+
+def test_an_exception_leaves_its_type_and_never_its_message(traced: Traced):
+    with pytest.raises(ValueError, match="secret"), traced.profiling.span("failing"):
+        raise ValueError("the secret prompt")
+    span = traced.spans()["failing"]
+    assert span.status.status_code is trace.StatusCode.ERROR
+    assert span.status.description == "ValueError"
+    assert span.attributes == {names.ERROR_TYPE: "ValueError"}
+    (event,) = span.events
+    assert (event.name, event.attributes) == (names.EXCEPTION_EVENT, {names.EXCEPTION: "ValueError"})
+    assert "secret" not in span.to_json()
+
+
+def test_attributes_events_and_links_that_come_while_it_is_open(traced: Traced):
+    with traced.profiling.span("sync") as sync:
+        pass
+    with traced.profiling.span("generate", prompts=2, kept=1) as span:
+        span.set(prompts=3, tokens=[1, 2]).event("first token", batch=1).link(sync, why="weights")
+    exported = traced.spans()["generate"]
+    assert exported.attributes == {"prompts": 3, "kept": 1, "tokens": (1, 2)}
+    assert [(event.name, event.attributes) for event in exported.events] == [("first token", {"batch": 1})]
+    assert exported.start_time < exported.events[0].timestamp < exported.end_time
+    (link,) = exported.links
+    assert link.context.span_id == int(sync.span_id, 16)
+    assert link.attributes == {"why": "weights"}
+
+
+def test_each_step_is_a_trace_that_points_at_the_one_before(traced: Traced):
+    for number in range(2):
+        with traced.profiling.step(number), traced.profiling.span("work"):
+            pass
+    first, second = [span for span in traced.exporter.get_finished_spans() if span.name == names.STEP]
+    assert first.context.trace_id != second.context.trace_id
+    assert [link.context for link in first.links] == []
+    assert [link.context.span_id for link in second.links] == [first.context.span_id]
+
+
+def test_spans_rebuilt_afterwards_lie_beneath_a_parent_that_has_ended(traced: Traced):
+    with traced.profiling.span("engine") as engine:
+        pass
+    traced.profiling.rebuilt("request", engine.start_ns, engine.start_ns + 1000, {"n": 1}, parent=engine, error="Boom")
+    request = traced.spans()["request"]
+    assert traced.parents()["request"] == "engine"
+    assert not request.parent.is_remote
+    assert request.end_time - request.start_time == 1000
+    assert request.attributes == {"n": 1, names.REBUILT: True, names.ERROR_TYPE: "Boom"}
+
+
+def test_a_trace_that_is_sampled_out_keeps_its_ids_and_says_so_to_servers():
+    traced = Traced(sampler=ParentBased(ALWAYS_OFF))
+    with traced.profiling.step(1) as step:
+        headers: dict[str, str] = {}
+        propagate.inject(headers)
+        with traced.profiling.span("engine") as engine:
+            pass
+        traced.profiling.rebuilt("request", engine.start_ns, engine.start_ns + 1, parent=engine)
+        assert headers["traceparent"][3:52] == f"{step.trace_id}-{step.span_id}"
+        assert not int(headers["traceparent"][-2:], 16) & trace.TraceFlags.SAMPLED
+    assert not traced.exporter.get_finished_spans()
+    kept = {span.name: span for span in traced.memory.spans}
+    assert not any(span.sampled for span in kept.values())
+    assert kept["request"].parent_id == kept["engine"].span_id
+    assert kept["engine"].parent_id == step.span_id
+    assert len({span.span_id for span in kept.values()}) == 3
+    assert {span.trace_id for span in kept.values()} == {step.trace_id}
+
+
+def test_without_an_sdk_vgens_own_ids_stay():
+    memory = MemorySink()
+    profiling = ProfilingContext([OTelSink(trace.NoOpTracerProvider()), memory])
+    with profiling.span("outer") as outer, profiling.span("inner") as inner:
+        assert inner.trace_id == outer.trace_id
+        assert inner.parent_id == outer.span_id
+    assert len({outer.span_id, inner.span_id}) == 2
+    assert int(outer.trace_id, 16)
+    assert len(memory.spans) == 2
+
+
+def test_two_contexts_with_providers_of_their_own_live_side_by_side():
+    one, two = Traced(), Traced()
+    for traced in (one, two):
+        with traced.profiling.span("outer"), traced.profiling.span("inner"):
+            pass
+    with one.profiling.span("one's"), two.profiling.span("two's") as inner:
+        pass
+    assert set(one.spans()) == {"outer", "inner", "one's"}
+    assert set(two.spans()) == {"outer", "inner", "two's"}
+    # the context of OpenTelemetry is one for the whole process: what is open in it is the parent, whoever exports it
+    assert inner.parent_id == trace.format_span_id(one.spans()["one's"].context.span_id)
+
+
+def test_a_broken_tracer_breaks_no_work(caplog: Any):
+    class Broken(TracerProvider):
+        def get_tracer(self, *_: Any, **__: Any) -> Any:
+            class Tracer:
+                def start_span(self, *_: Any, **__: Any) -> Any:
+                    raise RuntimeError("no tracing today")
+
+            return Tracer()
+
+    memory = MemorySink()
+    profiling = ProfilingContext([OTelSink(Broken(shutdown_on_exit=False)), memory])
+    with profiling.span("outer"), profiling.span("inner"):
+        pass
+    assert [span.name for span in memory.spans] == ["inner", "outer"]
+    assert memory.spans[0].parent_id == memory.spans[1].span_id
+
+
+def test_generation_is_what_the_genai_view_of_a_viewer_looks_for(traced: Traced):
+    with traced.profiling.span(names.GENERATE), traced.profiling.span(names.ENGINE_GENERATE):
+        pass
+    assert traced.spans()[names.GENERATE].attributes == {names.OPERATION: "text_completion", names.PROVIDER: "vllm"}
+    assert traced.spans()[names.ENGINE_GENERATE].attributes == {}
+    assert traced.spans()[names.GENERATE].instrumentation_scope.schema_url in (None, "")
+
+
+def test_names_for_reinforcement_learning_are_there_for_who_asks():
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    memory = MemorySink()
+    profiling = ProfilingContext([OTelSink(provider, conventions=(names.RL_EXPERIMENTAL,)), memory])
+    with profiling.step(1):
+        for name in (names.GENERATE, "reward", "update", names.WEIGHT_SYNC, "mine"):
+            with profiling.span(name):
+                pass
+    exported = [span.name for span in exporter.get_finished_spans()]
+    assert exported == ["rl.sample", "rl.reward", "rl.train", "rl.sync", "mine", "rl.loop"]
+    assert memory.named(names.GENERATE)
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_no_global_provider_is_set_and_the_sdk_is_not_loaded():
+    code = """
+import sys
+from opentelemetry import metrics, trace
+from vgen.profiling import ProfilingContext
+from vgen.profiling.sinks.otel import OTelSink
+with ProfilingContext([OTelSink()]) as profiling, profiling.step(1), profiling.span("work"):
+    pass
+assert not any(name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")) for name in sys.modules)
+from vgen.profiling.sinks.otel_sdk import otlp_providers
+with otlp_providers() as made, ProfilingContext([OTelSink(made.tracer_provider, made.meter_provider)]) as profiling:
+    pass
+print(type(trace.get_tracer_provider()).__name__, type(metrics.get_meter_provider()).__name__)
+"""
+    assert python(code).split() == ["ProxyTracerProvider", "_ProxyMeterProvider"]
+
+
+def test_the_global_providers_are_the_default_also_when_they_are_set_later():
+    code = """
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from vgen.profiling import ProfilingContext, names
+from vgen.profiling.sinks.otel import OTelSink
+profiling = ProfilingContext([OTelSink()])
+with profiling.step(0): pass
+exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
+provider = TracerProvider(); provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+metrics.set_meter_provider(MeterProvider([reader]))
+for number in (1, 2):
+    with profiling.step(number): profiling.record(names.GENERATED_TOKENS, 5)
+print(len(exporter.get_finished_spans()))
+scopes = reader.get_metrics_data().resource_metrics[0].scope_metrics
+print(*sorted(metric.name for scope in scopes for metric in scope.metrics))
+"""
+    assert python(code).split() == ["2", "train.step.duration", "vgen.generate.output_tokens"]
