@@ -130,7 +130,8 @@ class Generation:
                     completions = _place(mine, len(prompts), num_generations, errors)
                 result = Completions(prompt_ids, completions, num_generations, self._version)
                 if self._profiling.enabled:
-                    measure(self._profiling, span, engine_span, result, self._request_spans)
+                    decode = getattr(self._tokenizer, "decode", str)
+                    measure(self._profiling, span, engine_span, result, self._request_spans, decode)
                 return result
 
     def sync_weights(self, version: str | None = None) -> SyncReport:

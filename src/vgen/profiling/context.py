@@ -11,6 +11,7 @@ from typing import Any
 
 from . import names
 from .carrier import pack, unpack
+from .content import ContentCapture
 from .core import CLOSE_TIMEOUT, NO_SPAN, Core, Observed
 from .delivery import losses, tell_all
 from .records import Attributes, Instrument, Sink, Span, numeric, plain
@@ -29,6 +30,8 @@ class ProfilingContext:
     lies beneath that one's open span. Pickled, a context arrives as one without sinks, with the same
     attributes and beneath the span that was open; a fork shares the sinks, each child with files of its own.
 
+    Prompts, completions and what exceptions say are recorded only where `capture` is given.
+
         profiling = ProfilingContext([JsonlSink("runs/a")], {"vgen.rank": 0})
         with profiling.step(7) as row:
             with profiling.span("reward") as span:
@@ -44,8 +47,9 @@ class ProfilingContext:
         attributes: Attributes | None = None,
         *,
         parent: Mapping[str, str] | None = None,
+        capture: ContentCapture | None = None,
     ) -> None:
-        self._core: Core | None = Core(tuple(sinks), unpack(parent))
+        self._core: Core | None = Core(tuple(sinks), unpack(parent), capture)
         self._attributes = plain(dict(attributes or {}))
 
     @classmethod
@@ -57,6 +61,11 @@ class ProfilingContext:
     def enabled(self) -> bool:
         """False for the disabled context: skip what is only computed to be recorded."""
         return self._core is not None
+
+    @property
+    def capture(self) -> ContentCapture | None:
+        """How content may be recorded; None, as it is by default, when it may not."""
+        return self._core.capture if self._core is not None else None
 
     def bind(self, attributes: Attributes | None = None, /, **more: Any) -> ProfilingContext:
         """A copy whose spans and measurements carry these attributes too."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import names
 from .carrier import Remote
+from .content import ContentCapture
 from .delivery import Outlet, tell_all
 from .ids import new_span_id, new_trace_id
 from .records import Attributes, IdentitySink, Instrument, Link, Measurement, Sink, Span, Step, numeric, plain
@@ -57,14 +58,16 @@ NO_SPAN.row = Row()
 class Core:
     """Opens and ends spans, takes measurements, tells the sinks. `remote` is what roots of this process lie beneath."""
 
-    def __init__(self, sinks: Sequence[Sink], remote: Remote | None = None) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], remote: Remote | None = None, capture: ContentCapture | None = None
+    ) -> None:
         identities = [sink for sink in sinks if isinstance(sink, IdentitySink)]
         if len(identities) > 1:
             raise ValueError(
                 f"one sink gives out span ids, but {' and '.join(type(s).__name__ for s in identities)} were passed: "
                 "give one of them a provider with several processors instead"
             )
-        self.remote = remote
+        self.remote, self.capture = remote, capture
         self.current: ContextVar[Span | None] = ContextVar("vgen.current_span", default=None)
         self.outlets = tuple(Outlet(sink, functools.partial(self.current.set, NO_SPAN)) for sink in sinks)
         self.identify = next((o.identify for o in self.outlets if o.identify is not None), None)

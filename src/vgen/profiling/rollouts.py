@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..types import Completion, Completions, RequestTiming
 from . import names
 from .context import ProfilingContext
 from .records import Span
 
 
-def measure(profiling: ProfilingContext, span: Span, engine_span: Span, result: Completions, slowest: int) -> None:
-    """The counts of a call onto its span, every request into the metrics, the `slowest` as spans of the engine's."""
+def measure(
+    profiling: ProfilingContext,
+    span: Span,
+    engine_span: Span,
+    result: Completions,
+    slowest: int,
+    decode: Callable[[list[int]], str] = str,
+) -> None:
+    """The counts of a call onto its span, every request into the metrics, the `slowest` as spans of the engine's.
+
+    `decode` makes text of token ids, where content may be recorded.
+    """
     done = [completion for completion in result if completion.error is None]
     prompt_lengths = [len(result.prompt_ids[completion.prompt_index]) for completion in done]
     tokens_in = sum(prompt_lengths)
@@ -33,7 +45,11 @@ def measure(profiling: ProfilingContext, span: Span, engine_span: Span, result: 
     profiling.record_many(names.REQUEST_TPOT, [seconds for seconds in per_token if seconds is not None])
     chosen = sorted(timed, key=lambda pair: pair[1].e2e, reverse=True)[:slowest]
     for completion, timing in sorted(chosen, key=lambda pair: pair[1].queued_ns):
-        attributes = _request(completion, timing, len(result.prompt_ids[completion.prompt_index]))
+        prompt = result.prompt_ids[completion.prompt_index]
+        attributes = _request(completion, timing, len(prompt))
+        if profiling.capture is not None:
+            attributes[names.INPUT_CONTENT] = profiling.capture.text(decode(prompt))
+            attributes[names.OUTPUT_CONTENT] = profiling.capture.text(decode(completion.token_ids))
         profiling.rebuilt(names.REQUEST, timing.queued_ns, timing.finished_ns, attributes, parent=engine_span)
 
 

@@ -62,6 +62,8 @@ class SpanMaker:
             span = self._last
         try:
             if span.end_ns is None:
+                if error is not None and core.capture is not None:
+                    span.set({names.EXCEPTION_MESSAGE: core.capture.text(str(error))})
                 self._finish(span, now, None if kind is None else kind.__name__)
         finally:
             core.current.set(after)
