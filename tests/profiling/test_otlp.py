@@ -1,0 +1,192 @@
+"""Providers set up by vgen, exporting to a real OTLP receiver that reads everything back."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from collectors import GrpcCollector, HttpCollector, attributes
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
+
+from vgen.profiling import ProfilingContext, names
+from vgen.profiling.sinks.otel import OTelSink
+from vgen.profiling.sinks.otel_sdk import Providers, RandomIds, otlp_providers, resource
+from vgen.testing import MemorySink
+
+Collector = HttpCollector | GrpcCollector
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch):
+    for variable in [*os.environ]:
+        if variable.startswith("OTEL_") or variable == "RANK":
+            monkeypatch.delenv(variable)
+
+
+@pytest.fixture(params=["http/protobuf", "grpc"])
+def collector(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    made = HttpCollector() if request.param == "http/protobuf" else GrpcCollector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", request.param)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", made.endpoint)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def http(monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpCollector]:
+    made = HttpCollector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", made.endpoint)
+    yield made
+    made.close()
+
+
+def run(providers: Providers, *more: Any) -> ProfilingContext:
+    """A step of a training loop, recorded through `providers`."""
+    profiling = ProfilingContext([OTelSink(providers.tracer_provider, providers.meter_provider), *more])
+    bound = profiling.bind({names.ENGINE: "colocate"})
+    with profiling.step(3), bound.span(names.GENERATE, {names.PROMPTS: 2}):
+        with bound.span(names.ENGINE_GENERATE) as engine:
+            pass
+        bound.record_many(names.REQUEST_E2E, [0.3, 0.4])
+        bound.record(names.SYNCED_BYTES, 2048)
+        bound.rebuilt(names.REQUEST, engine.start_ns, engine.start_ns + 10, parent=engine, error="EngineError")
+    return profiling
+
+
+def test_what_a_step_records_arrives_whole(collector: Collector):
+    memory = MemorySink()
+    with otlp_providers() as providers:
+        run(providers, memory).close()
+        assert providers.close(10)
+        assert providers.lost == 0
+    assert len(collector.spans) == 4
+    kept = {span.name: span for span in memory.spans}
+    for span in collector.spans:
+        ours = kept[span.name]
+        assert span.trace_id.hex() == ours.trace_id
+        assert span.span_id.hex() == ours.span_id
+        assert span.parent_span_id.hex() == (ours.parent_id or "")
+        assert span.start_time_unix_nano == ours.start_unix_ns
+        assert span.end_time_unix_nano == ours.end_unix_ns
+    generate, request = collector.span(names.GENERATE), collector.span(names.REQUEST)
+    assert attributes(generate)[names.PROMPTS] == 2
+    assert attributes(generate)[names.STEP_NUMBER] == 3
+    assert request.parent_span_id == collector.span(names.ENGINE_GENERATE).span_id
+    assert (request.status.code, request.status.message) == (Status.STATUS_CODE_ERROR, "EngineError")
+    (point,) = collector.metric(names.REQUEST_E2E.name).histogram.data_points
+    assert (point.count, list(point.explicit_bounds)) == (2, list(names.SECONDS))
+    assert collector.metric(names.SYNCED_BYTES.name).sum.data_points[0].as_int == 2048
+    assert collector.metric("gen_ai.server.request.duration").unit == "s"
+    assert collector.metric("train.step.duration").histogram.data_points[0].count == 1
+    assert not any(scope.schema_url for scope in collector.scopes)
+
+
+def test_the_resource_tells_ranks_and_hosts_apart(collector: Collector):
+    with otlp_providers(service_name="grpo", rank=3, attributes={names.RL_ALGORITHM: "grpo"}) as providers:
+        run(providers)
+    assert len(collector.resources) >= 2, "of the spans and of the metrics"
+    for found in collector.resources:
+        assert found[names.SERVICE_NAME] == "grpo"
+        assert found[names.RANK] == 3
+        assert found[names.HOST_NAME] == socket.gethostname()
+        assert found[names.PROCESS_ID] == os.getpid()
+        assert found[names.SERVICE_INSTANCE].endswith("rank3")
+        assert found[names.RL_ALGORITHM] == "grpo"
+
+
+def test_what_is_passed_goes_before_the_environment_and_that_before_what_is_found_out(monkeypatch: Any):
+    assert resource().attributes[names.SERVICE_NAME] == "vgen"
+    assert names.RANK not in resource().attributes
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=box,deployment.environment=lab")
+    found = resource().attributes
+    assert found[names.SERVICE_NAME] == "mine"
+    assert found[names.HOST_NAME] == "box"
+    assert found["deployment.environment"] == "lab"
+    assert found[names.RANK] == 5
+    passed = resource(service_name="passed", rank=0, attributes={"host.name": "other"}).attributes
+    assert (passed[names.SERVICE_NAME], passed[names.RANK], passed[names.HOST_NAME]) == ("passed", 0, "other")
+
+
+def test_headers_compression_and_endpoints_are_the_environments(http: HttpCollector, monkeypatch: Any):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-team=rl")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    with otlp_providers() as providers:
+        run(providers)
+    assert http.headers[0]["x-team"] == "rl"
+    assert http.headers[0]["content-encoding"] == "gzip"
+    assert http.spans
+    assert not http.metrics
+
+
+def test_a_signal_has_a_protocol_of_its_own(http: HttpCollector, monkeypatch: Any):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    with otlp_providers() as providers:
+        run(providers)
+    assert http.spans
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "carrier pigeon"),
+        ("OTEL_TRACES_EXPORTER", "zipkin"),
+    ],
+)
+def test_a_setting_that_is_not_known_is_named(monkeypatch: Any, variable: str, value: str):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable} is '{value}'"):
+        otlp_providers()
+
+
+def test_the_sampler_is_the_environments(http: HttpCollector, monkeypatch: Any):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    with otlp_providers() as providers:
+        run(providers)
+    assert not http.spans
+    assert providers.lost == 0
+    assert http.metric("vgen.generate.duration").histogram.data_points[0].count == 1
+
+
+def test_ranks_that_seed_alike_have_different_ids(monkeypatch: Any):
+    def ids(draw: Callable[[], RandomIds]) -> list[int]:
+        random.seed(0)
+        generator = draw()
+        return [generator.generate_trace_id(), generator.generate_span_id()]
+
+    assert not set(ids(RandomIds)) & set(ids(RandomIds))
+    assert all(0 < found < 2**128 for found in ids(RandomIds))
+    assert RandomIds().generate_span_id() < 2**64
+    state = random.getstate()
+    RandomIds().generate_trace_id()
+    assert random.getstate() == state
+
+
+def test_two_pairs_of_providers_do_not_mix(monkeypatch: Any):
+    collectors = [HttpCollector(), HttpCollector()]
+    for number, collector in enumerate(collectors):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+        with otlp_providers(rank=number) as providers:
+            run(providers)
+    for number, collector in enumerate(collectors):
+        assert len(collector.spans) == 4
+        assert {found[names.RANK] for found in collector.resources} == {number}
+        collector.close()
+
+
+def test_flushing_the_context_delivers(http: HttpCollector):
+    with otlp_providers() as providers:
+        profiling = run(providers)
+        assert not http.spans
+        assert profiling.flush(10)
+        assert len(http.spans) == 4
+        assert http.metrics

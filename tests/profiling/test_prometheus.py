@@ -1,0 +1,194 @@
+"""Prometheus, by OpenTelemetry's own exporter: one spelling of every name, checked by a real Prometheus."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+
+from vgen.profiling import Instrument, ProfilingContext, names
+from vgen.profiling.reference import prometheus_name
+from vgen.profiling.sinks.otel import OTelSink
+from vgen.profiling.sinks.prometheus import prometheus_provider
+
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="no Prometheus here: apt-get install prometheus"
+)
+
+OBSERVED = Instrument("vgen.engine.age", "gauge", "s", "Seconds in the state.", (names.ENGINE,))
+DURATIONS = [names.duration(span.name) for span in names.SPANS.values() if not span.selected]
+GEN_AI = {alias.instrument.name: alias.instrument for alias in names.GEN_AI.metrics}
+EVERY_METRIC = [*names.METRICS.values(), *DURATIONS, OBSERVED, *GEN_AI.values()]
+
+
+def emit_everything(registry: CollectorRegistry) -> ProfilingContext:
+    """Each metric and each span once, in a process that plays both a server and a client."""
+    provider = prometheus_provider(registry, service_name="grpo", rank=2)
+    profiling = ProfilingContext([OTelSink(meter_provider=provider)])
+    profiling.bind({names.ENGINE: "colocate"}).observe(OBSERVED, lambda: 7.0)
+    for engine in ("colocate", "server"):
+        bound = profiling.bind({names.ENGINE: engine, names.MODEL: "tiny"})
+        for instrument in names.METRICS.values():
+            bound.record(instrument, 3)
+    bound = profiling.bind({names.ENGINE: "colocate"})
+    for name in names.SPANS:
+        with bound.span(name):
+            pass
+    return profiling
+
+
+@pytest.fixture(scope="module")
+def exposition() -> str:
+    registry = CollectorRegistry()
+    profiling = emit_everything(registry)
+    text = generate_latest(registry).decode()
+    profiling.close()
+    return text
+
+
+def families(exposition: str) -> dict[str, str]:
+    return dict(re.findall(r"^# TYPE (\S+) (\S+)$", exposition, re.M))
+
+
+@pytest.mark.parametrize("metric", EVERY_METRIC, ids=lambda metric: metric.name)
+def test_the_reference_page_spells_each_metric_as_prometheus_sees_it(exposition: str, metric: Instrument):
+    assert families(exposition)[prometheus_name(metric)] == metric.kind
+
+
+def test_there_is_nothing_else(exposition: str):
+    assert set(families(exposition)) == {prometheus_name(metric) for metric in EVERY_METRIC} | {"target_info"}
+
+
+def test_series_have_no_labels_of_the_scope_and_target_info_tells_the_rank(exposition: str):
+    assert "otel_scope" not in exposition
+    assert re.search(r'^vgen_generate_output_tokens_total{vgen_engine="colocate"} 3.0$', exposition, re.M)
+    (target,) = re.findall(r"^target_info{(.*)} 1.0$", exposition, re.M)
+    assert 'service_name="grpo"' in target
+    assert 'vgen_rank="2"' in target
+    assert "host_name=" in target
+
+
+def test_buckets_are_ours(exposition: str):
+    bounds = re.findall(
+        r'^vgen_generate_duration_seconds_bucket{le="([^"]+)",vgen_engine="colocate"}', exposition, re.M
+    )
+    assert [float(bound) for bound in bounds] == [*names.SECONDS, float("inf")]
+
+
+def test_the_default_registry_is_left_alone(exposition: str):
+    assert "vgen" not in generate_latest(REGISTRY).decode()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here: apt-get install prometheus")
+def test_promtool_finds_no_fault(exposition: str):
+    checked = subprocess.run(["promtool", "check", "metrics"], input=exposition, capture_output=True, text=True)
+    # what it does not like is a convention of Prometheus that OpenTelemetry's exporter does not follow
+    assert [line for line in checked.stderr.splitlines() if "target_info" not in line] == []
+
+
+PROCESS = """
+import sys
+from prometheus_client import CollectorRegistry, start_http_server
+sys.path.insert(0, {folder!r})
+from test_prometheus import emit_everything
+registry = CollectorRegistry()
+profiling = emit_everything(registry)
+server, _ = start_http_server(0, "127.0.0.1", registry)
+print(server.server_port, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prometheus that scrapes a vgen process."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    code = PROCESS.format(folder=str(Path(__file__).parent))
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as vgen:
+        assert vgen.stdout is not None
+        assert vgen.stdin is not None
+        target = f"127.0.0.1:{int(vgen.stdout.readline())}"
+        scrape = {"job_name": "vgen", "static_configs": [{"targets": [target]}]}
+        config = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}, "scrape_configs": [scrape]}
+        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        with (folder / "log").open("w") as log:
+            server = subprocess.Popen(
+                [
+                    "prometheus",
+                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    "--web.listen-address=127.0.0.1:0",
+                    "--log.format=json",
+                ],
+                stderr=log,
+            )
+        try:
+            yield f"http://{listening(folder / 'log', server)}"
+        finally:
+            server.terminate()
+            server.wait(10)
+            vgen.stdin.close()
+
+
+def listening(log: Path, server: subprocess.Popen[Any]) -> str:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()
+        for line in log.read_text().splitlines():
+            if "Listening on" in line:
+                return json.loads(line)["address"]
+        time.sleep(0.05)
+    raise TimeoutError(log.read_text())
+
+
+def query(address: str, expression: str) -> list[dict[str, Any]]:
+    url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return json.load(answer)["data"]["result"]
+
+
+def eventually(address: str, expression: str) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            if found := query(address, expression):
+                return found
+        except urllib.error.URLError:
+            pass
+        assert time.monotonic() < deadline, f"Prometheus has nothing for {expression}"
+        time.sleep(0.1)
+
+
+@needs_prometheus
+def test_a_real_prometheus_has_every_metric(prometheus: str):
+    assert float(eventually(prometheus, "up == 1")[0]["value"][1]) == 1
+    for metric in EVERY_METRIC:
+        name = prometheus_name(metric) + ("_count" if metric.kind == "histogram" else "")
+        for series in eventually(prometheus, name):
+            assert set(series["metric"]) - {"__name__", "instance", "job"} <= {
+                re.sub(r"\W", "_", label) for label in metric.attributes
+            }
+
+
+@needs_prometheus
+def test_a_real_prometheus_answers_what_dashboards_ask(prometheus: str):
+    tokens = eventually(prometheus, 'sum(vgen_generate_output_tokens_total{vgen_engine="colocate"})')
+    assert float(tokens[0]["value"][1]) == 3
+    p90 = eventually(prometheus, "histogram_quantile(0.9, sum by (le) (vgen_request_e2e_seconds_bucket))")
+    assert 2.5 < float(p90[0]["value"][1]) <= 5
+    ranked = "vgen_engine_age_seconds * on (instance) group_left (vgen_rank) target_info"
+    assert eventually(prometheus, ranked)[0]["metric"]["vgen_rank"] == "2"
+    assert eventually(prometheus, "scrape_samples_scraped")[0]["value"][1] != "0"
