@@ -114,20 +114,21 @@ class Core:
         else:
             if bound:
                 own = {**bound, **own}
-            remote = self.remote
-            if remote is None:
-                span.trace_id, span.parent_id, span.sampled = new_trace_id(), None, True
+            if self.remote is None:
+                span.parent_id, span.sampled = None, True
             else:
-                span.trace_id, span.parent_id, span.sampled = remote
+                span.trace_id, span.parent_id, span.sampled = self.remote
             span.offset_ns = time.time_ns() - time.monotonic_ns()
-        span.name, span.parent, span.span_id = name, parent, new_span_id()
+        span.name, span.parent = name, parent
         span.attributes = span.inherited = own
         span.events = ()
         span.end_ns = span.error = span.handle = None
         if self.inline:
             self.current.set(NO_SPAN)
-            if self.identify is not None:
-                self.identify(span)
+        if self.identify is None or not self.identify(span):
+            span.span_id = new_span_id()
+            if parent is None and self.remote is None:
+                span.trace_id = new_trace_id()
         for start in self.on_start:
             start(span, own)
 
@@ -266,7 +267,7 @@ class Core:
 
 
 class Observed:
-    """A gauge's callback. Calling it gives the value, None once its object is gone; it raises what the callback does."""
+    """A gauge's callback: calling it gives the value, None once its object is gone, or raises what it raises."""
 
     def __init__(
         self, instrument: Instrument, held: Callable[[], Callable[[], float] | None], bound: dict[str, Any]
