@@ -124,7 +124,7 @@ class Outlet:
         own = getattr(type(self.sink), method, None)
         return own is not None and own is not getattr(Sink, method, None)
 
-    def _door(self, method: str) -> Callable[..., None] | None:
+    def _door(self, method: str) -> Callable[..., Any] | None:
         if not self._implements(method):
             return None
         call = getattr(self.sink, method)
@@ -138,18 +138,20 @@ class Outlet:
         owed = method == "on_end" and self._implements("identify")
         return self._inline_door(call, owed, record=method not in ("identify", "on_observe"))
 
-    def _inline_door(self, call: Callable[..., object], owed: bool, record: bool) -> Callable[..., None]:
-        def pass_on(*arguments: Any) -> None:
+    def _inline_door(self, call: Callable[..., Any], owed: bool, record: bool) -> Callable[..., Any]:
+        def pass_on(*arguments: Any) -> Any:
             if self.off and not (owed and arguments[0].handle is not None):
                 self._dropped += record
-                return
+                return None
             try:
-                call(*arguments)
+                result = call(*arguments)
                 if self._failures:
                     self._failures.pop(call, None)
+                return result
             except Exception as error:
                 self._dropped += record
                 self._failed(call, error)
+                return None
 
         return pass_on
 
