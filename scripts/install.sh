@@ -17,8 +17,8 @@ level=${1:-}
 case $level in
   build) extras='' covers='build test lint' ;;
   demo) extras=otel covers='demo test lint' ;;
-  test) extras=otel,otlp,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint' ;;
-  lint) extras=otel,otlp,wandb,mlflow,trackio,nvtx,trl,peft,test,lint covers='lint' ;;
+  test) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint' ;;
+  lint) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test,lint covers='lint' ;;
   *) die 'which level? scripts/install.sh build|demo|test|lint' ;;
 esac
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import EngineError, EngineStateError, MissingExtraError, PromptError, VgenError, WeightSyncError
-    from .generation import ColocateGeneration
+    from .errors import (
+        EngineError,
+        EngineStateError,
+        MissingExtraError,
+        PromptError,
+        ServerError,
+        VgenError,
+        WeightSyncError,
+    )
+    from .generation import ColocateGeneration, ServerGeneration
     from .profiling import Instrument, ProfilingContext, Sink
     from .types import Completion, Completions, RequestTiming, Sampling
 
@@ -24,6 +32,8 @@ _HOMES = {
     "PromptError": "errors",
     "RequestTiming": "types",
     "Sampling": "types",
+    "ServerError": "errors",
+    "ServerGeneration": "generation",
     "Sink": "profiling",
     "VgenError": "errors",
     "WeightSyncError": "errors",

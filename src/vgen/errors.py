@@ -5,6 +5,7 @@
     ├── PromptError (ValueError)            a prompt that the engine could not take; `index`, `limit`
     ├── EngineStateError (RuntimeError)     the call does not fit the engine's state; `state`
     ├── EngineError (RuntimeError)          the engine could not start, or broke while it worked
+    │   └── ServerError                     a server did not answer, or refused; `url`, `status`, `retryable`
     └── WeightSyncError (RuntimeError)      weights did not arrive whole; `phase`, `parameter`, `receiver`
 
 A value of `Sampling` outside its range is a plain `ValueError` that names the field. No message ever
@@ -64,3 +65,17 @@ class WeightSyncError(VgenError, RuntimeError):
         self.phase = phase
         self.parameter = parameter
         self.receiver = receiver
+
+
+class ServerError(EngineError):
+    """A server could not be reached, did not answer in time, or refused; the message holds its own words.
+
+    `url` names it (never with credentials), `status` is the HTTP status or None without an answer, and
+    `retryable` says whether the same call may succeed elsewhere or later.
+    """
+
+    def __init__(self, problem: str, *, url: str, status: int | None = None, retryable: bool = False) -> None:
+        super().__init__(f"{url}: {problem}")
+        self.url = url
+        self.status = status
+        self.retryable = retryable

@@ -1,11 +1,17 @@
-"""For tests, yours too: a model small enough to make on the spot, an engine without a model, a sink that remembers."""
+"""For tests, yours too: a model small enough to make on the spot, an engine without a model, a server
+that goes wrong, a sink that remembers."""
 
 from __future__ import annotations
 
+import http.server
+import json
+import socket
+import struct
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from .engines.base import Phase, Request, Source
 from .profiling.sinks.memory import MemorySink
@@ -15,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["FakeEngine", "MemorySink", "byte_tokenizer", "tiny_model"]
+__all__ = ["FakeEngine", "Fault", "FaultyServer", "MemorySink", "byte_tokenizer", "tiny_model"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -81,7 +87,9 @@ class FakeEngine:
         self.weights: dict[str, torch.Tensor] = {}
         self.version = "0"
 
-    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Completion]:
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, headers: Mapping[str, str]
+    ) -> Generator[Completion]:
         self._called("stream")
         for request in requests:
             yield self._completion(request, sampling)
@@ -133,3 +141,121 @@ class FakeEngine:
             request_id=f"fake-{request.prompt_index}-{request.generation_index}",
             timing=timing,
         )
+
+
+Fault: TypeAlias = (
+    'Literal["reset", "silent", "truncated", "not json", "not vllm"] | int | Callable[[dict[str, Any]], dict[str, Any]]'
+)
+"""What a `FaultyServer` does with one request: an HTTP status, or a way to go wrong; a function makes the answer."""
+
+
+class FaultyServer:
+    """A stand-in for a vLLM server that goes wrong on demand: `faults["/v1/completions"] = [503, "reset"]`.
+
+    Each request to a path takes the next of its faults; without one it is answered well, completions with
+    each prompt's own tokens. `seen` keeps every request's path, headers and body.
+
+        with FaultyServer() as server:
+            server.faults["/v1/completions"] = ["silent"]
+            ServerGeneration(model, base_urls=[server.url], timeout=1.0).generate([[1, 2]])   # ServerError
+    """
+
+    def __init__(self, *, model: str = "tiny", max_model_len: int = 64) -> None:
+        self.faults: dict[str, list[Fault]] = {}
+        self.seen: list[tuple[str, dict[str, str], Any]] = []
+        self.answers: dict[str, Any] = {
+            "/v1/models": {"data": [{"id": model, "root": model, "max_model_len": max_model_len}]},
+            "/server_info": {
+                "vllm_config": {
+                    "device_config": {"device": "cpu"},
+                    "model_config": {"logprobs_mode": "processed_logprobs"},
+                }
+            },
+            "/reset_prefix_cache": {"success": True},
+        }
+        self._closing = threading.Event()
+        owner = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                owner._answer(self)
+
+            do_POST = do_GET
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        class Threads(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 1024  # of five, the standard library's, a burst of requests overflows
+
+        self._server = Threads(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        """Go away: connections are refused from now on."""
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        path = handler.path.partition("?")[0]
+        raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        body: dict[str, Any] = json.loads(raw) if raw else {}
+        self.seen.append((handler.path, dict(handler.headers), body))
+        waiting = self.faults.get(path)
+        fault = waiting.pop(0) if waiting else None
+        if fault == "silent":
+            self._closing.wait(60)
+        if fault in ("reset", "silent"):
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.close_connection = True
+            handler.connection.close()
+            return
+        if isinstance(fault, int):
+            self._send(handler, fault, b'{"error": {"message": "the server says no", "code": 0}}')
+            return
+        good = fault(body) if callable(fault) else self._completions(body) if path == "/v1/completions" else None
+        content = json.dumps(good if good is not None else self.answers.get(path, {})).encode()
+        if fault == "not json":
+            content = b"<html>a proxy's page</html>"
+        if fault == "not vllm":
+            content = b'{"something": "else"}'
+        self._send(handler, 200, content, cut=fault == "truncated")
+
+    def _send(
+        self, handler: http.server.BaseHTTPRequestHandler, status: int, content: bytes, *, cut: bool = False
+    ) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[: len(content) // 2] if cut else content)
+        handler.close_connection = cut
+
+    def _completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        choices = [
+            {
+                "index": index,
+                "text": "",
+                "token_ids": prompt[: body["max_tokens"]],
+                "logprobs": {
+                    "token_logprobs": [-0.5 for _ in prompt[: body["max_tokens"]]],
+                    "top_logprobs": [{f"token_id:{token}": -0.5} for token in prompt[: body["max_tokens"]]],
+                },
+                "finish_reason": "length",
+            }
+            for index, prompt in enumerate(prompts)
+        ]
+        metrics = {"queue_time_ms": 1.0, "time_to_first_token_ms": 2.0, "generation_time_ms": 3.0, "mean_itl_ms": 1.0}
+        return {"id": "cmpl-fake", "choices": choices, "metrics": metrics if len(prompts) == 1 else None, "usage": {}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -132,8 +132,12 @@ class Engine(Protocol):
     max_model_length: int
     vocabulary_size: int
 
-    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Completion]:
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, headers: Mapping[str, str]
+    ) -> Generator[Completion]:
         """Sample all `requests`, yielding each completion as it is done.
+
+        `headers` carry the trace context (W3C `traceparent`) that the engine's own spans lie beneath.
 
         However the iteration ends, nothing stays behind in the engine. `EngineError` means that it broke,
         `ValueError` that it refused a parameter.

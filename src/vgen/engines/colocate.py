@@ -80,7 +80,9 @@ class ColocateEngine:
         """The `vllm.LLM`, for what vgen does not cover."""
         return self._llm
 
-    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Generator[Completion]:
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, headers: Mapping[str, str]
+    ) -> Generator[Completion]:
         """Yield each completion as it is done. The scheduler stands still while the caller has one in hand."""
         waiting: dict[str, Request] = {}
         try:
@@ -89,7 +91,8 @@ class ColocateEngine:
                     self._count += 1
                     request_id = f"vgen-{self._count}"
                     parameters = sampling_params(sampling, request.seed)
-                    self._engine.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
+                    prompt: Any = {"prompt_token_ids": list(request.token_ids)}
+                    self._engine.add_request(request_id, prompt, parameters, trace_headers=headers or None)
                     waiting[request_id] = request
             while waiting:
                 for output in self._next_finished():

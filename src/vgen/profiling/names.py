@@ -217,6 +217,9 @@ WEIGHT_SYNC = _span(
     TRANSPORT_REASON,
     ENGINE,
 )
+SYNC_TRANSFER = _span("vgen.weight_sync.transfer", "The weights go to where the engines can read them.", GATHER_SECONDS)
+SYNC_PAUSE = _span("vgen.weight_sync.pause", "Servers stop scheduling.")
+SYNC_RESUME = _span("vgen.weight_sync.resume", "Servers schedule again.")
 SYNC_LOAD = _span("vgen.weight_sync.load", "The engine takes the weights in.", GATHER_SECONDS)
 SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weights computed are emptied.")
 SLEEP = _span("vgen.sleep", "The engine goes to sleep.", SLEEP_LEVEL, MEMORY_FREED, DEVICE_BYTES, ENGINE)
