@@ -88,6 +88,11 @@ class OTelSink(Sink):
         self._plans: dict[str, _Plan] = {}
         self._untimed = self._metrics.idle
 
+    @property
+    def lost(self) -> int:
+        """Values that OpenTelemetry cannot hold, and undelivered spans where the provider counts them, as vgen's do."""
+        return self._metrics.refused + getattr(self._providers[0], "lost", 0)
+
     def identify(self, span: Span) -> bool:
         """Start OpenTelemetry's span and give vgen's its ids. False without an SDK: then there are none."""
         here, parent, links = get_current(), span.parent, span.links

@@ -57,10 +57,9 @@ def otlp_providers(
         ValueError: A variable names a protocol or exporter that is not known here.
     """
     described = resource(service_name=service_name, rank=rank, attributes=attributes)
-    readers = list(metric_readers)
-    if _exports("METRICS"):
-        readers.append(PeriodicExportingMetricReader(_metric_exporter()))
-    return Providers(described, _span_exporter() if _exports("TRACES") else None, readers)
+    spans = _span_exporter() if _exports("TRACES") else None
+    metrics = _metric_exporter() if _exports("METRICS") else None
+    return Providers(described, spans, metrics, metric_readers)
 
 
 def resource(
@@ -109,18 +108,23 @@ class Providers:
     """
 
     def __init__(
-        self, described: Resource, span_exporter: SpanExporter | None, metric_readers: Sequence[MetricReader]
+        self,
+        described: Resource,
+        span_exporter: SpanExporter | None = None,
+        metric_exporter: MetricExporter | None = None,
+        metric_readers: Iterable[MetricReader] = (),
     ) -> None:
+        readers = list(metric_readers)
+        if metric_exporter is not None:
+            readers.append(PeriodicExportingMetricReader(metric_exporter))
         # Not the SDK's own end at exit: it waits for the collector, up to half a minute.
-        self.tracer_provider = TracerProvider(resource=described, id_generator=RandomIds(), shutdown_on_exit=False)
-        self.meter_provider = MeterProvider(metric_readers, resource=described, shutdown_on_exit=False)
-        self._counted = None
+        self.tracer_provider = _Tracers(resource=described, id_generator=RandomIds(), shutdown_on_exit=False)
+        self.meter_provider = MeterProvider(readers, resource=described, shutdown_on_exit=False)
         if span_exporter is not None:
-            self._counted = _Counted(span_exporter)
-            self.tracer_provider.add_span_processor(_Counting(self._counted))
-        self._pid = os.getpid()
+            self.tracer_provider.deliver(span_exporter)
+        self._exporters: list[Any] = [exporter for exporter in (span_exporter, metric_exporter) if exporter is not None]
+        self._pid, self._in_time = os.getpid(), False
         self._asked, self._over = threading.Event(), threading.Event()
-        self._in_time = False
         # Now: Python 3.12 and newer start no thread once the interpreter is on its way out.
         threading.Thread(target=self._close, name="vgen-otel-close", daemon=True).start()
         # Bound to a provider, which the callback itself keeps alive: so it runs at exit only, and there after the
@@ -129,22 +133,27 @@ class Providers:
 
     @property
     def lost(self) -> int:
-        """Spans that ended and were not delivered. While the providers are open: not yet."""
-        return 0 if self._counted is None else self._counted.accepted - self._counted.delivered
+        """Spans that could not be delivered. Once closed, with those that were still waiting."""
+        return self.tracer_provider.lost
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
         """Export what is left and shut both down, within `timeout` seconds. Twice does no harm.
 
         False when that was not enough, or spans were lost; a warning then says how many.
         """
-        if self._at_exit.detach() is not None and os.getpid() == self._pid:
+        if not self.tracer_provider.closed and os.getpid() == self._pid:
+            self._at_exit.detach()
             self._asked.set()
-            self._in_time = self._over.wait(timeout) and self._in_time
+            over = self._over.wait(timeout)
+            self._in_time = over and self._in_time
+            self.tracer_provider.closed = True
+            if not over:  # they would go on trying, and complaining, behind our back
+                within(0.0, *[exporter.shutdown for exporter in self._exporters])
             if self.lost or not self._in_time:
                 logger.warning(
                     "vgen: OpenTelemetry closed with losses: %d spans were not delivered%s",
                     self.lost,
-                    "" if self._in_time else f", and not everything ended within {timeout:.1f} s",
+                    "" if over else f", and not everything ended within {timeout:.1f} s",
                 )
         return self._in_time and not self.lost
 
@@ -160,33 +169,57 @@ class Providers:
         self._over.set()
 
 
-class _Counted(SpanExporter):
-    """Counts what an exporter has delivered."""
+class _Tracers(TracerProvider):
+    """A tracer provider that knows how many of its spans were `lost`; `OTelSink` passes that on."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
-        self.accepted = self.delivered = 0
-        self._exporter = exporter
-        self.shutdown = exporter.shutdown
-        self.force_flush = exporter.force_flush
+    closed = False
+    _counts: _Counts | None = None
+
+    @property
+    def lost(self) -> int:
+        counts = self._counts
+        if counts is None:
+            return 0
+        return counts.accepted - counts.delivered if self.closed else counts.failed
+
+    def deliver(self, exporter: SpanExporter) -> None:
+        """Have ended spans handed to `exporter` in batches."""
+        self._counts = _Counts()
+        self.add_span_processor(_CountingProcessor(_CountingExporter(exporter, self._counts), self._counts))
+
+
+class _Counts:
+    """Spans that were to be delivered, were, and were not."""
+
+    accepted = delivered = failed = 0
+
+
+class _CountingExporter(SpanExporter):
+    def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
+        self._exporter, self._counts = exporter, counts
+        self.shutdown, self.force_flush = exporter.shutdown, exporter.force_flush
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._exporter.export(spans)
-        if result is SpanExportResult.SUCCESS:
-            self.delivered += len(spans)
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            if result is SpanExportResult.SUCCESS:
+                self._counts.delivered += len(spans)
+            else:
+                self._counts.failed += len(spans)
         return result
 
 
-class _Counting(BatchSpanProcessor):
-    """Counts what is to be delivered."""
-
-    def __init__(self, counted: _Counted) -> None:
-        super().__init__(counted)
-        self._counted, self._counting = counted, threading.Lock()
+class _CountingProcessor(BatchSpanProcessor):
+    def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
+        super().__init__(exporter)
+        self._counts, self._counting = counts, threading.Lock()
 
     def on_end(self, span: ReadableSpan) -> None:
         if span.context is not None and span.context.trace_flags.sampled:
-            with self._counting:
-                self._counted.accepted += 1
+            with self._counting:  # several threads end spans, but one exports
+                self._counts.accepted += 1
         super().on_end(span)
 
 

@@ -1,0 +1,231 @@
+"""The collector refuses, hangs, dies half way or is overloaded: the loop does not notice, the end comes in time."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from collectors import HttpCollector, refusing
+
+from vgen.profiling import ProfilingContext, names
+from vgen.profiling.sinks.memory import MemorySink
+from vgen.profiling.sinks.otel import OTelSink
+from vgen.profiling.sinks.otel_sdk import Providers, otlp_providers
+from vgen.profiling.sinks.prometheus import prometheus_reader
+
+DEADLINE, SLACK = 0.5, 0.2
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "5")
+
+
+def healthy() -> HttpCollector:
+    return HttpCollector()
+
+
+class Refusing:
+    """Nobody listens."""
+
+    def __init__(self) -> None:
+        self.endpoint = refusing()
+
+    def close(self) -> None:
+        pass
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "refuses": Refusing,
+    "hangs": lambda: HttpCollector(hang=True),
+    "dies half way": lambda: HttpCollector(fail_after=1),
+    "is overloaded": lambda: HttpCollector(status=503),
+}
+
+
+@pytest.fixture(params=FAULTS)
+def faulty(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    collector = FAULTS[request.param]()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    yield collector
+    collector.close()
+
+
+def made(**settings: Any) -> tuple[Providers, ProfilingContext]:
+    providers = otlp_providers(**settings)
+    return providers, ProfilingContext([OTelSink(providers.tracer_provider, providers.meter_provider)])
+
+
+def loop(profiling: ProfilingContext, steps: int = 20) -> float:
+    """Seconds of a loop of short steps."""
+    start = time.perf_counter()
+    for number in range(steps):
+        with profiling.step(number):
+            for _ in range(10):
+                with profiling.span("work"):
+                    profiling.record(names.REQUEST_E2E, 0.1)
+    return time.perf_counter() - start
+
+
+def test_the_end_comes_in_time_and_says_what_was_lost(faulty: Any, caplog: Any):
+    providers, profiling = made()
+    loop(profiling)
+    time.sleep(0.1)  # it has been tried
+    loop(profiling)
+    start = time.perf_counter()
+    with caplog.at_level(logging.WARNING, "vgen.telemetry"):
+        assert not profiling.flush(DEADLINE)
+        flushed = time.perf_counter()
+        assert not profiling.close(DEADLINE)
+        closed = time.perf_counter()
+        assert not providers.close(DEADLINE)
+        ended = time.perf_counter()
+    assert flushed - start < DEADLINE + SLACK
+    assert closed - flushed < DEADLINE + SLACK
+    assert ended - closed < DEADLINE + SLACK
+    assert providers.lost > 0
+    (warning,) = [record.getMessage() for record in caplog.records if "spans were not delivered" in record.getMessage()]
+    assert f"{providers.lost} spans" in warning
+    assert not providers.close(DEADLINE), "twice does no harm, and tells the same"
+    assert time.perf_counter() - ended < SLACK
+
+
+def test_what_arrived_before_a_death_half_way_is_not_counted_as_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    collector = HttpCollector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    providers, profiling = made()
+    loop(profiling, 3)
+    assert profiling.flush(5)
+    arrived = len(collector.spans)
+    collector.close()
+    loop(profiling, 2)
+    assert not providers.close(DEADLINE)
+    assert arrived == 33
+    assert providers.lost == 22
+
+
+def test_a_collector_that_comes_back_gets_the_totals(monkeypatch: pytest.MonkeyPatch):
+    """Metrics are cumulative: an outage costs resolution and no count."""
+    collector = HttpCollector(status=503)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    providers, profiling = made()
+    for _ in range(3):
+        profiling.record(names.GENERATED_TOKENS, 10)
+    time.sleep(0.1)
+    collector.status = 200
+    assert providers.close(5)
+    assert collector.metric(names.GENERATED_TOKENS.name).sum.data_points[0].as_int == 30
+    collector.close()
+
+
+def test_spans_that_failed_show_up_in_the_contexts_own_count(monkeypatch: pytest.MonkeyPatch):
+    collector = HttpCollector(status=400)  # which nobody repeats
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    providers, profiling = made()
+    loop(profiling, 1)
+    deadline = time.monotonic() + 5
+    while providers.lost < 11:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert profiling.dropped() == {"OTelSink": 11}
+    with profiling.step(9) as row:
+        pass
+    assert row.summary()[names.DROPPED.name] == 11
+    providers.close()
+    collector.close()
+
+
+def best(profiling: ProfilingContext, rounds: int = 3) -> tuple[float, float]:
+    """The quietest of a few rounds: its seconds, and the 99th percentile of one span's."""
+    found: list[tuple[float, float]] = []
+    for _ in range(rounds):
+        taken: list[float] = []
+        begin = time.perf_counter()
+        for _ in range(1500):
+            start = time.perf_counter()
+            with profiling.span("work", prompts=1):
+                pass
+            taken.append(time.perf_counter() - start)
+        found.append((time.perf_counter() - begin, statistics.quantiles(taken, n=100)[98]))
+    return min(seconds for seconds, _ in found), min(p99 for _, p99 in found)
+
+
+def test_the_loop_is_as_fast_as_with_a_healthy_collector(faulty: Any, monkeypatch: pytest.MonkeyPatch):
+    dead_providers, dead = made()
+    collector = HttpCollector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    alive_providers, alive = made()
+    seconds, p99 = best(alive)
+    dead_seconds, dead_p99 = best(dead)
+    assert dead_seconds < 1.5 * seconds
+    assert dead_p99 < 2 * p99
+    alive_providers.close(5)
+    dead_providers.close(0.0)
+    collector.close()
+
+
+def test_the_other_sinks_and_readers_get_all_of_it(faulty: Any):
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry, memory = CollectorRegistry(), MemorySink()
+    providers = otlp_providers(metric_readers=[prometheus_reader(registry)])
+    profiling = ProfilingContext([OTelSink(providers.tracer_provider, providers.meter_provider), memory])
+    loop(profiling)
+    assert len(memory.spans) == 220
+    assert "vgen_request_e2e_seconds_count 200.0" in generate_latest(registry).decode()
+    profiling.close(DEADLINE)
+    assert not providers.close(DEADLINE)
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_a_process_that_forgets_to_close_exits_in_time(protocol: str):
+    code = f"""
+import os, time
+os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = {refusing()!r}
+os.environ["OTEL_EXPORTER_OTLP_PROTOCOL"] = {protocol!r}
+from vgen.profiling import ProfilingContext
+from vgen.profiling.sinks.otel import OTelSink
+from vgen.profiling.sinks.otel_sdk import otlp_providers
+providers = otlp_providers()
+profiling = ProfilingContext([OTelSink(providers.tracer_provider, providers.meter_provider)])
+with profiling.step(1):
+    pass
+print(time.time(), flush=True)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = time.time()
+    assert run.returncode == 0, run.stderr
+    # the context's deadline and the providers', 2 s each
+    assert ended - float(run.stdout) < 2 * 2.0 + 2 * SLACK + 0.5
+    assert "1 spans were not delivered" in run.stderr
+
+
+def test_a_process_that_forgets_to_close_delivers_where_it_can(monkeypatch: pytest.MonkeyPatch):
+    collector = HttpCollector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    monkeypatch.delenv("OTEL_BSP_SCHEDULE_DELAY")
+    monkeypatch.delenv("OTEL_METRIC_EXPORT_INTERVAL")
+    code = """
+from vgen.profiling import ProfilingContext, names
+from vgen.profiling.sinks.otel import OTelSink
+from vgen.profiling.sinks.otel_sdk import otlp_providers
+providers = otlp_providers()
+profiling = ProfilingContext([OTelSink(providers.tracer_provider, providers.meter_provider)])
+with profiling.step(1):
+    profiling.record(names.GENERATED_TOKENS, 3)
+    raise SystemExit(3)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (3, "")
+    assert collector.span(names.STEP).status.message == "SystemExit"
+    assert collector.metric(names.GENERATED_TOKENS.name).sum.data_points[0].as_int == 3
+    collector.close()
