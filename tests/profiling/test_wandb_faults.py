@@ -30,6 +30,8 @@ def run_child(fault: str, directory: Path) -> tuple[dict[str, Any], str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=directory,
+        # a service of its own, not the one that these tests already have
+        env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
     ) as process:
         try:
             out, errors = process.communicate(timeout=60)

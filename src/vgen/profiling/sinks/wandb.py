@@ -57,7 +57,7 @@ class WandbSink(Sink):
         run.define_metric(STEP_METRIC, hidden=True)
 
     @property
-    def lost(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def lost(self) -> int:
         """Steps that W&B did not take, or took without saying so. Those that wait count once nothing follows."""
         return self._unconfirmed + (self._waiting.count if self._closed or self._sending else 0)
 
