@@ -221,7 +221,7 @@ def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) 
     assert [row["_step"] for row in rows if "train_runtime" in row] == [2]
 
 
-def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any) -> None:
     sink = WandbSink(run)
     profiling = ProfilingContext([sink])
     with profiling.step(0):
@@ -233,7 +233,7 @@ def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, caplog: pytes
             work(profiling, n)
     started = time.monotonic()
     profiling.close()
-    assert time.monotonic() - started < 2.2
+    assert time.monotonic() - started < 0.5
     assert profiling.dropped() == {"WandbSink": 2}
     check_steps(wandb_runs.rows(run), 1)
 

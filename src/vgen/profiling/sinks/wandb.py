@@ -93,6 +93,8 @@ class WandbSink(Sink):
             self._log(self._waiting, commit=True)
             self._waiting = _Steps()
             return
+        if getattr(self.run, "_is_finished", False):  # whose step W&B waits for half a minute, in vain
+            raise RuntimeError("the W&B run was finished before its sink was closed")
         now = self.run.step
         if now != self._at:  # the trainer's log has finished the row that held the open steps
             self._open = _Steps()
