@@ -16,7 +16,7 @@ STEPS = "vgen/steps"
 """How many steps a row covers: 1 where the trainer logs every step."""
 HISTOGRAM = ".histogram"
 BINS = 32
-_POINTS = 128
+_POINTS = 64
 _MARK = PREFIX + names.STEP + ".duration.sum"
 
 
