@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import vgen
 from vgen.profiling import Instrument, ProfilingContext, names, reference
 from vgen.testing import MemorySink
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "src" / "vgen"
+SOURCE = Path(vgen.__file__).parent
 KNOWN = {*names.SPANS, *names.METRICS, *names.ATTRIBUTES, *names.EVENTS, *names.RESOURCE}
 KNOWN |= {alias.instrument.name for alias in names.GEN_AI.metrics}
 KNOWN |= {name for name in names.RL_EXPERIMENTAL.spans.values()}
@@ -43,6 +44,10 @@ def literals(tree: ast.AST) -> Iterator[ast.Constant]:
             yield node
 
 
+def is_constant_of_names(key: ast.expr | None) -> bool:
+    return isinstance(key, ast.Attribute) and isinstance(key.value, ast.Name) and key.value.id == "names"
+
+
 def called(call: ast.Call) -> str:
     function = call.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -60,16 +65,19 @@ def test_no_name_is_spelled_out_that_names_py_does_not_list(path: Path):
 @pytest.mark.parametrize("path", library(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_every_span_event_and_attribute_that_the_library_writes_is_a_constant_of_names_py(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        if node.func.attr in OPENING and node.args and isinstance(node.args[0], ast.Constant):
+        dicts = [node] if isinstance(node, ast.Dict) and any(is_constant_of_names(key) for key in node.keys) else []
+        if (
+            isinstance(node, ast.Call)
+            and called(node) in OPENING
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
             written = node.args[0].value
             assert written in KNOWN, f"{path}:{node.lineno} opens {written!r}: give it a constant in names.py"
-        if node.func.attr in ADDING:
-            dicts = [argument for argument in node.args if isinstance(argument, ast.Dict)]
-            keys = [key.value for found in dicts for key in found.keys if isinstance(key, ast.Constant)]
-            for key in keys:
-                assert key in KNOWN, f"{path}:{node.lineno} writes the attribute {key!r}: list it in names.py"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ADDING:
+            dicts += [argument for argument in node.args if isinstance(argument, ast.Dict)]
+        for key in [key.value for found in dicts for key in found.keys if isinstance(key, ast.Constant)]:
+            assert key in KNOWN, f"{path}:{node.lineno} writes the attribute {key!r}: list it in names.py"
 
 
 def test_the_static_check_sees_a_stray_name():

@@ -113,6 +113,22 @@ def test_what_arrived_before_a_death_half_way_is_not_counted_as_lost(monkeypatch
     assert providers.lost == 22
 
 
+def test_traces_that_hang_do_not_keep_the_metrics_back(monkeypatch: pytest.MonkeyPatch):
+    hanging, collector = HttpCollector(hang=True), HttpCollector()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", hanging.endpoint + "/v1/traces")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", collector.endpoint + "/v1/metrics")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "60000")
+    providers, profiling = made()
+    loop(profiling, 3)
+    assert not profiling.flush(DEADLINE)
+    assert collector.metric("train.step.duration").histogram.data_points[0].count == 3
+    loop(profiling, 2)
+    assert not providers.close(DEADLINE)
+    assert collector.metric("train.step.duration").histogram.data_points[0].count == 5
+    hanging.close()
+    collector.close()
+
+
 def test_a_collector_that_comes_back_gets_the_totals(monkeypatch: pytest.MonkeyPatch):
     """Metrics are cumulative: an outage costs resolution and no count."""
     collector = HttpCollector(status=503)

@@ -31,7 +31,9 @@ class Metered:
     def metrics(self) -> dict[str, Any]:
         data = self.reader.get_metrics_data()
         resources = data.resource_metrics if data is not None else []
-        return {m.name: m for resource in resources for scope in resource.scope_metrics for m in scope.metrics}
+        found = [m for resource in resources for scope in resource.scope_metrics for m in scope.metrics]
+        assert len({metric.name for metric in found}) == len(found), "one metric for each name"
+        return {metric.name: metric for metric in found}
 
 
 @pytest.fixture

@@ -171,6 +171,18 @@ def test_ranks_that_seed_alike_have_different_ids(monkeypatch: Any):
     assert random.getstate() == state
 
 
+def test_the_providers_use_such_ids(monkeypatch: Any):
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    found: list[int] = []
+    for rank in range(2):
+        random.seed(0)
+        with otlp_providers(rank=rank) as providers:
+            context = providers.tracer_provider.get_tracer("rank").start_span("x").get_span_context()
+            found += [context.trace_id, context.span_id]
+    assert len(set(found)) == 4
+
+
 def test_two_pairs_of_providers_do_not_mix(monkeypatch: Any):
     collectors = [HttpCollector(), HttpCollector()]
     for number, collector in enumerate(collectors):
