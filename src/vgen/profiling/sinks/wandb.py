@@ -159,7 +159,7 @@ def _key(name: str) -> str:
 
 
 def _bins(histogram: Histogram) -> tuple[Any, Any]:
-    """Counts in bins of equal width, and their edges: exact to the sketch's accuracy up to `_POINTS` values."""
+    """Counts in bins of equal width, and their edges: each value where it lies up to `_POINTS` of them, else to 2 %."""
     import numpy as np
 
     points = min(histogram.count, _POINTS)
