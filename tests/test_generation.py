@@ -199,3 +199,57 @@ def test_the_state_machine_knows_every_transition():
     for state in EngineState:
         with pytest.raises(EngineStateError):
             machine.move("anything", state)
+
+
+def test_a_stream_yields_each_completion_and_leaves_its_span(generation, engine, sink):
+    found = list(generation.stream([[1], [], [3, 4]], num_generations=2, refused="mark"))
+    assert sorted((c.prompt_index, c.generation_index) for c in found) == [(p, g) for p in range(3) for g in range(2)]
+    assert [c.error is not None for c in found[:2]] == [True, True]
+    (span,) = sink.named(names.GENERATE)
+    assert span.attributes[names.COMPLETIONS] == 4
+    assert span.attributes[names.REBUILT] is True
+
+
+def test_no_span_is_open_while_the_caller_has_a_streams_completion_in_hand(engine):
+    profiling = ProfilingContext()
+    generation = Generation(engine, Weights(), profiling=profiling)
+    with profiling.span("mine") as mine:
+        for _ in generation.stream([[1], [2]]):
+            assert profiling.current_span() is mine
+
+
+def test_while_a_stream_is_open_its_thread_is_refused_and_closing_it_frees_the_engine(generation):
+    stream = generation.stream([[1], [2]])
+    next(stream)
+    for call in (lambda: generation.generate([[1]]), generation.sync_weights, lambda: list(generation.stream([[1]]))):
+        with pytest.raises(EngineStateError):
+            call()
+    stream.close()
+    assert len(generation.generate([[1]])) == 1
+
+
+def test_a_stream_that_breaks_fails_the_engine_and_its_span(generation, engine, sink):
+    engine.raises["stream"] = EngineError("gone")
+    with pytest.raises(EngineError):
+        list(generation.stream([[1]]))
+    assert generation.state is EngineState.FAILED
+    assert sink.named(names.GENERATE)[0].error == "EngineError"
+
+
+async def test_asynchronous_generation_lies_beneath_the_open_span(engine, sink):
+    profiling = ProfilingContext([sink])
+    generation = Generation(engine, Weights(), profiling=profiling)
+    with profiling.step(1):
+        rollouts = await generation.agenerate([[1, 2]], num_generations=3)
+    assert len(rollouts) == 3
+    assert sink.named(names.GENERATE)[0].parent.name == names.STEP
+
+
+def test_score_wants_a_completion_for_each_prompt(generation):
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
+        generation.score([[1], [2]], [[3]])
+
+
+def test_conversations_need_a_tokenizer(generation):
+    with pytest.raises(TypeError, match="processing_class"):
+        generation.chat([[{"role": "user", "content": "hi"}]])

@@ -36,6 +36,7 @@ class PromptError(VgenError, ValueError):
     def __init__(self, index: int, problem: str, limit: int | None = None) -> None:
         super().__init__(f"prompt {index} {problem}")
         self.index = index
+        self.problem = problem
         self.limit = limit
 
 

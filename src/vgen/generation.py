@@ -6,14 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .engines.base import Engine, EngineState, Request, Source, StateMachine
 from .errors import EngineError, EngineStateError, PromptError, VgenError
 from .profiling import ProfilingContext, Span, names
 from .profiling.device import DeviceTimer, memory
-from .profiling.rollouts import measure
+from .profiling.rollouts import counts, measure
 from .ranks import GroupRanks, Ranks, SingleRank
 from .types import Completion, Completions, Prompt, Sampling, SleepReport, SyncReport
 from .weights.source import ModuleSource
@@ -62,6 +63,7 @@ class Generation:
         self._profiling = profiling.bind({names.ENGINE: engine.kind})
         self._device = DeviceTimer(self._profiling)
         self._states, self._busy = StateMachine(), threading.Lock()
+        self._owner: int | None = None
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, "0"
         self._states.move("construction", EngineState.AWAKE)
@@ -106,33 +108,126 @@ class Generation:
             EngineStateError: The engine is asleep, failed or closed.
             EngineError: The engine broke; it is `failed` now.
         """
-        if num_generations < 1:
-            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-        if sampling.structured_outputs_regex is None and self._regex is not None:
-            sampling = replace(sampling, structured_outputs_regex=self._regex)
-        with self._busy:
-            self._states.require("generate", EngineState.AWAKE)
+        with self._generating("generate"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
             with self._profiling.span(names.GENERATE, own) as span:
-                prompt_ids, errors = self._encode(prompts)
-                if errors and refused == "raise":
-                    raise next(iter(errors.values()))
-                if self._stale:
-                    self._restore()
-                span.set({names.WEIGHT_VERSION: self._version, names.REFUSED: len(errors) or None})
-                good = [index for index in range(len(prompts)) if index not in errors]
-                everyone, start = self._ranks.gather([prompt_ids[index] for index in good])
-                requests = _requests(everyone, num_generations, sampling.seed)
+                job = self._prepare(prompts, sampling, num_generations, refused)
+                span.set({names.WEIGHT_VERSION: self._version, names.REFUSED: len(job.errors) or None})
                 with self._profiling.span(names.ENGINE_GENERATE) as engine_span:
-                    sampled = self._sample(requests, sampling, _for_own(on_completion, good, start))
+                    sampled = self._sample(job, on_completion)
                 with self._profiling.span(names.DECODE_OUTPUTS):
-                    mine = sampled[start * num_generations : (start + len(good)) * num_generations]
-                    completions = _place(mine, len(prompts), num_generations, errors)
-                result = Completions(prompt_ids, completions, num_generations, self._version)
+                    result = job.place(sampled, self._version)
                 if self._profiling.enabled:
-                    decode = getattr(self._tokenizer, "decode", str)
-                    measure(self._profiling, span, engine_span, result, self._request_spans, decode)
+                    span.set(counts(result))
+                    measure(self._profiling, engine_span, result, self._request_spans, self._decode)
                 return result
+
+    async def agenerate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = Sampling(),
+        num_generations: int = 1,
+        *,
+        refused: Literal["raise", "mark"] = "raise",
+        on_completion: Callable[[Completion], None] | None = None,
+    ) -> Completions:
+        """`generate` for asynchronous trainers: on a thread of its own, beneath the open span.
+
+        `on_completion` is called on that thread. Cancelling aborts what is not done yet.
+        """
+        import asyncio
+
+        cancelled = threading.Event()
+
+        def check(completion: Completion) -> None:
+            if cancelled.is_set():
+                raise asyncio.CancelledError
+            if on_completion is not None:
+                on_completion(completion)
+
+        call = partial(self.generate, refused=refused, on_completion=check)
+        try:
+            return await asyncio.to_thread(call, prompts, sampling, num_generations)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = Sampling(),
+        num_generations: int = 1,
+        *,
+        refused: Literal["raise", "mark"] = "raise",
+    ) -> Generator[Completion]:
+        """Yield each completion as it is done, so that rewards can start; raises as `generate` does.
+
+        Leaving the loop early aborts the rest. Until it has ended the engine is taken: other calls of
+        this thread are refused. Its span is recorded at the end, and covers what the caller did between
+        two completions.
+        """
+        if not isinstance(self._ranks, SingleRank):
+            raise ValueError("stream() serves one rank; ranks that share an engine generate together")
+        profiling, parent, start = self._profiling, self._profiling.current_span(), time.monotonic_ns()
+        with self._generating("stream"):
+            job = self._prepare(prompts, sampling, num_generations, refused)
+            done: dict[tuple[int, int], Completion] = {}
+            error: str | None = None
+            try:
+                yield from (completion for completion in job.place([], self._version) if completion.error is not None)
+                with closing(self._engine.stream(job.requests, job.sampling, profiling.carrier())) as stream:
+                    for completion in stream:
+                        done[completion.prompt_index, completion.generation_index] = completion
+                        yield job.own(completion)
+            except BaseException as raised:
+                error = type(raised).__name__
+                if isinstance(raised, EngineError):
+                    self._states.move("stream", EngineState.FAILED, str(raised))
+                raise
+            finally:
+                if profiling.enabled:
+                    end = time.monotonic_ns()
+                    result = job.place(list(done.values()), self._version)
+                    own: dict[str, Any] = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
+                    own |= {names.WEIGHT_VERSION: self._version, **counts(result)}
+                    span = profiling.rebuilt(names.GENERATE, start, end, own, parent=parent, error=error)
+                    measure(profiling, span, result, self._request_spans, self._decode)
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        sampling: Sampling = Sampling(),
+        num_generations: int = 1,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        refused: Literal["raise", "mark"] = "raise",
+        **template: Any,
+    ) -> Completions:
+        """`generate` for conversations of `{"role", "content"}` messages, through the tokenizer's chat template.
+
+        `template` is handed on to `apply_chat_template`, as `tools` and `chat_template` are.
+        """
+        if self._tokenizer is None:
+            raise TypeError("conversations need a tokenizer: construct with processing_class")
+        settings = dict(tools=tools, chat_template=chat_template, add_generation_prompt=True, tokenize=True) | template
+        rendered = [
+            self._tokenizer.apply_chat_template(list(conversation), **settings | {"return_dict": True})["input_ids"]
+            for conversation in conversations
+        ]
+        return self.generate(rendered, sampling, num_generations, refused=refused)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float | None]]:
+        """The log-probabilities that the engine's weights give to the tokens of each completion after its prompt.
+
+        They are the model's own, at temperature 1: for distillation and for reference models.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: there must be one for each")
+        starts = [self._ids(index, prompt) for index, prompt in enumerate(prompts)]
+        whole = [[*start, *completion] for start, completion in zip(starts, completions, strict=True)]
+        scored = self.generate(whole, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0))
+        return [(found.prompt_logprobs or [])[len(start) :] for start, found in zip(starts, scored, strict=True)]
 
     def sync_weights(self, version: str | None = None) -> SyncReport:
         """Replace the engine's weights by the trainer model's, and label what is sampled from then on.
@@ -241,17 +336,41 @@ class Generation:
                 raise
             raise EngineError(f"the engine failed in {call}: {type(error).__name__}") from error
 
-    def _encode(self, prompts: Sequence[Prompt]) -> tuple[list[list[int]], dict[int, PromptError]]:
+    @contextmanager
+    def _generating(self, call: str) -> Iterator[None]:
+        """Have the engine to oneself, awake. Waits for another thread's generation, but not for its own."""
+        if self._owner == threading.get_ident():
+            raise EngineStateError(call, "at work in this thread", "finish or close the stream that is open")
+        with self._busy:
+            self._owner = threading.get_ident()
+            try:
+                self._states.require(call, EngineState.AWAKE)
+                yield
+            finally:
+                self._owner = None
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
+
+    def _ids(self, index: int, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self._tokenizer is None:
+            raise TypeError(f"prompt {index} is text: construct with processing_class to pass text")
+        return list(self._tokenizer(prompt)["input_ids"])
+
+    def _prepare(
+        self, prompts: Sequence[Prompt], sampling: Sampling, num_generations: int, refused: Literal["raise", "mark"]
+    ) -> _Job:
+        """Check what is asked for, agree on it with the ranks that share the engine, see to its weights."""
+        if num_generations < 1:
+            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+        if sampling.structured_outputs_regex is None and self._regex is not None:
+            sampling = replace(sampling, structured_outputs_regex=self._regex)
         limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size
-        encoded: list[list[int]] = []
+        encoded = [self._ids(index, prompt) for index, prompt in enumerate(prompts)]
         errors: dict[int, PromptError] = {}
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                if self._tokenizer is None:
-                    raise TypeError(f"prompt {index} is text: construct with processing_class to pass text")
-                ids = list(self._tokenizer(prompt)["input_ids"])
-            else:
-                ids = list(prompt)
+        for index, ids in enumerate(encoded):
             if not ids:
                 errors[index] = PromptError(index, "is empty")
             elif len(ids) > limit:
@@ -260,24 +379,35 @@ class Generation:
             elif min(ids) < 0 or max(ids) >= vocabulary:
                 problem = f"holds a token id outside the vocabulary of {vocabulary}"
                 errors[index] = PromptError(index, problem, vocabulary)
-            encoded.append([] if index in errors else ids)
-        return encoded, errors
+        # A rank that raised alone would leave the others waiting for it.
+        raising: list[tuple[int, str, int | None]] = []
+        if refused == "raise":
+            raising = [(error.index, error.problem, error.limit) for error in errors.values()]
+        everyones, _ = self._ranks.gather(raising)
+        if everyones:
+            index, problem, bound = (raising or everyones)[0]
+            raise PromptError(index, problem, bound)
+        if self._stale:
+            self._sync(self._version)
+        good = [index for index in range(len(prompts)) if index not in errors]
+        gathered, start = self._ranks.gather([encoded[index] for index in good])
+        requests = _requests(gathered, num_generations, sampling.seed)
+        prompt_ids = [[] if index in errors else ids for index, ids in enumerate(encoded)]
+        return _Job(prompt_ids, errors, good, start, requests, sampling, num_generations)
 
-    def _sample(
-        self, requests: list[Request], sampling: Sampling, on_completion: Callable[[Completion], None] | None
-    ) -> list[Completion]:
-        """The completions of `requests`, in their order."""
-        done: dict[tuple[int, int], Completion] = {}
+    def _sample(self, job: _Job, on_completion: Callable[[Completion], None] | None) -> list[Completion]:
+        """All that the engine samples for `job`, other ranks' too, in any order."""
+        done: list[Completion] = []
         try:
-            with closing(self._engine.stream(requests, sampling, self._profiling.carrier())) as stream:
+            with closing(self._engine.stream(job.requests, job.sampling, self._profiling.carrier())) as stream:
                 for completion in stream:
-                    done[completion.prompt_index, completion.generation_index] = completion
-                    if on_completion is not None:
-                        on_completion(completion)
+                    done.append(completion)
+                    if on_completion is not None and job.owns(completion):
+                        on_completion(job.own(completion))
         except EngineError as error:
             self._states.move("generate", EngineState.FAILED, str(error))
             raise
-        return [done[request.prompt_index, request.generation_index] for request in requests]
+        return done
 
     def _sync(self, version: str) -> SyncReport:
         source, profiling, start = self._source, self._profiling, time.monotonic()
@@ -305,9 +435,50 @@ class Generation:
     def _memory(self) -> dict[str, int]:
         return memory() if self._profiling.enabled else {}
 
-    def _restore(self) -> None:
-        """Bring the trainer's weights into an engine that holds none."""
-        self._sync(self._version)
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One call's prompts, and their place among those of the ranks that share the engine."""
+
+    prompt_ids: list[list[int]]
+    """Of this rank, empty for refused ones."""
+    errors: dict[int, PromptError]
+    good: list[int]
+    """The places in `prompt_ids` of those that are not refused."""
+    start: int
+    """Where they begin among all ranks' prompts."""
+    requests: list[Request]
+    """Of all ranks."""
+    sampling: Sampling
+    num_generations: int
+
+    def owns(self, completion: Completion) -> bool:
+        """Whether what the engine has sampled is for this rank."""
+        return 0 <= completion.prompt_index - self.start < len(self.good)
+
+    def own(self, completion: Completion) -> Completion:
+        """What the engine has sampled, under its prompt's place in the caller's list."""
+        return replace(completion, prompt_index=self.good[completion.prompt_index - self.start])
+
+    def place(self, sampled: list[Completion], version: str) -> Completions:
+        """This rank's completions in prompt order, refused prompts marked; what has not been sampled is missing."""
+        arrived = {(c.prompt_index, c.generation_index): c for c in map(self.own, filter(self.owns, sampled))}
+        placed: list[Completion] = []
+        for index in range(len(self.prompt_ids)):
+            for generation in range(self.num_generations):
+                if index in self.errors:
+                    placed.append(
+                        Completion(
+                            prompt_index=index,
+                            generation_index=generation,
+                            token_ids=[],
+                            finish_reason="error",
+                            error=self.errors[index],
+                        )
+                    )
+                elif (found := arrived.get((index, generation))) is not None:
+                    placed.append(found)
+        return Completions(self.prompt_ids, placed, self.num_generations, version)
 
 
 class ColocateGeneration(Generation):
@@ -491,44 +662,6 @@ def _requests(prompts: list[list[int]], num_generations: int, seed: int | None) 
         for index, ids in enumerate(prompts)
         for generation in range(num_generations)
     ]
-
-
-def _for_own(
-    on_completion: Callable[[Completion], None] | None, good: list[int], start: int
-) -> Callable[[Completion], None] | None:
-    """`on_completion` for this rank's own completions alone, under their places in the caller's list."""
-    if on_completion is None:
-        return None
-
-    def pass_on(completion: Completion) -> None:
-        place = completion.prompt_index - start
-        if 0 <= place < len(good):
-            on_completion(replace(completion, prompt_index=good[place]))
-
-    return pass_on
-
-
-def _place(
-    sampled: list[Completion], prompts: int, num_generations: int, errors: Mapping[int, PromptError]
-) -> list[Completion]:
-    """Completions at their prompts' places in the caller's list, refused prompts marked."""
-    arrived = iter(sampled)
-    placed: list[Completion] = []
-    for index in range(prompts):
-        for generation in range(num_generations):
-            if index in errors:
-                placed.append(
-                    Completion(
-                        prompt_index=index,
-                        generation_index=generation,
-                        token_ids=[],
-                        finish_reason="error",
-                        error=errors[index],
-                    )
-                )
-            else:
-                placed.append(replace(next(arrived), prompt_index=index))
-    return placed
 
 
 def _placement(accelerator: Any) -> tuple[int, int]:

@@ -188,6 +188,9 @@ class FaultyServer:
                 pass
 
         class Threads(http.server.ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                pass  # a client that hung up, as it may
+
             daemon_threads = True
             request_queue_size = 1024  # of five, the standard library's, a burst of requests overflows
 

@@ -40,6 +40,8 @@ class Sampling:
     """The first completion's seed; the others of the same call get the numbers that follow, so that a group differs."""
     logprobs: int | None = 0
     """None: none. 0: the sampled token's. N: the N likeliest besides."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for the prompt's own tokens; they are what the model gives, whatever is sampled."""
     structured_outputs_regex: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further `SamplingParams`, passed on as they are."""
@@ -57,6 +59,7 @@ class Sampling:
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
+            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "None or at least 0"),
             ("seed", self.seed is None or self.seed >= 0, "None or at least 0"),
             ("extra", "n" not in self.extra, "without 'n': pass num_generations to generate()"),
         ):
@@ -103,6 +106,8 @@ class Completion:
     """The sampled tokens' log-probabilities, as sampled (after temperature and the like); None for a NaN."""
     top_logprobs: list[list[tuple[int, float | None]]] | None = None
     """For each position `(token id, log-probability)`, likeliest first, the sampled token among them."""
+    prompt_logprobs: list[float | None] | None = None
+    """The prompt's own tokens' log-probabilities, None for the first; where `Sampling.prompt_logprobs` asks for them."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort`; `error` for a refused prompt."""
     weight_version: str | None = None

@@ -362,3 +362,52 @@ def test_every_call_leaves_its_span_under_the_callers_step(real):
         assert span.attributes[names.STEP_NUMBER] == 4
         if span.parent is not None:
             assert span.parent.start_ns <= span.start_ns <= span.end_ns <= span.parent.end_ns
+
+
+def test_score_gives_the_models_own_logprobs(real):
+    real.randomize()
+    real.generation.sync_weights()
+    prompts, completions = [[1, 2, 3], "abc"], [[4, 5, 6, 7], [9]]
+    scored = real.generation.score(prompts, completions)
+    for prompt, completion, found in zip(
+        [[1, 2, 3], real.tokenizer("abc")["input_ids"]], completions, scored, strict=True
+    ):
+        with torch.no_grad():
+            logits = real.model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        own = [logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion)]
+        assert found == pytest.approx(own, abs=1e-4)
+
+
+def test_a_stream_brings_short_completions_first(real):
+    stopping = Sampling(max_tokens=64, seed=3, stop_token_ids=list(range(0, 256, 24)))
+    arrived = list(real.generation.stream([[1, 2], [3], [4, 5]], stopping, 4))
+    assert len(arrived) == 12
+    lengths = [len(completion.token_ids) for completion in arrived]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 1
+    stream = real.generation.stream([[1]] * 8, Sampling(max_tokens=64, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert not real.generation.engine.llm.llm_engine.has_unfinished_requests()
+    assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=8)))
+
+
+async def test_asynchronous_generation(real):
+    assert agrees(real.model, await real.generation.agenerate([[1, 2, 3]], Sampling(max_tokens=8), 2))
+
+
+def test_chat_goes_through_the_chat_template(real):
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+        "{% if tools %}T{{ tools|length }}{% endif %}a:"
+    )
+    conversations = [[{"role": "user", "content": "hi"}], [{"role": "system", "content": "x"}]]
+    rollouts = real.generation.chat(conversations, GREEDY, chat_template=template)
+    assert [real.tokenizer.decode(ids) for ids in rollouts.prompt_ids] == ["u:hi;a:", "s:x;a:"]
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
+    rollouts = real.generation.chat(conversations[:1], GREEDY, chat_template=template, tools=[tool])
+    assert real.tokenizer.decode(rollouts.prompt_ids[0]) == "u:hi;T1a:"
+    assert agrees(real.model, real.generation.generate(rollouts.prompt_ids, Sampling(max_tokens=8)))

@@ -223,6 +223,7 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
         ignore_eos=sampling.ignore_eos,
         seed=seed,
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         detokenize=bool(sampling.stop),
     )
     if sampling.structured_outputs_regex is not None:
@@ -250,11 +251,19 @@ def _completion(request: Request, output: Any, sampling: Sampling) -> Completion
         token_ids=token_ids,
         logprobs=logprobs,
         top_logprobs=top,
+        prompt_logprobs=_prompt_logprobs(output),
         finish_reason=result.finish_reason,
         weight_version=result.weight_versions[-1].version if result.weight_versions else None,
         request_id=output.request_id,
         timing=_timing(output.metrics, output.num_cached_tokens or 0),
     )
+
+
+def _prompt_logprobs(output: Any) -> list[float | None] | None:
+    if output.prompt_logprobs is None:
+        return None
+    pairs = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
+    return [None if at is None else _number(at[token].logprob) for at, token in pairs]
 
 
 def _number(logprob: float) -> float | None:

@@ -277,6 +277,7 @@ async def _complete(
         "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
         "logprobs": sampling.logprobs,
+        "prompt_logprobs": sampling.prompt_logprobs,
         "seed": requests[0].seed,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -319,10 +320,18 @@ def _completion(
         token_ids=choice["token_ids"],
         logprobs=logprobs,
         top_logprobs=top,
+        prompt_logprobs=_prompt_logprobs(request, choice.get("prompt_logprobs")),
         finish_reason=choice["finish_reason"],
         request_id=request_id,
         timing=timing,
     )
+
+
+def _prompt_logprobs(request: Request, found: Sequence[Mapping[str, Any] | None] | None) -> list[float | None] | None:
+    if found is None:
+        return None
+    pairs = zip(found, request.token_ids, strict=True)
+    return [None if at is None else _number(at[str(token)]["logprob"]) for at, token in pairs]
 
 
 def _number(logprob: float | None) -> float | None:

@@ -120,14 +120,15 @@ class ProfilingContext:
         *,
         parent: Span | None = None,
         error: str | None = None,
-    ) -> None:
+    ) -> Span:
         """A span made after the fact, from timings of `time.monotonic_ns`'s clock, marked as such.
 
         It lies beneath `parent`, or beneath the open span.
         """
-        if self._core is not None:
-            own = {**(attributes or {}), names.REBUILT: True}
-            self._core.rebuild(self._attributes, name, start_ns, end_ns, own, parent, error)
+        if self._core is None:
+            return NO_SPAN
+        own = {**(attributes or {}), names.REBUILT: True}
+        return self._core.rebuild(self._attributes, name, start_ns, end_ns, own, parent, error)
 
     def carry(self, function: F) -> F:
         """`function` bound to the span that is open now, for a thread or an executor, which inherit none by themselves.

@@ -162,11 +162,11 @@ class Core:
         own: dict[str, Any],
         parent: Span | None,
         error: str | None,
-    ) -> None:
+    ) -> Span:
         """Record a span after the fact."""
         here = self.current.get()
         if here is NO_SPAN:
-            return
+            return NO_SPAN
         span, parent = Span(), parent or here
         span.maker, span.current, span.start_ns, span.links = None, False, start_ns, ()
         span.step = None if parent is None else parent.step
@@ -177,6 +177,7 @@ class Core:
         finally:
             if self.inline:
                 self.current.set(here)
+        return span
 
     def measure(
         self,

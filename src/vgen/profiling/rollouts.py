@@ -10,25 +10,29 @@ from .context import ProfilingContext
 from .records import Span
 
 
+def counts(result: Completions) -> dict[str, int]:
+    """What a call moved, as attributes of its span."""
+    done = [completion for completion in result if completion.error is None]
+    tokens_in = sum(len(result.prompt_ids[completion.prompt_index]) for completion in done)
+    return {names.COMPLETIONS: len(done), names.INPUT_TOKENS: tokens_in, names.OUTPUT_TOKENS: result.output_tokens}
+
+
 def measure(
     profiling: ProfilingContext,
-    span: Span,
     engine_span: Span,
     result: Completions,
     slowest: int,
     decode: Callable[[list[int]], str] = str,
 ) -> None:
-    """The counts of a call onto its span, every request into the metrics, the `slowest` as spans of the engine's.
+    """Every request into the metrics, the `slowest` as spans beneath the engine's.
 
     `decode` makes text of token ids, where content may be recorded.
     """
     done = [completion for completion in result if completion.error is None]
-    prompt_lengths = [len(result.prompt_ids[completion.prompt_index]) for completion in done]
-    tokens_in = sum(prompt_lengths)
-    tokens_out = result.output_tokens
-    span.set({names.COMPLETIONS: len(done), names.INPUT_TOKENS: tokens_in, names.OUTPUT_TOKENS: tokens_out})
     if not done:
         return
+    prompt_lengths = [len(result.prompt_ids[completion.prompt_index]) for completion in done]
+    tokens_in, tokens_out = sum(prompt_lengths), result.output_tokens
     profiling.record(names.PROMPT_TOKENS, tokens_in)
     profiling.record(names.GENERATED_TOKENS, tokens_out)
     if engine_span.duration:
