@@ -280,7 +280,7 @@ def _as_number(name: str, value: Any) -> float:
 
 
 def _key(key: object) -> str:
-    return str.__str__(key) if isinstance(key, str) else _text(key)
+    return str.__str__(key) if isinstance(key, str) else as_text(key)
 
 
 def _as_plain(key: object, value: Any) -> Any:
@@ -304,10 +304,11 @@ def _as_item(key: object, value: Any) -> Any:
     except Exception:
         pass
     _report(key, value, "is not for telemetry and is recorded as a string")
-    return _text(value)
+    return as_text(value)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """`value` as a string, whatever it is: without raising, and without waiting for a device."""
     try:
         if isinstance(value, _CONTAINERS):
             return json.dumps(value)  # and not `str`, which would spell out the tensors in it

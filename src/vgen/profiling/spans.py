@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from . import names
 from .core import NO_SPAN, Core
-from .records import Span, Step
+from .records import Span, Step, as_text
 from .sketch import Row
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -63,7 +63,7 @@ class SpanMaker:
         try:
             if span.end_ns is None:
                 if error is not None and core.capture is not None:
-                    span.set({names.EXCEPTION_MESSAGE: core.capture.text(str(error))})
+                    span.set({names.EXCEPTION_MESSAGE: core.capture.text(as_text(error))})
                 self._finish(span, now, None if kind is None else kind.__name__)
         finally:
             core.current.set(after)

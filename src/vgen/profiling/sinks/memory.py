@@ -37,6 +37,11 @@ class MemorySink(Sink):
     def on_step(self, step: Step) -> None:
         self._keep(self.rows, (step.number, step.summary()))
 
+    def after_fork(self) -> None:
+        """In a forked child it begins empty: what is in here happened in the parent."""
+        self.clear()
+        self.open.clear()
+
     def named(self, name: str) -> list[Span]:
         """The ended spans of that name."""
         return [span for span in self.spans if span.name == name]
