@@ -262,6 +262,58 @@ def test_without_an_sdk_vgens_own_ids_stay():
     assert len(memory.spans) == 2
 
 
+def test_what_another_process_began_goes_on_here(traced: Traced):
+    with traced.profiling.step(1) as step:
+        carrier = traced.profiling.carrier()
+    beneath = ProfilingContext([OTelSink(traced.provider)], parent=carrier)
+    with beneath.span("worker") as worker:
+        assert (worker.trace_id, worker.parent_id) == (step.trace_id, step.span_id)
+        with beneath.span("inner"):
+            pass
+    assert traced.parents() == {names.STEP: None, "worker": names.STEP, "inner": "worker"}
+    assert traced.spans()["worker"].parent.is_remote
+    assert not traced.spans()["inner"].parent.is_remote
+
+
+def test_what_another_process_sampled_out_stays_out():
+    traced = Traced()
+    carrier = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"}
+    beneath = ProfilingContext([OTelSink(traced.provider)], parent=carrier)
+    with beneath.span("worker") as worker:
+        assert beneath.carrier() == {"traceparent": f"00-{'1' * 32}-{worker.span_id}-00"}
+    assert not traced.spans()
+
+
+def test_a_forked_child_goes_on_beneath_the_open_span():
+    code = """
+import os, sys
+from opentelemetry import context
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from vgen.profiling import ProfilingContext
+from vgen.profiling.sinks.otel import OTelSink
+exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+profiling = ProfilingContext([OTelSink(provider)])
+with profiling.span("outer") as outer:
+    child = os.fork()
+    with profiling.span("inner") as inner:
+        assert inner.parent_id == outer.span_id
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+with profiling.span("later") as later:
+    assert later.parent_id is None
+if not child:
+    assert [span.name for span in exporter.get_finished_spans()] == ["inner", "later"]
+    os._exit(0)
+assert [span.name for span in exporter.get_finished_spans()] == ["inner", "outer", "later"]
+assert not context.get_current()
+print("well")
+"""
+    assert python(code) == "well\n"
+
+
 def test_two_contexts_with_providers_of_their_own_live_side_by_side():
     one, two = Traced(), Traced()
     for traced in (one, two):

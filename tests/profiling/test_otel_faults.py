@@ -160,19 +160,16 @@ def test_spans_that_failed_show_up_in_the_contexts_own_count(monkeypatch: pytest
     collector.close()
 
 
-def best(profiling: ProfilingContext, rounds: int = 3) -> tuple[float, float]:
-    """The quietest of a few rounds: its seconds, and the 99th percentile of one span's."""
-    found: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        taken: list[float] = []
-        begin = time.perf_counter()
-        for _ in range(1500):
-            start = time.perf_counter()
-            with profiling.span("work", prompts=1):
-                pass
-            taken.append(time.perf_counter() - start)
-        found.append((time.perf_counter() - begin, statistics.quantiles(taken, n=100)[98]))
-    return min(seconds for seconds, _ in found), min(p99 for _, p99 in found)
+def spans(profiling: ProfilingContext) -> tuple[float, float]:
+    """Seconds of a thousand spans, and the 99th percentile of one."""
+    taken: list[float] = []
+    begin = time.perf_counter()
+    for _ in range(1000):
+        start = time.perf_counter()
+        with profiling.span("work", prompts=1):
+            pass
+        taken.append(time.perf_counter() - start)
+    return time.perf_counter() - begin, statistics.quantiles(taken, n=100)[98]
 
 
 def test_the_loop_is_as_fast_as_with_a_healthy_collector(faulty: Any, monkeypatch: pytest.MonkeyPatch):
@@ -180,8 +177,11 @@ def test_the_loop_is_as_fast_as_with_a_healthy_collector(faulty: Any, monkeypatc
     collector = HttpCollector()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
     alive_providers, alive = made()
-    seconds, p99 = best(alive)
-    dead_seconds, dead_p99 = best(dead)
+    # In turn, and the quietest round of each: other processes use this machine too.
+    rounds = [(spans(alive), spans(dead)) for _ in range(8)]
+    (seconds, p99), (dead_seconds, dead_p99) = (
+        (min(found[which][0] for found in rounds), min(found[which][1] for found in rounds)) for which in (0, 1)
+    )
     assert dead_seconds < 1.5 * seconds
     assert dead_p99 < 2 * p99
     alive_providers.close(5)

@@ -139,12 +139,22 @@ def test_a_gauge_goes_with_what_it_tells_of(metered: Metered):
     engine, other = Engine(), Engine()
     metered.profiling.bind(which="a").observe(Instrument("depth", "gauge", attributes=("which",)), engine.depth)
     metered.profiling.bind(which="b").observe(Instrument("depth", "gauge", attributes=("which",)), other.depth)
+    with metered.profiling.step(1):
+        pass
     assert [point.attributes for point in metered.read()["depth"]] == [{"which": "a"}, {"which": "b"}]
     del engine
     assert [point.attributes for point in metered.read()["depth"]] == [{"which": "b"}]
     metered.profiling.close()
     metered.read()  # what closing has collected, for the last time
     assert "depth" not in metered.read()
+
+
+def test_a_gauge_keeps_its_last_value_until_there_is_another(metered: Metered):
+    for engine, value in (("ray", 1.0), ("server", 2.0), ("ray", 3.0)):
+        metered.profiling.bind({names.ENGINE: engine}).record(names.THROUGHPUT, value)
+    for _ in range(3):  # a Prometheus that scrapes more often than it is set must not see it come and go
+        points = metered.read()[names.THROUGHPUT.name]
+        assert {point.attributes[names.ENGINE]: point.value for point in points} == {"ray": 3.0, "server": 2.0}
 
 
 def test_a_gauges_failing_callback_hides_no_other(metered: Metered, caplog: Any):

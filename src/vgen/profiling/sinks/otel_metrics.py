@@ -43,22 +43,20 @@ class OTelInstruments:
         self.refused = 0
         self._provider = provider
         self._meter = metrics.get_meter(scope, version, provider)
-        # OpenTelemetry keeps the callbacks of whoever is first to observe a gauge in a scope: so each sink has its own.
+        # OpenTelemetry keeps the callback of whoever is first to make a gauge in a scope: so each sink has its own.
         number = next(_numbers)
-        self._observing = metrics.get_meter(
+        self._gauge_meter = metrics.get_meter(
             scope, version, provider, attributes={names.SINK_NUMBER: number} if number else None
         )
         self._aliases = [alias for convention in conventions for alias in convention.metrics]
         self._takes: dict[tuple[str, object], _Take] = {}
         self._user_spans = 0
-        self._gauges: dict[str, list[tuple[Callable[[], float | None], dict[str, Any]]]] = {}
+        self._gauges: dict[str, _Gauge] = {}
         self._reported: set[str] = set()
 
     def record(self, measurement: Measurement) -> None:
         """Hand the values on, also under the names that other conventions have for them."""
         instrument, attributes = measurement.instrument, measurement.attributes
-        if instrument.name in self._gauges:
-            return  # read when it is collected, so always fresher than this
         key = instrument.name, attributes.get(names.ENGINE)
         take = self._takes.get(key)
         if take is None:
@@ -84,7 +82,7 @@ class OTelInstruments:
         labels = tuple(label for label in instrument.attributes if label != names.ERROR_TYPE)
 
         def time(seconds: float, attributes: Attributes, error: str | None) -> None:
-            kept = {label: attributes[label] for label in labels if label in attributes} if labels else {}
+            kept = _kept(labels, attributes) if labels else {}
             if error is not None:
                 kept[names.ERROR_TYPE] = error
             record(seconds, kept)
@@ -93,36 +91,21 @@ class OTelInstruments:
 
     def observe(self, instrument: Instrument, read: Callable[[], float | None], attributes: Attributes) -> None:
         """Have `read` asked whenever metrics are collected, on whatever thread does that."""
-        kept = {label: attributes[label] for label in instrument.attributes if label in attributes}
-        readers = self._gauges.get(instrument.name)
-        if readers is not None:
-            readers.append((read, kept))
-            return
-        self._gauges[instrument.name] = readers = [(read, kept)]
-
-        def collect(_: CallbackOptions) -> Iterator[Observation]:
-            return self._read(instrument.name, readers)
-
-        self._observing.create_observable_gauge(instrument.name, [collect], instrument.unit, instrument.description)
+        self._gauge(instrument).observe(_kept(instrument.attributes, attributes), read)
 
     def close(self) -> None:
         """Observe nothing any more: what is observed may be gone when its callback is still there."""
-        for readers in self._gauges.values():
-            readers.clear()
+        for gauge in self._gauges.values():
+            gauge.readers.clear()
 
-    def _read(
-        self, name: str, readers: list[tuple[Callable[[], float | None], dict[str, Any]]]
-    ) -> Iterator[Observation]:
-        for entry in tuple(readers):
-            try:
-                value = entry[0]()
-            except Exception as error:
-                self._report(name, f"the callback of the gauge {name} raised {type(error).__name__}")
-                continue
-            if value is not None:
-                yield metrics.Observation(value, entry[1])
-            elif entry in readers:
-                readers.remove(entry)
+    def _gauge(self, instrument: Instrument) -> _Gauge:
+        gauge = self._gauges.get(instrument.name)
+        if gauge is None:
+            gauge = self._gauges[instrument.name] = _Gauge(instrument, self._report)
+            self._gauge_meter.create_observable_gauge(
+                instrument.name, [gauge.collect], instrument.unit, instrument.description
+            )
+        return gauge
 
     def _taker(self, instrument: Instrument, engine: object) -> _Take:
         puts = [self._putter(instrument, {})]
@@ -142,20 +125,16 @@ class OTelInstruments:
 
     def _putter(self, instrument: Instrument, constant: Mapping[str, str]) -> _Take:
         labels = tuple(label for label in instrument.attributes if label not in constant)
-
-        def kept(attributes: Attributes) -> dict[str, Any]:
-            return {**constant, **{label: attributes[label] for label in labels if label in attributes}}
-
         if instrument.kind == "gauge":
-            set_value = self._meter.create_gauge(instrument.name, instrument.unit, instrument.description).set
-            return lambda values, attributes: set_value(values[-1], kept(attributes))
+            keep = self._gauge(instrument).keep
+            return lambda values, attributes: keep(_kept(labels, attributes), values[-1])
         if instrument.kind == "counter":
             add = self._meter.create_counter(instrument.name, instrument.unit, instrument.description).add
-            return lambda values, attributes: add(sum(values), kept(attributes))
+            return lambda values, attributes: add(sum(values), {**constant, **_kept(labels, attributes)})
         record = _histogram(self._meter, instrument).record
 
         def put(values: Sequence[float], attributes: Attributes) -> None:
-            own = kept(attributes)
+            own = {**constant, **_kept(labels, attributes)}
             for value in values:
                 record(value, own)
 
@@ -174,6 +153,46 @@ class OTelInstruments:
         if name not in self._reported:
             self._reported.add(name)
             logger.warning("vgen: OpenTelemetry's metrics leave something out: %s", problem)
+
+
+class _Gauge:
+    """What observes a gauge, and the last values recorded where nothing does, by their labels.
+
+    Not OpenTelemetry's gauge that is set: until its SDK 1.45 that one is gone after one collection.
+    """
+
+    def __init__(self, instrument: Instrument, report: Callable[[str, str], None]) -> None:
+        self.readers: list[tuple[dict[str, Any], Callable[[], float | None]]] = []
+        self._name, self._report = instrument.name, report
+        self._last: dict[str, tuple[dict[str, Any], float]] = {}
+        self._observed: set[str] = set()
+
+    def observe(self, labels: dict[str, Any], read: Callable[[], float | None]) -> None:
+        self._observed.add(str(labels))
+        self.readers.append((labels, read))
+
+    def keep(self, labels: dict[str, Any], value: float) -> None:
+        if str(labels) not in self._observed:  # else it was read at a step's end, and collecting reads it anew
+            self._last[str(labels)] = labels, value
+
+    def collect(self, _: CallbackOptions) -> Iterator[Observation]:
+        for entry in tuple(self.readers):
+            labels, read = entry
+            try:
+                value = read()
+            except Exception as error:
+                self._report(self._name, f"the callback of the gauge {self._name} raised {type(error).__name__}")
+                continue
+            if value is not None:
+                yield metrics.Observation(value, labels)
+            elif entry in self.readers:
+                self.readers.remove(entry)
+        for labels, value in tuple(self._last.values()):
+            yield metrics.Observation(value, labels)
+
+
+def _kept(labels: Iterable[str], attributes: Attributes) -> dict[str, Any]:
+    return {label: attributes[label] for label in labels if label in attributes}
 
 
 def _histogram(meter: Meter, instrument: Instrument) -> metrics.Histogram:
