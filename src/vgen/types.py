@@ -107,7 +107,7 @@ class Completion:
     top_logprobs: list[list[tuple[int, float | None]]] | None = None
     """For each position `(token id, log-probability)`, likeliest first, the sampled token among them."""
     prompt_logprobs: list[float | None] | None = None
-    """The prompt's own tokens' log-probabilities, None for the first; where `Sampling.prompt_logprobs` asks for them."""
+    """The prompt tokens' log-probabilities, None for the first; where `Sampling.prompt_logprobs` asks for them."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort`; `error` for a refused prompt."""
     weight_version: str | None = None

@@ -21,7 +21,10 @@ from vgen.engines.base import EngineState
 from vgen.profiling import names
 from vgen.testing import MemorySink, tiny_model
 
-FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--enable-per-request-metrics", "--enable-prompt-tokens-details", "--api-key", "the-api-key"]
+FLAGS = (
+    "--enforce-eager --kv-cache-memory-bytes 67108864 --max-model-len 512 --dtype float32 --logprobs-mode "
+    "processed_logprobs --enable-per-request-metrics --enable-prompt-tokens-details --api-key the-api-key"
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def url(folder, tmp_path_factory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", *FLAGS],
+            [*command, "--host", "127.0.0.1", *FLAGS.split()],
             env=environment,
             stdout=output,
             stderr=output,
