@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,12 +34,15 @@ def _wandb(folder: Path) -> Sink:
 
 
 def _mlflow(folder: Path) -> Sink:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its own, to a server of its makers
     from mlflow import MlflowClient
 
     from vgen.profiling.sinks.mlflow import MlflowSink
 
-    client = MlflowClient(f"sqlite:///{folder / 'store.db'}")
-    return MlflowSink(client, client.create_run(client.create_experiment("contract")))
+    # one store for the session: making its tables takes seconds
+    client = MlflowClient(f"sqlite:///{folder.parent / 'contract.db'}")
+    known = client.get_experiment_by_name("contract")
+    return MlflowSink(client, client.create_run(known.experiment_id if known else client.create_experiment("contract")))
 
 
 def _trackio(folder: Path) -> Sink:
