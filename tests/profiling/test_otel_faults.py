@@ -182,8 +182,8 @@ def test_the_loop_is_as_fast_as_with_a_healthy_collector(faulty: Any, monkeypatc
     (seconds, p99), (dead_seconds, dead_p99) = (
         (min(found[which][0] for found in rounds), min(found[which][1] for found in rounds)) for which in (0, 1)
     )
-    assert dead_seconds < 1.5 * seconds
-    assert dead_p99 < 2 * p99
+    assert dead_seconds < 1.5 * seconds + 0.02
+    assert dead_p99 < 2 * p99 + 0.005, "a slice of the scheduler's: benchmarks/overhead.py measures without"
     alive_providers.close(5)
     dead_providers.close(0.0)
     collector.close()
