@@ -8,6 +8,7 @@ import gc
 import inspect
 import logging
 import pickle
+import sys
 import threading
 import time
 import weakref
@@ -198,14 +199,21 @@ def test_contexts_side_by_side_share_nothing():
 
 
 def test_threads_nest_through_carry_and_not_without(profiling: ProfilingContext):
-    def work(_: int = 0) -> object:
+    together = threading.Barrier(4)
+
+    def work(_: int) -> object:
         with profiling.span("work") as span:
+            together.wait(5)
+            return span.parent
+
+    def alone() -> object:
+        with profiling.span("alone") as span:
             return span.parent
 
     with ThreadPoolExecutor(4) as pool, profiling.span("outer") as outer:
-        carried = profiling.carry(work)
-        assert list(pool.map(carried, range(20))) == [outer] * 20
-        assert pool.submit(work).result() is None
+        carried = profiling.carry(alone)
+        assert list(pool.map(profiling.carry(work), range(20))) == [outer] * 20
+        assert pool.submit(alone).result() is None
     assert carried() is outer, "it stays bound to where it was made"
     assert profiling.current_span() is None
 
@@ -223,9 +231,18 @@ async def test_a_carried_coroutine_function_runs_beneath_the_span_it_was_made_in
 
 
 def test_a_parents_attributes_may_be_set_from_many_threads(profiling: ProfilingContext):
-    with ThreadPoolExecutor(8) as pool, profiling.span("outer") as outer:
-        list(pool.map(lambda n: outer.set({str(n): n}).event(str(n)), range(2000)))
-    assert len(outer.attributes) == len(outer.events) == 2000
+    def work(worker: int) -> None:
+        for n in range(200):
+            outer.set({f"{worker}.{n}": n}).event("e").link(outer)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool, profiling.span("outer") as outer:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(outer.attributes) == len(outer.events) == len(outer.links) == 800
 
 
 def test_rebuilt_spans_lie_where_they_are_told_and_say_so(profiling: ProfilingContext, memory: MemorySink):
@@ -477,6 +494,19 @@ def test_what_is_observed_is_read_at_the_end_of_a_step_into_its_row(profiling: P
         {names.STEP_NUMBER: 2, "engine": "a"}, {names.STEP_NUMBER: 1, "engine": "a"},
     ]  # fmt: skip
     assert [m.span_id for m in memory.measurements] == [second.span_id, first.span_id]
+
+
+async def test_a_step_that_is_closed_from_another_task_gets_its_own_gauges(profiling: ProfilingContext):
+    async def fixture():
+        with profiling.step(1) as step:
+            yield step
+
+    profiling.observe(GAUGE, lambda: 4.0)
+    opened = fixture()
+    step = await asyncio.create_task(anext(opened))  # type: ignore[arg-type]
+    await opened.aclose()
+    assert step.summary()["test.gauge"] == 4.0
+    assert profiling.summary()["test.gauge"] == 4.0
 
 
 def test_an_observed_object_is_not_kept_alive(profiling: ProfilingContext):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import numbers
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -73,17 +71,6 @@ class Link:
     attributes: Attributes = field(default_factory=dict[str, Any])
 
 
-_changing = threading.RLock()  # of open spans: several threads may add to one, and a signal handler too
-
-
-def _unlock() -> None:
-    global _changing
-    _changing = threading.RLock()  # another thread may have held it when the process was forked
-
-
-os.register_at_fork(after_in_child=_unlock)
-
-
 class Span:
     """One timed piece of work: the handle while it is open, the record once it has ended.
 
@@ -125,25 +112,23 @@ class Span:
     def set(self, attributes: Attributes | None = None, /, **more: Any) -> Span:
         """Add attributes, such as results known only at the end. After the end it does nothing."""
         added = plain({**(attributes or {}), **more})
-        with _changing:
-            if self.end_ns is None:
-                self.attributes = {**self.attributes, **added}
+        if self.end_ns is None:
+            # No call within the expression, so no other thread's change comes between. So too below.
+            self.attributes = {**self.attributes, **added}
         return self
 
     def event(self, name: str, attributes: Attributes | None = None, /, **more: Any) -> Span:
         """Note that something happened now."""
         event = Event(name, time.monotonic_ns(), plain({**(attributes or {}), **more}))
-        with _changing:
-            if self.end_ns is None:
-                self.events = (*self.events, event)
+        if self.end_ns is None:
+            self.events = (*self.events, event)
         return self
 
     def link(self, other: Span | Link, **attributes: Any) -> Span:
         """Point at another span: the sync that made a rollout's weights, the previous step."""
         link = Link(other.trace_id, other.span_id, plain(attributes))
-        with _changing:
-            if self.end_ns is None:
-                self.links = (*self.links, link)
+        if self.end_ns is None:
+            self.links = (*self.links, link)
         return self
 
     @property
