@@ -45,7 +45,7 @@ class Traced:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_current():
-    assert not context.get_current()
+    context.attach(context.Context())
     yield
     assert not context.get_current()
 
@@ -153,6 +153,19 @@ def test_a_span_that_ends_on_another_thread_logs_nothing_and_leaves_nothing_curr
         assert current_name() is None
     assert "held" in traced.spans()
     assert not caplog.records
+
+
+def test_what_another_thread_ended_is_not_the_parent_of_another_contexts_spans(traced: Traced):
+    held = traced.profiling.span("held")
+    held.__enter__()
+    thread = threading.Thread(target=held.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert current_name() == "held", "no other thread can change what is current here"
+    other = ProfilingContext([OTelSink(traced.provider)])
+    with other.span("later") as later:
+        assert later.parent_id is None
+    assert current_name() is None
 
 
 async def test_a_span_that_ends_in_another_task_logs_nothing(traced: Traced, caplog: Any):
@@ -306,6 +319,7 @@ with profiling.span("later") as later:
     assert later.parent_id is None
 if not child:
     assert [span.name for span in exporter.get_finished_spans()] == ["inner", "later"]
+    assert not context.get_current()
     os._exit(0)
 assert [span.name for span in exporter.get_finished_spans()] == ["inner", "outer", "later"]
 assert not context.get_current()

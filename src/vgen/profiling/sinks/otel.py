@@ -104,7 +104,7 @@ class OTelSink(Sink):
         ):
             above, foreign = here, None
         else:
-            above, foreign = _above(span, here)
+            here, above, foreign = _above(span, here)
         made = self._start(
             plan.name,
             above,
@@ -193,29 +193,29 @@ class OTelSink(Sink):
             self._metrics.close()
 
 
-def _above(span: Span, here: Context) -> tuple[Context, trace.SpanContext]:
-    """What a new span lies beneath, where it is not simply OpenTelemetry's current span: a context, and the span in it.
+def _above(span: Span, here: Context) -> tuple[Context, Context, trace.SpanContext]:
+    """What a new span lies beneath, where it is not simply OpenTelemetry's current span.
 
-    A span of the caller's own that is current goes before vgen's tree.
+    That is: the context to go back to in the end, the one to start in, the span that is current in it. A
+    span of the caller's own that is current goes before vgen's tree.
     """
-    context = here
     while span.current:
-        found = trace.get_current_span(context).get_span_context()
-        ours: Any = context.get(_OURS)
+        found = trace.get_current_span(here).get_span_context()
+        ours: Any = here.get(_OURS)
         if ours is None or ours.handle[0] != found:
             if not found.is_valid:
                 break
-            return context, found
+            return here, here, found
         if ours is span.parent or ours.end_ns is None:
-            return context, found
-        context = ours.handle[3]  # it was ended on another thread, which could not make it current no more on this one
+            return here, here, found
+        here = ours.handle[3]  # its end came on another thread, or in a forked child: it is current here to this day
     if span.parent is not None and span.parent.handle is not None:
         found = span.parent.handle[0]
     elif span.parent_id is not None:
         found = _context(Link(span.trace_id, span.parent_id), span.sampled, is_remote=span.parent is None)
     else:
-        return context, trace.get_current_span(context).get_span_context()
-    return trace.set_span_in_context(trace.NonRecordingSpan(found), here), found
+        return here, here, trace.get_current_span(here).get_span_context()
+    return here, trace.set_span_in_context(trace.NonRecordingSpan(found), here), found
 
 
 def _leave(attached: Context, made: trace.Span, before: Context) -> None:
