@@ -1,0 +1,112 @@
+"""`ColocateGeneration` on a CUDA device: CUDA graphs, real sleep, restored weights, device time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vgen import ColocateGeneration, ProfilingContext, Sampling
+from vgen.demo import max_logprob_difference
+from vgen.engines.base import EngineState
+from vgen.profiling import names
+from vgen.testing import MemorySink, tiny_model
+
+PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
+TOLERANCE = 2e-3
+"""In float32 vLLM's attention kernels multiply in TF32, which keeps ten bits of the mantissa."""
+
+
+@pytest.fixture(scope="module")
+def sink() -> MemorySink:
+    return MemorySink()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))[0].to("cuda")
+
+
+@pytest.fixture(scope="module")
+def generation(model, sink):
+    profiling = ProfilingContext([sink])
+    with ColocateGeneration(
+        model, enable_sleep_mode=True, gpu_memory_utilization=0.3, max_model_length=512, profiling=profiling
+    ) as made:
+        yield made
+
+
+def randomize(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+
+
+def test_fresh_random_weights_under_cuda_graphs(generation, model):
+    for _ in range(3):
+        generation.generate(PROMPTS, Sampling(max_tokens=4))
+        randomize(model)
+        generation.sync_weights()
+        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=24), 4)) < TOLERANCE
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_gives_memory_back_and_the_first_token_after_waking_is_right(generation, model, level):
+    before = torch.cuda.mem_get_info()[0]
+    slept = generation.sleep(level)
+    assert slept.memory_freed
+    assert slept.device_bytes > 1 << 30
+    assert torch.cuda.mem_get_info()[0] - before == pytest.approx(slept.device_bytes, rel=0.05)
+    woke = generation.wake_up()
+    assert generation.state is EngineState.AWAKE
+    assert woke.device_bytes == pytest.approx(slept.device_bytes, rel=0.05)
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
+
+
+def test_waking_in_two_steps_around_a_sync(generation, model):
+    generation.sleep(2)
+    generation.wake_up(["weights"])
+    randomize(model)
+    generation.sync_weights()
+    generation.wake_up(["kv_cache"])
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
+
+
+def test_the_trainers_random_numbers_are_its_own(generation):
+    torch.manual_seed(5)
+    first = generation.generate([[1, 2, 3]], Sampling(max_tokens=16, ignore_eos=True))
+    after = torch.rand(1, device="cuda"), torch.rand(1)
+    torch.manual_seed(5)
+    second = generation.generate([[1, 2, 3]], Sampling(max_tokens=16, ignore_eos=True))
+    assert (torch.rand(1, device="cuda"), torch.rand(1)) == after
+    assert first[0].token_ids != second[0].token_ids
+
+
+def test_device_time_and_memory_are_on_record(generation, sink):
+    generation.sync_weights()
+    torch.cuda.synchronize()
+    generation.sync_weights()
+    timed = [m for m in sink.measurements if m.instrument is names.DEVICE_TIME]
+    assert timed
+    assert all(0 < value < 60 for measurement in timed for value in measurement.values)
+    sync = sink.named(names.WEIGHT_SYNC)[-1]
+    assert sync.attributes[names.DEVICE_USED] > 1 << 30
+    assert sync.attributes[names.ALLOCATED] > 0
+
+
+def test_a_sync_that_fails_is_brought_back(generation, model, monkeypatch):
+    class Broken:
+        bytes = tensors = 0
+        seconds = 0.0
+
+        def __iter__(self):
+            for name, parameter in model.named_parameters():
+                yield name, parameter[:-1] if name.endswith("k_proj.weight") else parameter.detach()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_source", Broken())
+        with pytest.raises(Exception, match="k_proj"):
+            generation.sync_weights()
+    assert generation.state is EngineState.FAILED
+    randomize(model)
+    generation.sync_weights()
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
