@@ -78,6 +78,15 @@ def test_versions_count_up_or_are_the_callers(generation, engine):
     assert generation.sync_weights().version == "3"
 
 
+def test_a_resumed_run_continues_the_versions_and_the_steps(engine, sink):
+    profiling = ProfilingContext([sink])
+    generation = Generation(engine, Weights(), weight_version="41", profiling=profiling)
+    with profiling.step(41):
+        assert generation.generate([[1]]).weight_version == "41"
+        assert generation.sync_weights().version == "42"
+    assert sink.rows[0][0] == 41
+
+
 def test_waking_from_level_2_restores_the_weights_before_the_first_token(generation, engine, sink):
     generation.sleep(2)
     generation.wake_up()

@@ -41,6 +41,7 @@ class Generation:
         sleep_mode: Whether `sleep` may be called.
         structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
+        weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
     """
 
@@ -55,6 +56,7 @@ class Generation:
         sleep_mode: bool = True,
         structured_outputs_regex: str | None = None,
         request_spans: int = 8,
+        weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
         self._engine, self._source, self._ranks = engine, source, ranks or SingleRank()
@@ -65,7 +67,7 @@ class Generation:
         self._states, self._busy = StateMachine(), threading.Lock()
         self._owner: int | None = None
         self._asleep, self._level = set[str](), ""
-        self._stale, self._syncs, self._version = stale, 0, "0"
+        self._stale, self._syncs, self._version = stale, 0, weight_version
         self._states.move("construction", EngineState.AWAKE)
 
     @property
@@ -75,7 +77,7 @@ class Generation:
 
     @property
     def weight_version(self) -> str:
-        """The version given to the last sync; `"0"` before the first."""
+        """The version given to the last sync; before the first, the one given at construction."""
         return self._version
 
     @property
@@ -232,7 +234,7 @@ class Generation:
     def sync_weights(self, version: str | None = None) -> SyncReport:
         """Replace the engine's weights by the trainer model's, and label what is sampled from then on.
 
-        `version` defaults to the count of syncs. When anything fails the engine's weights are unknown:
+        `version` defaults to the number after the last one, or to the count of syncs where that was no number. When anything fails the engine's weights are unknown:
         it is `failed` and refuses to generate until a later sync succeeds.
 
         Raises:
@@ -243,7 +245,8 @@ class Generation:
             if "weights" in self._asleep:
                 raise EngineStateError("sync_weights", self._states.describe(), "call wake_up(['weights']) first")
             self._syncs += 1
-            return self._sync(version if version is not None else str(self._syncs))
+            following = str(int(self._version) + 1) if self._version.isdecimal() else str(self._syncs)
+            return self._sync(version if version is not None else following)
 
     def sleep(self, level: int = 1) -> SleepReport:
         """Give the engine's memory to the trainer. Level 1 keeps the weights in host memory, level 2 discards them.
@@ -507,6 +510,7 @@ class ColocateGeneration(Generation):
         trust_remote_code: Whether code that comes with a checkpoint may run.
         seed: The engine's seed; by default the number of this rank's engine, so that ranks differ.
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
+        weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
         engine_kwargs: Anything else that `vllm.LLM` takes, under its own name; goes before what is set above.
 
@@ -533,6 +537,7 @@ class ColocateGeneration(Generation):
         trust_remote_code: bool = False,
         seed: int | None = None,
         request_spans: int = 8,
+        weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
         engine_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -556,6 +561,7 @@ class ColocateGeneration(Generation):
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             tokenizer=checkpoint.tokenizer,
             skip_tokenizer_init=checkpoint.tokenizer is None,
+            weight_version=weight_version,
         )
         if max_num_seqs is not None:
             settings["max_num_seqs"] = max_num_seqs
@@ -579,6 +585,7 @@ class ColocateGeneration(Generation):
             sleep_mode=enable_sleep_mode,
             structured_outputs_regex=structured_outputs_regex,
             request_spans=request_spans,
+            weight_version=weight_version,
             profiling=profiling,
         )
 
@@ -605,6 +612,7 @@ class ServerGeneration(Generation):
         request_timing: Whether each completion's timing is asked for, which takes a call for each.
         structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
+        weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
 
     Raises:
@@ -629,6 +637,7 @@ class ServerGeneration(Generation):
         request_timing: bool = True,
         structured_outputs_regex: str | None = None,
         request_spans: int = 8,
+        weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
         from .engines.http import Server
@@ -652,6 +661,7 @@ class ServerGeneration(Generation):
             tokenizer=processing_class or tokenizer,
             structured_outputs_regex=structured_outputs_regex,
             request_spans=request_spans,
+            weight_version=weight_version,
             profiling=profiling,
         )
 

@@ -31,7 +31,7 @@ class ColocateEngine:
 
     kind = "colocate"
 
-    def __init__(self, model: str, **vllm_kwargs: Any) -> None:
+    def __init__(self, model: str, *, weight_version: str = "0", **vllm_kwargs: Any) -> None:
         try:
             with unchanged_process():
                 # The engine core must live in this process, or the trainer's tensors could not be handed to it.
@@ -62,7 +62,7 @@ class ColocateEngine:
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
         self._count = 0
-        self._engine.set_weight_version("0")
+        self._engine.set_weight_version(weight_version)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
