@@ -234,8 +234,9 @@ class Generation:
     def sync_weights(self, version: str | None = None) -> SyncReport:
         """Replace the engine's weights by the trainer model's, and label what is sampled from then on.
 
-        `version` defaults to the number after the last one, or to the count of syncs where that was no number. When anything fails the engine's weights are unknown:
-        it is `failed` and refuses to generate until a later sync succeeds.
+        `version` defaults to the number after the last one, or to the count of syncs where that was no
+        number. When anything fails the engine's weights are unknown: it is `failed` and refuses to generate
+        until a later sync succeeds.
 
         Raises:
             WeightSyncError: The weights did not arrive whole; names phase and parameter.
