@@ -77,7 +77,7 @@ class Core:
         self.on_measurement = tuple(o.measure for o in self.outlets if o.measure is not None)
         self.on_step = tuple(o.step for o in self.outlets if o.step is not None)
         self.on_observe = tuple(o.observe for o in self.outlets if o.observe is not None)
-        self.inline = any(outlet.inline for outlet in self.outlets)
+        self.inline = any(outlet.inline and not getattr(outlet.sink, "quiet", False) for outlet in self.outlets)
         self.run = Row()
         self.last_step: Link | None = None
         self.observed: list[Observed] = []
@@ -104,7 +104,7 @@ class Core:
     def open(self, span: Span, parent: Span | None, bound: dict[str, Any], name: str, own: dict[str, Any]) -> None:
         """Fill in a span that has `start_ns`, `step`, `links`, `maker` and `current`, and tell the sinks.
 
-        Leaves `self.current` changed where there are inline sinks: the caller sets it.
+        Leaves `self.current` changed where there are inline sinks that are not quiet: the caller sets it.
         """
         own = plain(own)
         if parent is not None:
@@ -135,7 +135,7 @@ class Core:
     def end(self, span: Span, error: str | None) -> None:
         """Close a span whose `end_ns` is set, aggregate its seconds and tell the sinks.
 
-        Leaves `self.current` changed where there are inline sinks: the caller sets it.
+        Leaves `self.current` changed where there are inline sinks that are not quiet: the caller sets it.
         """
         span.error = error
         step = span.step

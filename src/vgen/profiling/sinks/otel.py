@@ -69,6 +69,7 @@ class OTelSink(Sink):
     """
 
     inline = True  # a span must be made current on the thread that does the work
+    quiet = True  # a span processor that opens spans would never come to an end with plain OpenTelemetry either
 
     def __init__(
         self,
