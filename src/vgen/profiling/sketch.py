@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .records import Instrument
@@ -39,7 +39,7 @@ class Histogram:
     sketch of all their values. NaN and infinities are counted in `nonfinite` and left out of the rest.
     """
 
-    __slots__ = ("_negative", "_pending", "_positive", "_sketch", "count", "maximum", "minimum", "nonfinite", "total")
+    __slots__ = ("_negative", "_positive", "_sketch", "count", "maximum", "minimum", "nonfinite", "total")
 
     def __init__(self) -> None:
         from ddsketch.ddsketch import BaseDDSketch  # a tenth of `import vgen`'s budget, so not at import
@@ -48,26 +48,36 @@ class Histogram:
         self.count = self.nonfinite = 0
         self.total = 0.0
         self.minimum, self.maximum = math.inf, -math.inf
-        self._pending: list[float] = []
         self._positive, self._negative = DenseStore(), DenseStore()
         self._sketch = BaseDDSketch(_mapping(), self._positive, self._negative, 0.0)
 
     def add(self, value: float) -> None:
-        """Take one value. Cheap: the sketch is brought up to date in batches."""
-        self._pending.append(value)
-        if len(self._pending) >= _FOLD:
-            self._fold()
+        """Take one value."""
+        self.extend((value,))
 
-    def extend(self, values: Iterable[float]) -> None:
-        """Take many values."""
-        self._pending.extend(values)
-        if len(self._pending) >= _FOLD:
-            self._fold()
+    def extend(self, values: Sequence[float]) -> None:
+        """Take many values: together they cost far less than one by one."""
+        finite = values
+        if not math.isfinite(sum(values)):
+            finite = [value for value in values if math.isfinite(value)]
+            self.nonfinite += len(values) - len(finite)
+        if not finite:
+            return
+        try:
+            total = math.fsum(finite)
+        except OverflowError:
+            total = sum(finite)
+        lowest, highest = min(finite), max(finite)
+        self._count(len(finite), total, lowest, highest)
+        if highest > 0:
+            self._sketch_all([value for value in finite if value > 0], 1)
+        if lowest < 0:
+            self._sketch_all([-value for value in finite if value < 0], -1)
+        if zeros := finite.count(0):
+            self._sketch.add(0.0, zeros)
 
     def merge(self, other: Histogram) -> None:
         """Take all that `other` has taken."""
-        self._fold()
-        other._fold()
         self.nonfinite += other.nonfinite
         if other.count:
             self._count(other.count, other.total, other.minimum, other.maximum)
@@ -75,13 +85,11 @@ class Histogram:
 
     def quantile(self, q: float) -> float:
         """The value below which the fraction `q` lies, to within `ACCURACY`; NaN when there is none."""
-        self._fold()
         value = self._sketch.get_quantile_value(q)
         return math.nan if value is None else min(max(value, self.minimum), self.maximum)
 
     def summary(self, name: str) -> dict[str, float]:
         """`<name>.count`, `.sum`, `.min`, `.max`, `.p50`, `.p90`, `.p99`, and `.nonfinite` where there were any."""
-        self._fold()
         found: dict[str, float] = {f"{name}.nonfinite": self.nonfinite} if self.nonfinite else {}
         if self.count:
             found |= {
@@ -97,7 +105,6 @@ class Histogram:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON holds it: buckets of the sketch as pairs of key and count."""
-        self._fold()
         extremes = {"min": self.minimum, "max": self.maximum} if self.count else {}
         return {
             "count": self.count,
@@ -127,29 +134,6 @@ class Histogram:
         self.count += count
         self.total += total
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
-
-    def _fold(self) -> None:
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        finite = pending
-        if not math.isfinite(sum(pending)):
-            finite = [value for value in pending if math.isfinite(value)]
-            self.nonfinite += len(pending) - len(finite)
-            if not finite:
-                return
-        try:
-            total = math.fsum(finite)
-        except OverflowError:
-            total = sum(finite)
-        lowest, highest = min(finite), max(finite)
-        self._count(len(finite), total, lowest, highest)
-        if highest > 0:
-            self._sketch_all([value for value in finite if value > 0], 1)
-        if lowest < 0:
-            self._sketch_all([-value for value in finite if value < 0], -1)
-        if zeros := finite.count(0):
-            self._sketch.add(0.0, zeros)
 
     def _sketch_all(self, magnitudes: list[float], sign: int) -> None:
         # Values of one bucket go in together: the sketch's own bookkeeping costs more than finding the bucket.
@@ -290,20 +274,21 @@ class Row:
                 while self._values:
                     self._heir.record(*self._values.popleft())
                 return
-            spans: dict[str, list[float]] = {}
+            taken: dict[str, list[float]] = {}
             while self._seconds:
                 name, seconds = self._seconds.popleft()
-                spans.setdefault(name, []).append(seconds)
-            for name, durations in spans.items():
-                self._histogram(f"{name}.duration").extend(durations)
+                taken.setdefault(name, []).append(seconds)
+            taken = {f"{name}.duration": values for name, values in taken.items()}
             while self._values:
                 instrument, values = self._values.popleft()
                 if instrument.kind == "histogram":
-                    self._histogram(instrument.name).extend(values)
+                    taken.setdefault(instrument.name, []).extend(values)
                 elif instrument.kind == "gauge":
                     self._gauges[instrument.name] = values[-1]
                 else:
                     self._add_up(instrument.name, values)
+            for name, values in taken.items():
+                self._histogram(name).extend(values)
 
     def _add_up(self, name: str, values: Sequence[float]) -> None:
         finite = [value for value in values if math.isfinite(value)]
