@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -264,6 +265,22 @@ def test_histograms_point_at_the_traces_behind_them():
     for name in (names.REQUEST_E2E.name, "vgen.generate.duration"):
         (exemplar,) = points[name][0].exemplars
         assert (exemplar.trace_id, exemplar.span_id) == (int(span.trace_id, 16), int(span.span_id, 16))
+
+
+def test_a_span_that_ends_elsewhere_is_still_its_own_example():
+    metered = Metered(TracerProvider(shutdown_on_exit=False))
+    held = metered.profiling.span("held")
+
+    def begin() -> None:
+        span.append(held.__enter__())
+
+    span: list[Any] = []
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    with metered.profiling.span("another"):
+        held.__exit__(None, None, None)
+    assert metered.read()["held.duration"][0].exemplars[0].span_id == int(span[0].span_id, 16)
 
 
 def test_metrics_count_what_is_sampled_out_of_the_traces():

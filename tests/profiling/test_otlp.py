@@ -14,7 +14,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from vgen.profiling import ProfilingContext, names
 from vgen.profiling.sinks.otel import OTelSink
-from vgen.profiling.sinks.otel_sdk import Providers, RandomIds, otlp_providers, resource
+from vgen.profiling.sinks.otel_sdk import Providers, otlp_providers, resource
+from vgen.profiling.sinks.otel_tracers import RandomIds
 from vgen.testing import MemorySink
 
 Collector = HttpCollector | GrpcCollector

@@ -8,51 +8,39 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from ...errors import MissingExtraError
 from .. import names
-from ..records import Attributes, Instrument, Link, Measurement, Sink, Span, Step
+from ..records import Attributes, Instrument, Measurement, Sink, Span, Step
 
 try:
     from opentelemetry import trace
-    from opentelemetry.context import Context, attach, create_key, get_current
+    from opentelemetry.context import Context, attach, get_current
 except ImportError as error:
     raise MissingExtraError("OTelSink", "OpenTelemetry", "otel") from error
 
 from .deadline import within
+from .otel_context import CURRENT, OURS, Handle, above, leave, span_context
 from .otel_metrics import OTelInstruments, Timer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
 SCOPE = "vgen"
 MAX_PLANS = 512
 """Span names that are remembered. A name with a number in it has no bound."""
-
-_OURS = create_key("vgen-span")
-_CURRENT: str = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, Context())))
-"""OpenTelemetry's key of the current span, so that a context with both keys is made in one go."""
+_INTERNAL = trace.SpanKind.INTERNAL
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What becomes of the spans of one name."""
 
     name: str
     extra: Mapping[str, Any] | None
     time: Timer | None
-
-
-_NOBODY = trace.INVALID_SPAN_CONTEXT
-_INTERNAL = trace.SpanKind.INTERNAL
-
-_Handle: TypeAlias = "tuple[trace.SpanContext, trace.Span | None, Context | None, Context, Sequence[Link], _Plan]"
-"""A span's own context; OpenTelemetry's span while it is open, and the context in which it was made current; the
-context before that; the links that it was opened with."""
 
 
 class OTelSink(Sink):
@@ -86,7 +74,7 @@ class OTelSink(Sink):
         self._metrics = OTelInstruments(meter_provider, SCOPE, __version__, conventions)
         self._names = {own: theirs for convention in conventions for own, theirs in convention.spans.items()}
         self._extra = {name: extra for convention in conventions for name, extra in convention.attributes.items()}
-        self._plans: dict[str, _Plan] = {}
+        self._plans: dict[str, Plan] = {}
         self._untimed = self._metrics.idle
 
     @property
@@ -103,25 +91,28 @@ class OTelSink(Sink):
             if parent is None
             else (parent.handle is not None and parent.handle[2] is here)
         ):
-            above, foreign = here, None
+            start, foreign = here, None
         else:
-            here, above, foreign = _above(span, here)
+            here, start, foreign = above(span, here)
         made = self._start(
             plan.name,
-            above,
+            start,
             _INTERNAL,
             {**span.attributes, **plan.extra} if plan.extra else span.attributes,
-            [trace.Link(_context(link), dict(link.attributes)) for link in links] if links else None,
+            [trace.Link(span_context(link), dict(link.attributes)) for link in links] if links else None,
             span.start_ns + span.offset_ns,
         )
         own = made.get_span_context()
         attached = None
         if span.current:
-            attached = Context({**here, _CURRENT: made, _OURS: span})
+            attached = Context({**here, CURRENT: made, OURS: span})
             attach(attached)
-        handle: _Handle = own, made, attached, here, links, plan
+        handle: Handle = own, made, attached, here, links, plan
         span.handle = handle
-        if not made.is_recording() and own in (trace.get_current_span(above).get_span_context(), _NOBODY):
+        if not made.is_recording() and own in (
+            trace.get_current_span(start).get_span_context(),
+            trace.INVALID_SPAN_CONTEXT,
+        ):
             return False  # without an SDK the API hands back the parent's own context
         span.span_id = own.span_id.to_bytes(8, "big").hex()
         span.sampled = own.trace_flags.sampled
@@ -133,18 +124,20 @@ class OTelSink(Sink):
         return True
 
     def on_end(self, span: Span) -> None:
-        handle: _Handle = span.handle
+        handle: Handle | None = span.handle
+        if handle is None or span.end_ns is None:
+            return  # it could not be started
         own, made, attached, before, links, plan = handle
-        if made is None or span.end_ns is None:
+        if made is None:
             return
         error, end_time = span.error, span.end_ns + span.offset_ns
         if attached is not None:
             if plan.time is not None:
-                plan.time((span.end_ns - span.start_ns) / 1e9, span.attributes, error)
+                plan.time((span.end_ns - span.start_ns) / 1e9, span.attributes, error, attached)
             if get_current() is attached:
                 attach(before)
             else:
-                _leave(attached, made, before)
+                leave(attached, made, before)
         span.handle = own, None, None, before, (), plan
         if not made.is_recording():
             return
@@ -155,17 +148,17 @@ class OTelSink(Sink):
             made.add_event(event.name, dict(event.attributes), event.time_ns + span.offset_ns)
         if span.links is not links:
             for link in span.links[len(links) :]:
-                made.add_link(_context(link), dict(link.attributes))
+                made.add_link(span_context(link), dict(link.attributes))
         if error is not None:
             made.set_attribute(names.ERROR_TYPE, error)
             made.add_event(names.EXCEPTION_EVENT, {names.EXCEPTION: error}, end_time)
             made.set_status(trace.Status(trace.StatusCode.ERROR, error))
         made.end(end_time)
 
-    def _plan(self, name: str) -> _Plan:
+    def _plan(self, name: str) -> Plan:
         shown = self._names.get(name, name)
-        plan = _Plan(shown, self._extra.get(name), None if self._untimed else self._metrics.timer(shown))
-        if len(self._plans) < MAX_PLANS:
+        plan = Plan(shown, self._extra.get(name), None if self._untimed else self._metrics.timer(shown))
+        if len(self._plans) < MAX_PLANS or name in names.SPANS:
             self._plans[name] = plan
         return plan
 
@@ -192,49 +185,3 @@ class OTelSink(Sink):
             self.flush(timeout)  # no more: the providers are the caller's
         finally:
             self._metrics.close()
-
-
-def _above(span: Span, here: Context) -> tuple[Context, Context, trace.SpanContext]:
-    """What a new span lies beneath, where it is not simply OpenTelemetry's current span.
-
-    That is: the context to go back to in the end, the one to start in, the span that is current in it. A
-    span of the caller's own that is current goes before vgen's tree.
-    """
-    while span.current:
-        found = trace.get_current_span(here).get_span_context()
-        ours: Any = here.get(_OURS)
-        if ours is None or ours.handle[0] != found:
-            if not found.is_valid:
-                break
-            return here, here, found
-        if ours is span.parent or ours.end_ns is None:
-            return here, here, found
-        here = ours.handle[3]  # its end came on another thread, or in a forked child: it is current here to this day
-    if span.parent is not None and span.parent.handle is not None:
-        found = span.parent.handle[0]
-    elif span.parent_id is not None:
-        found = _context(Link(span.trace_id, span.parent_id), span.sampled, is_remote=span.parent is None)
-    else:
-        return here, here, trace.get_current_span(here).get_span_context()
-    return here, trace.set_span_in_context(trace.NonRecordingSpan(found), here), found
-
-
-def _leave(attached: Context, made: trace.Span, before: Context) -> None:
-    """Make `before` current again, where the span's own context is not simply the current one."""
-    here = get_current()
-    if trace.get_current_span(here) is made:
-        attach(before)
-        return
-    # It ends before a span that was opened within it: when that one ends, this one must not be current again.
-    ours: Any = here.get(_OURS)
-    while ours is not None:
-        handle: _Handle = ours.handle
-        if handle[3] is attached:
-            ours.handle = (*handle[:3], before, *handle[4:])
-            return
-        ours = handle[3].get(_OURS)
-
-
-def _context(link: Link, sampled: bool = True, is_remote: bool = False) -> trace.SpanContext:
-    flags = trace.TraceFlags(trace.TraceFlags.SAMPLED if sampled else trace.TraceFlags.DEFAULT)
-    return trace.SpanContext(int(link.trace_id, 16), int(link.span_id, 16), is_remote, flags)

@@ -15,6 +15,7 @@ from .. import names
 from ..records import Attributes, Instrument, Measurement
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
 
 logger = logging.getLogger("vgen.telemetry")
@@ -25,7 +26,8 @@ MAX_USER_SPANS = 64
 _VALID = re.compile(r"[A-Za-z][A-Za-z0-9_.\-/]{0,254}")
 _numbers = itertools.count()
 
-Timer: TypeAlias = Callable[[float, Attributes, "str | None"], None]
+Timer: TypeAlias = Callable[[float, Attributes, "str | None", "Context"], None]
+"""Takes a span's seconds, attributes and error, and the context that it was current in, for exemplars."""
 _Take: TypeAlias = Callable[[Sequence[float], Attributes], None]
 
 
@@ -70,7 +72,7 @@ class OTelInstruments:
         return type(provider).__module__.startswith("opentelemetry.metrics.")
 
     def timer(self, name: str) -> Timer | None:
-        """What takes the seconds, attributes and error of each span called `name`; None where it gets no histogram."""
+        """What takes the seconds of each span called `name`; None where it gets no histogram."""
         instrument, spec = names.duration(name), names.SPANS.get(name)
         if spec is not None and spec.selected:
             return None
@@ -81,11 +83,11 @@ class OTelInstruments:
         record = _histogram(self._meter, instrument).record
         labels = tuple(label for label in instrument.attributes if label != names.ERROR_TYPE)
 
-        def time(seconds: float, attributes: Attributes, error: str | None) -> None:
+        def time(seconds: float, attributes: Attributes, error: str | None, context: Context) -> None:
             kept = _kept(labels, attributes) if labels else {}
             if error is not None:
                 kept[names.ERROR_TYPE] = error
-            record(seconds, kept)
+            record(seconds, kept, context)
 
         return time
 

@@ -8,23 +8,22 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import MissingExtraError
 from .. import names
-from ..ids import new_span_id, new_trace_id
 from .deadline import within
 
 try:
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, PeriodicExportingMetricReader
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-    from opentelemetry.sdk.trace.id_generator import IdGenerator
+    from opentelemetry.sdk.trace.export import SpanExporter
 except ImportError as error:
     raise MissingExtraError("vgen.profiling.sinks.otel_sdk", "OpenTelemetry's SDK", "otlp") from error
+
+from .otel_tracers import RandomIds, Tracers
 
 logger = logging.getLogger("vgen.telemetry")
 
@@ -84,23 +83,6 @@ def resource(
     return Resource.create({**{name: value for name, value in own.items() if name not in said}, **passed})
 
 
-class RandomIds(IdGenerator):
-    """Ids from the operating system's randomness.
-
-    The SDK's own draws them from `random`, which trainers seed, often alike on every rank: then the
-    ranks' spans would have the same ids.
-    """
-
-    def generate_span_id(self) -> int:
-        return int(new_span_id(), 16)
-
-    def generate_trace_id(self) -> int:
-        return int(new_trace_id(), 16)
-
-    def is_trace_id_random(self) -> bool:
-        return True
-
-
 class Providers:
     """A `tracer_provider` and a `meter_provider`, and an end of both that does not wait for a dead collector.
 
@@ -118,7 +100,7 @@ class Providers:
         if metric_exporter is not None:
             readers.append(PeriodicExportingMetricReader(metric_exporter))
         # Not the SDK's own end at exit: it waits for the collector, up to half a minute.
-        self.tracer_provider = _Tracers(resource=described, id_generator=RandomIds(), shutdown_on_exit=False)
+        self.tracer_provider = Tracers(resource=described, id_generator=RandomIds(), shutdown_on_exit=False)
         self.meter_provider = MeterProvider(readers, resource=described, shutdown_on_exit=False)
         if span_exporter is not None:
             self.tracer_provider.deliver(span_exporter)
@@ -167,60 +149,6 @@ class Providers:
         self._asked.wait()
         self._in_time = within(SDK_PATIENCE, self.tracer_provider.shutdown, self.meter_provider.shutdown)
         self._over.set()
-
-
-class _Tracers(TracerProvider):
-    """A tracer provider that knows how many of its spans were `lost`; `OTelSink` passes that on."""
-
-    closed = False
-    _counts: _Counts | None = None
-
-    @property
-    def lost(self) -> int:
-        counts = self._counts
-        if counts is None:
-            return 0
-        return counts.accepted - counts.delivered if self.closed else counts.failed
-
-    def deliver(self, exporter: SpanExporter) -> None:
-        """Have ended spans handed to `exporter` in batches."""
-        self._counts = _Counts()
-        self.add_span_processor(_CountingProcessor(_CountingExporter(exporter, self._counts), self._counts))
-
-
-class _Counts:
-    """Spans that were to be delivered, were, and were not."""
-
-    accepted = delivered = failed = 0
-
-
-class _CountingExporter(SpanExporter):
-    def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
-        self._exporter, self._counts = exporter, counts
-        self.shutdown, self.force_flush = exporter.shutdown, exporter.force_flush
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = SpanExportResult.FAILURE
-        try:
-            result = self._exporter.export(spans)
-        finally:
-            if result is SpanExportResult.SUCCESS:
-                self._counts.delivered += len(spans)
-            else:
-                self._counts.failed += len(spans)
-        return result
-
-
-class _CountingProcessor(BatchSpanProcessor):
-    def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
-        super().__init__(exporter)
-        self._counts, self._counting = counts, threading.Lock()
-
-    def on_end(self, span: ReadableSpan) -> None:
-        if span.context is not None and span.context.trace_flags.sampled:
-            with self._counting:  # several threads end spans, but one exports
-                self._counts.accepted += 1
-        super().on_end(span)
 
 
 def _exports(signal: str) -> bool:

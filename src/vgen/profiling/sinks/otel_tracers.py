@@ -1,0 +1,83 @@
+"""A tracer provider of OpenTelemetry's SDK with ids that do not collide, and a count of what it could not deliver."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+from ..ids import new_span_id, new_trace_id
+
+
+class RandomIds(IdGenerator):
+    """Ids from the operating system's randomness.
+
+    The SDK's own draws them from `random`, which trainers seed, often alike on every rank: then the
+    ranks' spans would have the same ids.
+    """
+
+    def generate_span_id(self) -> int:
+        return int(new_span_id(), 16)
+
+    def generate_trace_id(self) -> int:
+        return int(new_trace_id(), 16)
+
+    def is_trace_id_random(self) -> bool:
+        return True
+
+
+class Tracers(TracerProvider):
+    """A tracer provider that knows how many of its spans were `lost`; `OTelSink` passes that on."""
+
+    closed = False
+    _counts: _Counts | None = None
+
+    @property
+    def lost(self) -> int:
+        counts = self._counts
+        if counts is None:
+            return 0
+        return counts.accepted - counts.delivered if self.closed else counts.failed
+
+    def deliver(self, exporter: SpanExporter) -> None:
+        """Have ended spans handed to `exporter` in batches."""
+        self._counts = _Counts()
+        self.add_span_processor(_CountingProcessor(_CountingExporter(exporter, self._counts), self._counts))
+
+
+class _Counts:
+    """Spans that were to be delivered, were, and were not."""
+
+    accepted = delivered = failed = 0
+
+
+class _CountingExporter(SpanExporter):
+    def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
+        self._exporter, self._counts = exporter, counts
+        self.shutdown, self.force_flush = exporter.shutdown, exporter.force_flush
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            if result is SpanExportResult.SUCCESS:
+                self._counts.delivered += len(spans)
+            else:
+                self._counts.failed += len(spans)
+        return result
+
+
+class _CountingProcessor(BatchSpanProcessor):
+    def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
+        super().__init__(exporter)
+        self._counts, self._counting = counts, threading.Lock()
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.context is not None and span.context.trace_flags.sampled:
+            with self._counting:  # several threads end spans, but one exports
+                self._counts.accepted += 1
+        super().on_end(span)
