@@ -1,0 +1,286 @@
+"""vgen inside vLLM's processes: the shared-memory engine of its weight-transfer registry.
+
+vLLM calls `register` in each of its processes, through the entry point group `vllm.general_plugins`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+from ..engines.lifeline import follow_parent
+from ..engines.reload import Reload
+from ..errors import WeightSyncError
+from .shared_memory import BACKEND, BUCKET_BYTES, BUCKETS, LEFT_OPEN, SharedMemoryTransfer, shared_directory
+
+
+def register() -> None:
+    """Make vgen known to this process. May be called any number of times."""
+    follow_parent()
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+    if BACKEND not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemoryTrainerEngine)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # Without it the first bf16 matrix product ends the process with an illegal instruction.
+        torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """A trainer introduces itself by its buckets, which have no name any more once all workers have opened them."""
+
+    paths: list[str]
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One bucket: what lies where in the file `path`; or that the update is over and came to nothing."""
+
+    path: str = ""
+    tensors: list[tuple[str, str, list[int], int]] = field(default_factory=list)
+    """Name, dtype, shape and offset of each."""
+    last: bool = False
+    abort: bool = False
+
+
+class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads buckets out of shared memory by vLLM's layerwise reload.
+
+    All ranks of a server agree on whether a bucket was loaded, and the last one alone raises: vLLM's executor
+    reads no further than the first error, and would take the others' for the answers to its next calls.
+    The files must lie in the directory that was allowed when the server started.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reload: Reload | None = None
+        self._open = False
+        """As the worker sees it: an update has been started, and neither finished nor failed on this rank."""
+        self._failed = False
+        """This update has failed, on this rank or another, and its layers are back."""
+        self._maps: OrderedDict[str, _Mapping] = OrderedDict()
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """A new trainer. Raises where it shares no memory with this worker, or found an update left open."""
+        problem: str | None = LEFT_OPEN if self._open else None
+        try:
+            for path in init_info.paths:
+                self._mapping(path)
+        except (OSError, WeightSyncError) as error:
+            problem = problem or str(error)
+        self._agree(problem)
+
+    def start_weight_update(self) -> None:
+        self._reload = Reload(self.model, self.model_config)
+        self._reload.start()
+        self._open, self._failed = True, False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one bucket. The base would synchronize an accelerator, which a CPU has not."""
+        if self._failed:  # on another rank, while this one is still asked
+            return
+        problem, reload = None, self._reload
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except Exception as error:
+            problem = str(_named(error, reload.stream.last if reload else None))
+        try:
+            self._agree(problem)
+        except WeightSyncFailure:
+            self._open = False
+            raise
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if update_info.abort:
+            raise WeightSyncError("its trainer gave it up", phase="load", receiver="server")
+        if self._reload is None:
+            raise WeightSyncError("a bucket came after the last one", phase="load", receiver="server")
+        mapping = self._mapping(update_info.path)
+        with _partial_loads():
+            self._reload.load_part(mapping.tensors(update_info.tensors))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()  # the bucket may be overwritten as soon as this call is answered
+        if not update_info.last:
+            return
+        missing, self._reload = self._reload.finish(), None
+        if missing:
+            raise WeightSyncError(
+                f"the trainer's model does not provide it ({len(missing)} such)",
+                phase="load",
+                parameter=missing[0],
+                receiver="server",
+            )
+
+    def finish_weight_update(self) -> None:
+        """End the update, whether or not it came to something; the last bucket has put the weights to use."""
+        unfinished, self._open = self._reload is not None, False
+        self._cancel()
+        if unfinished:
+            self._open = True  # vLLM's worker takes it for still under way when this raises
+            self._agree("it was finished before its last bucket came; finish it once more to begin anew")
+
+    def shutdown(self) -> None:
+        self._cancel()
+        self._maps.clear()
+
+    def _cancel(self) -> None:
+        """Put the layers of an unfinished reload back."""
+        if self._reload is not None:
+            self._reload.cancel()
+            self._reload = None
+
+    def _agree(self, problem: str | None) -> None:
+        """Raise on the last rank what is wrong on any; each rank has cancelled its part then."""
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        last = True
+        for group in (get_tp_group(), get_pp_group()) if self.parallel_config.world_size > 1 else ():
+            if group.world_size > 1:
+                problems: list[str | None] = [None] * group.world_size
+                torch.distributed.all_gather_object(problems, problem, group=group.cpu_group)
+                problem = next(filter(None, problems), None)
+                last = last and group.is_last_rank
+        if problem is None:
+            return
+        self._cancel()
+        self._failed = True
+        # There the ranks are the trainer's own processes, and each has an executor to itself.
+        if last or self.parallel_config.distributed_executor_backend == "external_launcher":
+            raise WeightSyncFailure(problem)
+
+    def _mapping(self, path: str) -> _Mapping:
+        if path not in self._maps:
+            self._maps[path] = _Mapping(path)
+        self._maps.move_to_end(path)
+        while len(self._maps) > BUCKETS:
+            self._maps.popitem(last=False)
+        return self._maps[path]
+
+
+class WeightSyncFailure(RuntimeError):
+    """What a rank raises. Its text is all that reaches the trainer, and says where and at which parameter."""
+
+
+class _Mapping:
+    """A trainer's file, mapped as far as it has grown."""
+
+    def __init__(self, path: str) -> None:
+        allowed = shared_directory()
+        if os.path.realpath(os.path.dirname(path)) != os.path.realpath(allowed):
+            raise WeightSyncError(f"this server opens files in {allowed} alone", phase="load", receiver="server")
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise WeightSyncError(
+                f"this server cannot open the trainer's shared memory in {allowed} ({error.strerror}): "
+                "is it on the same host, with the same /dev/shm and the same user?",
+                phase="load",
+                receiver="server",
+            ) from error
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            os.close(self._file)
+            raise WeightSyncError("shared memory must be a plain file", phase="load", receiver="server")
+        self._map: mmap.mmap | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            with suppress(OSError):
+                os.close(self._file)
+
+    def tensors(self, described: list[tuple[str, str, list[int], int]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor as a view of the file."""
+        size = os.fstat(self._file).st_size
+        if size and (self._map is None or len(self._map) < size):
+            self._map = mmap.mmap(self._file, size)
+        for name, dtype_name, shape, offset in described:
+            dtype = getattr(torch, dtype_name, None)
+            if not isinstance(dtype, torch.dtype) or min([offset, *shape], default=0) < 0:
+                raise _misdescribed(name, f"dtype {dtype_name!r}, shape {shape}, offset {offset}")
+            count = prod(shape) * dtype.itemsize
+            if offset + count > size:
+                raise _misdescribed(name, f"it ends beyond the {size} bytes of its file")
+            if count == 0:
+                yield name, torch.empty(shape, dtype=dtype)
+            else:
+                flat = torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset)
+                yield name, flat.view(dtype).view(shape)
+
+
+def _misdescribed(name: str, problem: str) -> WeightSyncError:
+    return WeightSyncError(problem, phase="load", parameter=name, receiver="server")
+
+
+def _named(error: Exception, parameter: str | None) -> WeightSyncError:
+    if isinstance(error, WeightSyncError):
+        return error
+    return WeightSyncError(f"{type(error).__name__}: {error}", phase="load", parameter=parameter, receiver="server")
+
+
+def _partial_loads() -> AbstractContextManager[None]:
+    """Within it, a model that checks its checkpoint for completeness takes a part of one."""
+    try:
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+    except ImportError:
+        return nullcontext()
+    return disable_mtp_completeness_check()
+
+
+@dataclass
+class TrainerInit(TrainerInitInfo):
+    """What `WeightTransferTrainerFactory.trainer_init` takes for this engine."""
+
+    backend: ClassVar[str] = BACKEND
+    bucket_bytes: int = BUCKET_BYTES
+    directory: str | None = None
+
+
+class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
+    """The trainer's side for those who drive it through vLLM's factory; it is `SharedMemoryTransfer` underneath."""
+
+    init_info_cls = TrainerInit
+    _transfer: SharedMemoryTransfer
+
+    @classmethod
+    def trainer_init(cls, init_info: TrainerInit, *, client: Any, source: Any = None) -> SharedMemoryTrainerEngine:
+        if source is None:
+            raise ValueError("shared-memory weight transfer needs a source")
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine._transfer = SharedMemoryTransfer(
+            client, bucket_bytes=init_info.bucket_bytes, directory=init_info.directory
+        )
+        return engine
+
+    def send_weights(self) -> None:
+        """On the sender's rank, send all; on others iterate the source along with it, which may gather."""
+        assert self.source is not None
+        if self.is_sender:
+            self._transfer.send(self.source)
+        else:
+            for _ in self.source:
+                pass
+
+    def shutdown(self) -> None:
+        self._transfer.close()
