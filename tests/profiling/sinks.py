@@ -1,81 +1,100 @@
-"""One of every sink, each over a real backend where it has one: what the contract suite runs against."""
+"""Sinks for tests: one of each kind for the contract, and those that misbehave."""
 
 from __future__ import annotations
 
-import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from wandb_runs import MemoryRun
-
-from vgen.profiling import Sink
+from vgen.profiling import Measurement, Sink, Span, Step
+from vgen.profiling.records import Attributes
 from vgen.profiling.sinks.jsonl import JsonlSink
-from vgen.testing import MemorySink
+from vgen.profiling.sinks.memory import MemorySink
+
+RECORDS = ("on_start", "on_end", "on_measurement", "on_step")
+COMMANDS = ("flush", "close")
 
 
-def _otel(folder: Path) -> Sink:
-    from opentelemetry.sdk.metrics import MeterProvider
-    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+class Recorder(Sink):
+    """A sink as a user writes one: overrides everything, behind the queue, and notes what it is told."""
 
-    from vgen.profiling.sinks.otel import OTelSink
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.threads: set[int] = set()
 
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(InMemorySpanExporter()))
-    return OTelSink(provider, MeterProvider([InMemoryMetricReader()]))
+    def _note(self, what: str, name: str = "") -> None:
+        self.told.append((what, name))
+        self.threads.add(threading.get_ident())
 
+    def on_start(self, span: Span, attributes: Attributes) -> None:
+        self._note("start", span.name)
 
-def _wandb(folder: Path) -> Sink:
-    from vgen.profiling.sinks.wandb import WandbSink
+    def on_end(self, span: Span) -> None:
+        self._note("end", span.name)
 
-    return WandbSink(MemoryRun())
+    def on_measurement(self, measurement: Measurement) -> None:
+        self._note("measurement", measurement.instrument.name)
 
+    def on_step(self, step: Step) -> None:
+        self._note("step", str(step.number))
 
-def _mlflow(folder: Path) -> Sink:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its own, to a server of its makers
-    from mlflow import MlflowClient
+    def on_idle(self) -> None:
+        self._note("idle")
 
-    from vgen.profiling.sinks.mlflow import MlflowSink
+    def flush(self, timeout: float) -> None:
+        self._note("flush")
 
-    # one store for the session: making its tables takes seconds
-    client = MlflowClient(f"sqlite:///{folder.parent / 'contract.db'}")
-    known = client.get_experiment_by_name("contract")
-    return MlflowSink(client, client.create_run(known.experiment_id if known else client.create_experiment("contract")))
+    def close(self, timeout: float) -> None:
+        self._note("close")
 
-
-def _trackio(folder: Path) -> Sink:
-    from vgen.profiling.sinks.trackio import TrackioSink
-
-    class Run:
-        """Takes what a Trackio run takes. The real one is in test_trackio.py: it fixes its folder at import."""
-
-        def log(self, metrics: dict[str, object], step: int | None = None) -> None:
-            pass
-
-    return TrackioSink(Run())
+    def records(self) -> list[tuple[str, str]]:
+        return [told for told in self.told if told[0] not in ("idle", "flush", "close")]
 
 
-def _nvtx(folder: Path) -> Sink:
-    from vgen.profiling.sinks.nvtx import NvtxSink
+def faulty(method: str, fault: Callable[[], object], *, inline: bool = False) -> Sink:
+    """A sink that keeps what ends, and of which one method has a fault."""
 
-    return NvtxSink()
+    def broken(self: Any, *_: object) -> None:
+        fault()
+
+    def on_end(self: Any, span: Span) -> None:
+        self.ended.append(span.name)
+
+    kind = type("Faulty", (Sink,), {"on_end": on_end, method: broken, "inline": inline})
+    made: Any = kind()
+    made.ended = []
+    return made
 
 
-def _torch_profiler(folder: Path) -> Sink:
-    from vgen.profiling.sinks.torch_profiler import TorchProfilerSink
+class Gate:
+    """Blocks whoever calls it, until it is opened or the test is over."""
 
-    return TorchProfilerSink()
+    def __init__(self) -> None:
+        self.reached, self._open = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        self._open.wait(60)
+
+    def open(self) -> None:
+        self._open.set()
 
 
-SINKS: dict[str, Callable[[Path], Sink]] = {
+def eventually(condition: Callable[[], object], seconds: float = 5.0) -> bool:
+    """Whether it comes true."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+FACTORIES: dict[str, Callable[[Path], Sink]] = {
     "memory": lambda folder: MemorySink(),
-    "jsonl": lambda folder: JsonlSink(folder),
-    "otel": _otel,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-    "trackio": _trackio,
-    "nvtx": _nvtx,
-    "torch_profiler": _torch_profiler,
+    "jsonl": JsonlSink,
+    "custom": lambda folder: Recorder(),
 }
+"""A sink of each kind, given a folder of its own. What any sink must stand is in `test_contract.py`."""

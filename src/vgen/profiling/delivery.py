@@ -21,7 +21,7 @@ POLL = 0.05
 """Seconds between two looks into the queue, and at most between two calls of `on_idle`."""
 ALARM = 2048
 """Records that wait when the worker is woken before its time. A signal for each would cost more than the append."""
-BATCH = 512
+BATCH = 64
 """Records between two looks at the clock."""
 
 
