@@ -31,7 +31,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace.add_argument("--step", type=int, metavar="N", help="which training step (default: the last trace)")
     trace.add_argument("--svg", type=Path, metavar="FILE", help="write the picture there instead")
 
-    options = parser.parse_args(arguments)
+    serve = commands.add_parser(
+        "serve",
+        help="start a vLLM server with what vgen relies on",
+        usage="vgen serve MODEL [OPTION ...] [VLLM OPTION ...]",
+        description="Options that are not listed here go to vLLM as they are.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help="a model directory or hub name")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    for name, guards in (("api", "inference"), ("control", "weights, pause, sleep and whatever else is not inference")):
+        either = serve.add_mutually_exclusive_group()
+        either.add_argument(f"--{name}-key", metavar="KEY", help=f"asked for on {guards}; shown by ps")
+        either.add_argument(f"--{name}-key-file", type=Path, metavar="FILE", help="the same, out of a file")
+    serve.add_argument("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N")
+    serve.add_argument("--data-parallel-size", "-dp", type=_positive, default=1, metavar="N")
+    serve.add_argument("--otlp-traces-endpoint", metavar="URL", help="where the server's spans go")
+    serve.add_argument("--shared-memory-dir", metavar="DIR", help="the one directory that weights are mapped from")
+    serve.add_argument("--startup-timeout", type=float, default=600.0, metavar="SECONDS", help="(default: 600)")
+    serve.add_argument("--quiet", action="store_true", help="do not repeat the server's log on standard error")
+    serve.add_argument("--json", action="store_true", help="print one JSON object with the URL and the key's file")
+
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options, rest = parser.parse_known_args(given)
+    if rest and options.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and given[given.index("serve") + 1].startswith("-"):
+        serve.error("MODEL comes before the options")  # or the value of an unknown one is taken for it
+    options.vllm_arguments = rest
     try:
         return _run(options)
     except BrokenPipeError:  # `| head` has seen enough
@@ -44,7 +72,35 @@ def _run(options: argparse.Namespace) -> int:
         from . import demo as demo_command
 
         return demo_command.run(steps=options.steps, out=options.out, model=options.model, as_json=options.json)
+    if options.command == "serve":
+        return _serve(options)
     return _trace(options.run, options.step, options.svg)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from .engines import serve as serve_command
+
+    try:
+        api_key = serve_command.key(options.api_key, options.api_key_file)
+        control_key = serve_command.key(options.control_key, options.control_key_file)
+    except OSError as error:
+        print(f"vgen serve: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return serve_command.run(
+        options.model,
+        as_json=options.json,
+        quiet=options.quiet,
+        startup_timeout=options.startup_timeout,
+        arguments=options.vllm_arguments,
+        host=options.host,
+        port=options.port,
+        api_key=api_key,
+        control_key=control_key,
+        tensor_parallel_size=options.tensor_parallel_size,
+        data_parallel_size=options.data_parallel_size,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
+        shared_memory_directory=options.shared_memory_dir,
+    )
 
 
 def _positive(text: str) -> int:

@@ -152,7 +152,7 @@ class ControlMiddleware:
             "max_model_len": getattr(model, "max_model_len", None),
             "world_size": getattr(getattr(config, "parallel_config", None), "world_size_across_dp", None),
             "weight_transfer": backend,
-            "shared_memory_directory": os.environ.get("VGEN_SHARED_MEMORY_DIR") if shared else None,
+            "shared_memory_directory": _shared_directory() if shared else None,
         }
 
     async def _refuse(self, scope: Scope, send: Send, refused: Refused) -> None:
@@ -163,6 +163,12 @@ class ControlMiddleware:
         if refused.kind == "lease":
             error["lease"] = self._leases.describe()
         await _answer(send, refused.status, {"error": error})
+
+
+def _shared_directory() -> str:
+    from ..weights.shared_memory import shared_directory
+
+    return str(shared_directory())
 
 
 def _after(weights: str, path: str, *, ok: bool) -> str:

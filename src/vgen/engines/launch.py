@@ -20,35 +20,57 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import EngineError, MissingExtraError
 from . import lifeline
 from .control import CONTROL_HEADER, KEY_FILE_VARIABLE
 
+POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take most of the machine's memory for the KV cache."""
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 """What a trainer's ranks have in their environment, and a server would take for its own."""
+_KEY_FILE = "control-key"
+_ERROR = re.compile(r"([\w.]+(Error|Exception)|[\w.]+: error): \S")
 _LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s?)?")
 
 
 class ServerProcess:
-    """A vLLM server in processes of its own. As a context manager it ends with the block, and always with this process.
-
-    Its two files go with it.
-    """
+    """A vLLM server in processes of its own. It ends with this process, and as a context manager with the block."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], url: str, control_key: str, folder: tempfile.TemporaryDirectory[str]
+        self,
+        process: subprocess.Popen[bytes],
+        url: str,
+        control_key: str,
+        log_file: Path,
+        folder: tempfile.TemporaryDirectory[str],
     ) -> None:
         self.process = process
         self.url = url
         self.control_key = control_key
         """Opens every route that is not inference, in the header `X-Vgen-Control-Key`."""
-        self.control_key_file, self.log_file = _files(folder)
+        self.control_key_file = Path(folder.name, _KEY_FILE)
+        """Holds it for others of this user; it goes with the server."""
+        self.log_file = log_file
         self._end = weakref.finalize(self, _end, process, folder, os.getpid())
+
+    def wait_until_healthy(self, timeout: float) -> None:
+        """Wait until the server takes requests. Raises `EngineError`, with what it said last."""
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None:
+            with suppress(OSError, ValueError):
+                _get(f"{self.url}/health", {})
+                # Only this very server knows its key: something else might have come by the port.
+                if "vgen" in json.loads(_get(f"{self.url}/vgen/info", {CONTROL_HEADER: self.control_key})):
+                    return
+            if time.monotonic() > deadline:
+                raise EngineError(f"vLLM was not ready within {timeout:g} s; it said last:\n{self.log_tail()}")
+            time.sleep(POLL_SECONDS)
+        code = self.process.returncode
+        ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        raise EngineError(f"vLLM {ended} before it was ready: {self.reason()}\nIt said last:\n{self.log_tail()}")
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """End the server and all of its processes; whatever is left after `timeout` seconds is killed."""
@@ -57,7 +79,18 @@ class ServerProcess:
 
     def log_tail(self, lines: int = 15) -> str:
         """The last lines that the server wrote."""
-        return "\n".join(_read(self.log_file).splitlines()[-lines:])
+        return "\n".join(self._log()[-lines:])
+
+    def reason(self) -> str:
+        """The error that it ended with, out of the tracebacks of several processes."""
+        errors = [found for line in self._log() if _ERROR.match(found := _LOG_PREFIX.sub("", line).strip())]
+        causes = [error for error in errors if "See root cause above" not in error]
+        return (causes or errors or ["it gave no reason"])[-1]
+
+    def _log(self) -> list[str]:
+        with suppress(OSError):
+            return self.log_file.read_text(errors="replace").splitlines()
+        return []
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -79,21 +112,25 @@ def start_server(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     shared_memory_directory: str | Path | None = None,
+    log_file: str | Path | None = None,
+    wait: bool = True,
     timeout: float = 600.0,
 ) -> ServerProcess:
-    """Start a server and wait until it is healthy, for at most `timeout` seconds.
+    """Start a server and, unless told not to, wait until it is healthy, for at most `timeout` seconds.
 
         with start_server("Qwen/Qwen3-0.6B", arguments=["--max-model-len", "4096"]) as server:
             print(server.url)
 
     `port` 0 takes a free one. Without a `control_key` a random one is made. `arguments` go to vLLM as they are, after
-    vgen's own, and `environment` is added to this process's. Raises `EngineError`, with what vLLM said last.
+    vgen's own, and `environment` is added to this process's. A `log_file` is appended to and stays; without one the
+    log goes with the server. Raises `EngineError`, with what vLLM said last.
     """
     _check(model)
     port = _free_port(host, port)
     control_key = _header_safe(control_key) if control_key is not None else secrets.token_urlsafe(32)
     folder = tempfile.TemporaryDirectory(prefix="vgen-serve-")  # its mode is 0700
-    key_file, log_file = _files(folder)
+    key_file = Path(folder.name, _KEY_FILE)
+    log_path = Path(log_file) if log_file is not None else Path(folder.name, "server.log")
     key_file.touch(mode=0o600)
     key_file.write_text(control_key)
     variables = server_environment(
@@ -111,7 +148,7 @@ def start_server(
         otlp_traces_endpoint=otlp_traces_endpoint,
         arguments=arguments,
     )
-    with log_file.open("ab") as log:
+    with log_path.open("ab") as log:
         process = subprocess.Popen(
             command,
             env={**variables, KEY_FILE_VARIABLE: str(key_file), **(environment or {})},
@@ -123,12 +160,13 @@ def start_server(
     scheme = "https" if _given(arguments, "--ssl-certfile") else "http"
     reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
-    server = ServerProcess(process, url, control_key, folder)
-    try:
-        _wait_until_healthy(server, timeout)
-    except BaseException:
-        server.stop()
-        raise
+    server = ServerProcess(process, url, control_key, log_path, folder)
+    if wait:
+        try:
+            server.wait_until_healthy(timeout)
+        except BaseException:
+            server.stop()
+            raise
     return server
 
 
@@ -228,22 +266,6 @@ def _header_safe(key: str) -> str:
     return key
 
 
-def _wait_until_healthy(server: ServerProcess, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while server.process.poll() is None:
-        with suppress(OSError, ValueError):
-            _get(f"{server.url}/health", {})
-            # Only this very server knows its key: something else might have come by the port.
-            if "vgen" in json.loads(_get(f"{server.url}/vgen/info", {CONTROL_HEADER: server.control_key})):
-                return
-        if time.monotonic() > deadline:
-            raise EngineError(f"vLLM was not ready within {timeout:g} s; it said last:\n{server.log_tail()}")
-        time.sleep(0.2)
-    code = server.process.returncode
-    ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    raise EngineError(f"vLLM {ended} before it was ready: {_reason(server)}\nIt said last:\n{server.log_tail()}")
-
-
 def _get(url: str, headers: dict[str, str]) -> bytes:
     # Straight to the server, whatever proxy there is, and whatever name its certificate has.
     context = ssl.create_default_context()
@@ -251,14 +273,6 @@ def _get(url: str, headers: dict[str, str]) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     with opener.open(urllib.request.Request(url, headers=headers), timeout=5.0) as answer:
         return answer.read()
-
-
-def _reason(server: ServerProcess) -> str:
-    """The error that a failed start ended with, out of the tracebacks of several processes."""
-    lines = [_LOG_PREFIX.sub("", line).strip() for line in _read(server.log_file).splitlines()]
-    errors = [line for line in lines if re.match(r"([\w.]+(Error|Exception)|[\w.]+: error): \S", line)]
-    causes = [line for line in errors if "See root cause above" not in line]
-    return (causes or errors or ["it gave no reason"])[-1]
 
 
 def _compiles(arguments: Sequence[str]) -> bool:
@@ -269,16 +283,6 @@ def _given(arguments: Sequence[str], *flags: str) -> bool:
     """Whether the caller has said anything about one of `flags`, in any of the spellings that vLLM takes."""
     names = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("-")}
     return any(flag in names or flag.replace("--", "--no-", 1) in names for flag in flags)
-
-
-def _files(folder: tempfile.TemporaryDirectory[str]) -> tuple[Path, Path]:
-    return Path(folder.name, "control-key"), Path(folder.name, "server.log")
-
-
-def _read(path: Path) -> str:
-    with suppress(OSError):
-        return path.read_text(errors="replace")
-    return ""
 
 
 def _end(
@@ -308,14 +312,3 @@ def _wait_until_gone(group: int, timeout: float) -> None:
         while time.monotonic() < deadline:
             os.killpg(group, 0)
             time.sleep(0.05)
-
-
-def describe(server: ServerProcess, model: str) -> dict[str, Any]:
-    """What a program needs in order to use a server that another one keeps; the key itself stays in its file."""
-    return {
-        "url": server.url,
-        "model": model,
-        "pid": server.process.pid,
-        "control_key_file": str(server.control_key_file),
-        "log_file": str(server.log_file),
-    }

@@ -16,14 +16,7 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer import base, factory
 
 from ..engines.lifeline import follow_parent
 from ..engines.reload import Reload
@@ -34,10 +27,10 @@ from .shared_memory import BACKEND, BUCKET_BYTES, BUCKETS, LEFT_OPEN, SharedMemo
 def register() -> None:
     """Make vgen known to this process. May be called any number of times."""
     follow_parent()
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
-    if BACKEND not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemoryTrainerEngine)
+    if BACKEND not in factory.WeightTransferEngineFactory._registry:
+        factory.WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+    if BACKEND not in factory.WeightTransferTrainerFactory._registry:
+        factory.WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemorySender)
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -46,14 +39,14 @@ def register() -> None:
 
 
 @dataclass
-class InitInfo(WeightTransferInitInfo):
+class InitInfo(base.WeightTransferInitInfo):
     """A trainer introduces itself by its buckets, which have no name any more once all workers have opened them."""
 
     paths: list[str]
 
 
 @dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
+class UpdateInfo(base.WeightTransferUpdateInfo):
     """One bucket: what lies where in the file `path`; or that the update is over and came to nothing."""
 
     path: str = ""
@@ -63,7 +56,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     abort: bool = False
 
 
-class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads buckets out of shared memory by vLLM's layerwise reload.
 
     All ranks of a server agree on whether a bucket was loaded, and the last one alone raises: vLLM's executor
@@ -249,7 +242,7 @@ def _partial_loads() -> AbstractContextManager[None]:
 
 
 @dataclass
-class TrainerInit(TrainerInitInfo):
+class SenderInit(base.TrainerInitInfo):
     """What `WeightTransferTrainerFactory.trainer_init` takes for this engine."""
 
     backend: ClassVar[str] = BACKEND
@@ -257,14 +250,14 @@ class TrainerInit(TrainerInitInfo):
     directory: str | None = None
 
 
-class SharedMemoryTrainerEngine(TrainerWeightTransferEngine[TrainerInit]):
+class SharedMemorySender(base.TrainerWeightTransferEngine[SenderInit]):
     """The trainer's side for those who drive it through vLLM's factory; it is `SharedMemoryTransfer` underneath."""
 
-    init_info_cls = TrainerInit
+    init_info_cls = SenderInit
     _transfer: SharedMemoryTransfer
 
     @classmethod
-    def trainer_init(cls, init_info: TrainerInit, *, client: Any, source: Any = None) -> SharedMemoryTrainerEngine:
+    def trainer_init(cls, init_info: SenderInit, *, client: Any, source: Any = None) -> SharedMemorySender:
         if source is None:
             raise ValueError("shared-memory weight transfer needs a source")
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
