@@ -186,6 +186,7 @@ def test_only_the_slowest_requests_become_spans_and_all_are_counted(engine, sink
         generation.generate([[1, 2]] * 10, Sampling(max_tokens=2))
     assert len(sink.named(names.REQUEST)) == 3
     assert row.summary()["vgen.request.e2e.count"] == 10
+    assert "vgen.request.duration.count" not in row.summary()  # three of ten are no distribution
     assert row.summary()["vgen.generate.output_tokens"] == 20
 
 

@@ -139,7 +139,8 @@ class Core:
         """
         span.error = error
         step = span.step
-        (self.run if step is None else step.row).add(span.name, (span.end_ns - span.start_ns) / 1e9)  # type: ignore[operator]
+        if span.current or span.name not in names.SELECTED:
+            (self.run if step is None else step.row).add(span.name, (span.end_ns - span.start_ns) / 1e9)  # type: ignore[operator]
         if self.inline:
             self.current.set(NO_SPAN)
         for end in self.on_end:

@@ -225,6 +225,9 @@ SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weigh
 SLEEP = _span("vgen.sleep", "The engine goes to sleep.", SLEEP_LEVEL, MEMORY_FREED, DEVICE_BYTES, ENGINE)
 WAKE_UP = _span("vgen.wake_up", "The engine wakes up, in whole or in part.", WAKE_TAGS, DEVICE_BYTES, RESTORED, ENGINE)
 
+SELECTED = frozenset(name for name, spec in SPANS.items() if spec.selected)
+"""Spans that only some of what they stand for get: their seconds are no distribution, so they are not aggregated."""
+
 # Metrics ------------------------------------------------------------------------------------------------------------
 GENERATED_TOKENS = _metric("vgen.generate.output_tokens", "counter", "{token}", "Completion tokens.", ENGINE)
 PROMPT_TOKENS = _metric("vgen.generate.input_tokens", "counter", "{token}", "Prompt tokens.", ENGINE)

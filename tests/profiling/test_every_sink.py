@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sinks import SINKS
+from every_sink import SINKS
 
 from vgen.profiling import Instrument, ProfilingContext, Sink, names
 from vgen.testing import MemorySink
