@@ -27,6 +27,7 @@ from .control import CONTROL_HEADER, KEY_FILE_VARIABLE
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
+LAST_LINES = 15
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take most of the machine's memory for the KV cache."""
 _TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
@@ -42,12 +43,14 @@ class ServerProcess:
     def __init__(
         self,
         process: subprocess.Popen[bytes],
+        model: str,
         url: str,
         control_key: str,
         log_file: Path,
         folder: tempfile.TemporaryDirectory[str],
     ) -> None:
         self.process = process
+        self.model = model
         self.url = url
         self.control_key = control_key
         """Opens every route that is not inference, in the header `X-Vgen-Control-Key`."""
@@ -66,26 +69,29 @@ class ServerProcess:
                 if "vgen" in json.loads(_get(f"{self.url}/vgen/info", {CONTROL_HEADER: self.control_key})):
                     return
             if time.monotonic() > deadline:
-                raise EngineError(f"vLLM was not ready within {timeout:g} s; it said last:\n{self.log_tail()}")
+                raise EngineError(f"vLLM was not ready to serve {self.model} within {timeout:g} s{self._last_words()}")
             time.sleep(POLL_SECONDS)
-        code = self.process.returncode
-        ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        raise EngineError(f"vLLM {ended} before it was ready: {self.reason()}\nIt said last:\n{self.log_tail()}")
+        raise self.death("before it was ready")
+
+    def death(self, when: str) -> EngineError:
+        """What to raise now that it has ended by itself."""
+        code = self.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return EngineError(f"vLLM {how} {when}, serving {self.model}: {self._reason()}{self._last_words()}")
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """End the server and all of its processes; whatever is left after `timeout` seconds is killed."""
         if found := self._end.detach():
             _end(*found[2], timeout=timeout)
 
-    def log_tail(self, lines: int = 15) -> str:
-        """The last lines that the server wrote."""
-        return "\n".join(self._log()[-lines:])
-
-    def reason(self) -> str:
+    def _reason(self) -> str:
         """The error that it ended with, out of the tracebacks of several processes."""
         errors = [found for line in self._log() if _ERROR.match(found := _LOG_PREFIX.sub("", line).strip())]
         causes = [error for error in errors if "See root cause above" not in error]
         return (causes or errors or ["it gave no reason"])[-1]
+
+    def _last_words(self) -> str:
+        return "\n".join(["; its log ends with:", *self._log()[-LAST_LINES:]])
 
     def _log(self) -> list[str]:
         with suppress(OSError):
@@ -160,7 +166,7 @@ def start_server(
     scheme = "https" if _given(arguments, "--ssl-certfile") else "http"
     reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
-    server = ServerProcess(process, url, control_key, log_path, folder)
+    server = ServerProcess(process, str(model), url, control_key, log_path, folder)
     if wait:
         try:
             server.wait_until_healthy(timeout)
@@ -186,8 +192,8 @@ def server_command(
     command += ["--host", host, "--port", str(port)]
     command += ["--middleware", "vgen.engines.control.ControlMiddleware"]
     command += ["--weight-transfer-config", json.dumps({"backend": "vgen_shm"})]
-    command += ["--enable-scale-out", "--enable-per-request-metrics", "--enable-request-id-headers"]
-    command += ["--logprobs-mode", "processed_logprobs"]
+    command += ["--enable-scale-out", "--enable-per-request-metrics", "--enable-prompt-tokens-details"]
+    command += ["--enable-request-id-headers", "--logprobs-mode", "processed_logprobs"]
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     if data_parallel_size > 1:
         command += ["--data-parallel-size", str(data_parallel_size)]

@@ -39,14 +39,14 @@ def run(
                 log.follow(server.log_file)
             server.wait_until_healthy(startup_timeout)
             if as_json:
-                print(json.dumps(_described(server, model)), flush=True)
+                print(json.dumps(_described(server)), flush=True)
             else:
                 print(server.url, flush=True)
                 print(f"vgen serve: the control key is in {server.control_key_file}", file=sys.stderr)
             if settings.get("host") not in LOOPBACK and not settings.get("api_key"):
                 print("vgen serve: whoever reaches this port may generate: give --api-key-file", file=sys.stderr)
-            code = server.process.wait()
-            raise EngineError(f"vLLM ended with status {code}: {server.reason()}\nIt said last:\n{server.log_tail()}")
+            server.process.wait()
+            raise server.death("while it served")
     except _Signalled as signalled:
         return 0 if signalled.number == signal.SIGTERM else 128 + signalled.number
     except (EngineError, MissingExtraError, ValueError) as error:
@@ -62,10 +62,10 @@ def key(given: str | None, file: Path | None) -> str | None:
     return file.read_text().strip() if file is not None else given
 
 
-def _described(server: ServerProcess, model: str) -> dict[str, Any]:
+def _described(server: ServerProcess) -> dict[str, Any]:
     return {
         "url": server.url,
-        "model": model,
+        "model": server.model,
         "pid": server.process.pid,
         "control_key_file": str(server.control_key_file),
         "log_file": str(server.log_file),

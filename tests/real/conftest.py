@@ -1,0 +1,123 @@
+"""One real `vgen serve` for the whole session."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "profiling"))  # for its collectors
+
+
+@dataclass
+class Served:
+    """A server in front of a tiny model, and what it takes to talk to it."""
+
+    base_url: str
+    control_key: str
+    api_key: str
+    folder: str
+    """The model's directory, which is also its name."""
+    model: Any
+    """The trainer's copy. The server has these weights too, until one of them is changed."""
+    tokenizer: Any
+    process: subprocess.Popen[str]
+    """The `vgen serve` command."""
+    described: dict[str, Any]
+    """What it printed."""
+    collector: Any
+    """Receives the server's own spans."""
+
+    def call(self, path: str, body: Any = None, *, method: str = "", headers: dict[str, str] | None = None):
+        """Status and JSON of one request with both keys; a header given as None is not sent."""
+        sent = {"Authorization": f"Bearer {self.api_key}", "X-Vgen-Control-Key": self.control_key} | (headers or {})
+        request = urllib.request.Request(
+            self.base_url + path,
+            method=method or ("GET" if body is None else "POST"),
+            data=None if body is None else json.dumps(body).encode(),
+            headers={name: value for name, value in sent.items() if value is not None}
+            | {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, _json(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _json(error.read())
+
+    def done(self, path: str, body: Any = None, **kwargs: Any) -> Any:
+        """The JSON of a request that must succeed."""
+        status, answer = self.call(path, body, **kwargs)
+        assert status == 200, (path, status, answer)
+        return answer
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    from collectors import HttpCollector
+
+    from vgen.testing import tiny_model
+
+    place = tmp_path_factory.mktemp("serve")
+    model, tokenizer = tiny_model(place / "model")
+    api_key = secrets.token_hex(8)
+    (place / "api-key").write_text(api_key + "\n")
+    collector = HttpCollector()
+    command = [sys.executable, "-m", "vgen.cli", "serve", str(place / "model"), "--port", "0", "--json"]
+    command += ["--api-key-file", str(place / "api-key"), "--otlp-traces-endpoint", f"{collector.endpoint}/v1/traces"]
+    command += ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+    with (place / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, "OTEL_BSP_SCHEDULE_DELAY": "200"},
+        )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, (place / "stderr").read_text()[-3000:]
+    described = json.loads(line)
+    control_key = Path(described["control_key_file"]).read_text()
+    served = Served(
+        described["url"],
+        control_key,
+        api_key,
+        str(place / "model"),
+        model,
+        tokenizer,
+        process,
+        described,
+        collector,
+    )
+    yield served
+    # SIGTERM ends all of it in order, and leaves neither processes nor files.
+    processes = served.processes()
+    assert len(processes) >= 2, processes
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(60)
+    collector.close()
+    assert status == 0, (place / "stderr").read_text()[-3000:]
+    assert [found for found in processes if found.is_running() and found.status() != psutil.STATUS_ZOMBIE] == []
+    assert not Path(described["control_key_file"]).parent.exists()
