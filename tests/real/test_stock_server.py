@@ -21,6 +21,8 @@ from vgen.engines.base import EngineState
 from vgen.profiling import names
 from vgen.testing import MemorySink, tiny_model
 
+pytestmark = pytest.mark.slow  # a second server, beside the one that vgen starts
+
 FLAGS = (
     "--enforce-eager --kv-cache-memory-bytes 67108864 --max-model-len 512 --dtype float32 --logprobs-mode "
     "processed_logprobs --enable-per-request-metrics --enable-prompt-tokens-details --api-key the-api-key"
