@@ -183,7 +183,9 @@ class _Mapping:
     def __init__(self, path: str) -> None:
         allowed = shared_directory()
         if os.path.realpath(os.path.dirname(path)) != os.path.realpath(allowed):
-            raise WeightSyncError(f"this server opens files in {allowed} alone", phase="load", receiver="server")
+            raise WeightSyncError(
+                f"this server opens files in {allowed} alone (--shared-memory-dir)", phase="load", receiver="server"
+            )
         try:
             self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -229,7 +231,8 @@ def _misdescribed(name: str, problem: str) -> WeightSyncError:
 def _named(error: Exception, parameter: str | None) -> WeightSyncError:
     if isinstance(error, WeightSyncError):
         return error
-    return WeightSyncError(f"{type(error).__name__}: {error}", phase="load", parameter=parameter, receiver="server")
+    problem = f"{type(error).__name__}: {error}" if str(error) else "it does not fit the engine's layer"
+    return WeightSyncError(problem, phase="load", parameter=parameter, receiver="server")
 
 
 def _partial_loads() -> AbstractContextManager[None]:
