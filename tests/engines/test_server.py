@@ -34,7 +34,7 @@ class Model:
 
 
 def generation(*servers: FaultyServer, **more) -> ServerGeneration:
-    return ServerGeneration(Model(), base_urls=[server.url for server in servers], **{"timeout": 2.0, **more})
+    return ServerGeneration(Model(), base_urls=[server.url for server in servers], **{"timeout": 20.0, **more})
 
 
 @pytest.fixture
@@ -93,12 +93,12 @@ def test_what_cannot_pass_is_a_typed_error_with_the_servers_own_words(server, st
 
 @pytest.mark.parametrize("fault", ["reset", "silent", "truncated", "not json", "not vllm", 500])
 def test_when_nobody_is_left_it_ends_within_the_deadline(server, fault):
-    with generation(server, timeout=0.5) as made:
+    with generation(server, timeout=1.0) as made:
         server.faults[COMPLETIONS] = [fault] * 100
         start = time.monotonic()
         with pytest.raises(ServerError) as caught:
             made.generate(PROMPTS)
-        assert time.monotonic() - start < 3.0
+        assert time.monotonic() - start < 10.0
         assert caught.value.url == server.url
         assert made.state is EngineState.FAILED
         with pytest.raises(EngineStateError):
@@ -149,12 +149,12 @@ def test_the_open_spans_context_travels_with_every_request(server):
 @pytest.mark.parametrize("fault", [500, "reset", "silent"])
 def test_a_sync_that_fails_names_phase_and_server_and_is_never_sent_twice(server, path, fault):
     pytest.importorskip("safetensors")
-    with generation(server, timeout=0.5) as made:
+    with generation(server, timeout=2.0) as made:
         server.faults[path] = [fault]
         start = time.monotonic()
         with pytest.raises(WeightSyncError) as caught:
             made.sync_weights()
-        assert time.monotonic() - start < 3.0
+        assert time.monotonic() - start < 10.0
         assert caught.value.receiver == server.url
         assert caught.value.phase == {"/collective_rpc": "load", "/reset_prefix_cache": "reset_cache"}.get(
             path, path[1:]
