@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,7 @@ def test_what_was_recorded_is_read_back_as_a_whole(tmp_path: Path):
                     profiling.record(COUNTER, 5, c=3)
                 profiling.rebuilt("request", outer.start_ns, outer.start_ns + 10)
     run = read_whole(tmp_path)
-    assert (
-        sorted(span.name for span in run.spans) == ["inner"] * 3 + ["outer"] * 3 + ["request"] * 3 + ["train.step"] * 3
-    )
+    assert Counter(span.name for span in run.spans) == dict.fromkeys(("inner", "outer", "request", "train.step"), 3)
     assert len(run.traces()) == 3
     outer_read = next(span for span in run.spans if span.name == "outer")
     assert outer_read.attributes == {"vgen.rank": 1, "vgen.step": 0, "a": 1}
@@ -190,7 +189,7 @@ def test_a_restarted_process_with_the_same_number_leaves_the_older_record_alone(
         contents[sink.path] = sink.path.read_bytes()
     assert len(contents) == 3
     assert all(path.read_bytes() == content for path, content in contents.items())
-    assert [span.attributes["life"] for span in read_whole(tmp_path).spans] == [0, 1, 2]
+    assert sorted(span.attributes["life"] for span in read_whole(tmp_path).spans) == [0, 1, 2]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path):

@@ -1,203 +1,399 @@
-"""However a process ends: what was accepted is on disk, or the loss is bounded and counted."""
+"""Every way in which a process begins and ends: what was recorded is on disk once, or its loss has a bound."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from files import finish, of_type, read_whole, start
 
 from vgen.analysis.run import read_run
-from vgen.profiling import ProfilingContext, names
 
-HEADER = """
-import os, sys, time
-from vgen.profiling import ProfilingContext, Sink
+# Exits -------------------------------------------------------------------------------------------------------------
+
+EXITS = """
+import os, sys, threading
+from vgen.profiling import ProfilingContext
 from vgen.profiling.sinks.jsonl import JsonlSink
+
+profiling = ProfilingContext([JsonlSink(sys.argv[1])])
+
+def work():
+    with profiling.step(1):
+        for n in range(1000):
+            with profiling.span("x", n=n):
+                pass
+        END
+
+END_OUTSIDE
+work()
 """
 
-
-def python(code: str, *arguments: object, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", HEADER + textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
 ENDS = {
-    "returns": ("", 0),
-    "sys.exit": ("sys.exit(3)", 3),
-    "an uncaught exception": ("raise OSError('gone')", 1),
-    "an exception within a step": ("with p.step(1):\n    with p.span('x'):\n        raise OSError('gone')", 1),
+    "by itself": ("pass", "", 0),
+    "by sys.exit": ("sys.exit(3)", "", 3),
+    "by an exception": ("raise ValueError('no')", "", 1),
+    "by Ctrl-C": ("os.kill(os.getpid(), 2)\n        __import__('time').sleep(5)", "", -signal.SIGINT),
+    "in a thread": ("pass", "threading.Thread(target=work).start(); work = lambda: None", 0),
+    "by an exception in a thread": ("raise ValueError", "threading.Thread(target=work).start(); work = int", 0),
 }
 
 
-@pytest.mark.parametrize("end", ENDS, ids=str)
-def test_a_python_exit_of_any_kind_loses_nothing(tmp_path, end):
-    line, status = ENDS[end]
-    code = "p = ProfilingContext([JsonlSink(sys.argv[1])])\nfor i in range(3000):\n    with p.span('n', i=i): pass\n"
-    done = python(code + line, tmp_path)
-    assert done.returncode == status, done.stderr
-    run = read_run(tmp_path)
-    assert run.problems == []
-    assert [span.attributes["i"] for span in run.spans if span.name == "n"] == list(range(3000))
-    if "step" in end:
-        step = next(span for span in run.spans if span.name == names.STEP)
-        assert (step.error, step.end_ns is not None) == ("OSError", True)
-        assert run.rows[0][0] == 1
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_that_ends_loses_nothing(tmp_path: Path, end: str):
+    inside, outside, returns = ENDS[end]
+    finish(tmp_path, EXITS.replace("END_OUTSIDE", outside).replace("END", inside), tmp_path / "run", returns=returns)
+    run = read_whole(tmp_path / "run")
+    assert len(run.spans) == 1001
+    assert all(span.end_ns is not None for span in run.spans)
+    assert len(run.rows) == 1
 
 
-def test_a_kill_loses_at_most_the_last_200_ms(tmp_path):
-    code = """
-    p = ProfilingContext([JsonlSink(sys.argv[1])])
-    print('ready', flush=True)
-    with p.span('outer'):
-        while True:
-            with p.span('n'): time.sleep(0.001)
-    """
-    command = [sys.executable, "-c", HEADER + textwrap.dedent(code), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(1.5)
-        killed = time.time_ns()
-        process.send_signal(signal.SIGKILL)
-    run = read_run(tmp_path)
-    last = max(span.end_ns for span in run.spans if span.end_ns is not None)
-    assert (killed - last) / 1e9 < 0.2
-    (outer,) = [span for span in run.spans if span.name == "outer"]
-    assert outer.end_ns is None  # what was open is still to be seen
-    assert all(span.parent_id == outer.span_id for span in run.spans if span is not outer)
+def test_os_exit_loses_what_waits_and_leaves_a_whole_file(tmp_path: Path):
+    finish(
+        tmp_path, EXITS.replace("END_OUTSIDE", "").replace("END", "profiling.flush(); os._exit(0)"), tmp_path / "run"
+    )
+    run = read_whole(tmp_path / "run")
+    assert len(run.spans) == 1001
+    assert [span.name for span in run.spans if span.end_ns is None] == ["train.step"]
 
 
-@pytest.mark.parametrize("stuck", ["on_end", "flush", "close"])
-def test_a_sink_that_hangs_does_not_keep_the_process(tmp_path, stuck):
-    code = f"""
-    class Stuck(Sink):
-        def {stuck}(self, *_): time.sleep(600)
-    p = ProfilingContext([Stuck(), JsonlSink(sys.argv[1])])
-    for i in range(100):
-        with p.span('n', i=i): pass
-    """
-    start = time.monotonic()
-    done = python(code, tmp_path, timeout=30)
-    assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 6.0  # two seconds, and what a process takes to start and end
-    assert len(read_run(tmp_path).spans) == 100
-    if stuck == "on_end":
-        assert "Stuck" in done.stderr
+HANGS = """
+import sys, time
+from vgen.profiling import ProfilingContext, Sink
+from vgen.profiling.sinks.jsonl import JsonlSink
+
+class Hanging(Sink):
+    def METHOD(self, *_):
+        time.sleep(3600)
+
+profiling = ProfilingContext([Hanging(), JsonlSink(sys.argv[1])])
+for n in range(100):
+    with profiling.step(n):
+        pass
+print(time.time(), flush=True)
+"""
 
 
-def test_a_fork_delivers_its_own_records_once_from_a_file_of_its_own(tmp_path):
-    code = """
-    p = ProfilingContext([JsonlSink(sys.argv[1])])
-    for i in range(2000):
-        with p.span('before', i=i): pass
-    with p.span('around'):
-        child = os.fork()
-        for i in range(500):
-            with p.span('child' if child == 0 else 'parent', i=i): pass
-    if child == 0:
-        sys.exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    """
-    done = python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    run = read_run(tmp_path)
-    assert len(list(tmp_path.glob("*.jsonl"))) == 2
-    for name, count in (("before", 2000), ("child", 500), ("parent", 500)):
-        assert sorted(span.attributes["i"] for span in run.spans if span.name == name) == list(range(count))
-    assert len({span.span_id for span in run.spans}) == len(run.spans)
-    around = [span for span in run.spans if span.name == "around"]
-    assert {span.parent_id for span in run.spans if span.name == "child"} == {around[0].span_id}
+@pytest.mark.parametrize("method", ["on_end", "close"])
+def test_a_process_with_a_hanging_sink_ends_in_two_seconds(tmp_path: Path, method: str):
+    out, err = finish(tmp_path, HANGS.replace("METHOD", method), tmp_path / "run")
+    assert time.time() - float(out) < 2.0 + 0.8  # the interpreter's own end included
+    assert len(read_whole(tmp_path / "run").spans) == 100
+    assert "Hanging" in err
 
 
-def test_forks_while_the_queue_is_busy_neither_hang_nor_double(tmp_path):
-    code = """
-    import threading
-    p = ProfilingContext([JsonlSink(sys.argv[1])])
-    stop = False
-    def busy():
-        while not stop:
-            with p.span('busy'): pass
-            time.sleep(0.0002)
-    thread = threading.Thread(target=busy); thread.start()
-    children = []
-    for n in range(10):
-        child = os.fork()
-        if child == 0:
-            with p.span('child', n=n): pass
-            p.close()
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    stop = True
-    thread.join()
-    assert codes == [0] * 10, codes
-    """
-    done = python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    run = read_run(tmp_path)
-    assert sorted(span.attributes["n"] for span in run.spans if span.name == "child") == list(range(10))
-    assert len({span.span_id for span in run.spans}) == len(run.spans)
+KILLED = """
+import os, sys, time
+from vgen.profiling import ProfilingContext
+from vgen.profiling.sinks.jsonl import JsonlSink
+
+profiling = ProfilingContext([JsonlSink(sys.argv[1])])
+with profiling.span("train"):
+    print("ready", flush=True)
+    while True:
+        with profiling.span("x"):
+            until = time.perf_counter() + 0.001
+            while time.perf_counter() < until:
+                pass
+"""
 
 
-def test_a_spawned_process_goes_on_beneath_the_span_that_sent_it(tmp_path):
-    code = """
-    import multiprocessing
-    def work(p, place):
-        from vgen.profiling.sinks.jsonl import JsonlSink
-        mine = ProfilingContext([JsonlSink(place)], parent=p.carrier())
-        with mine.span('there'): pass
-        mine.close()
-        with p.span('aggregated'): pass
-        assert p.summary()['aggregated.duration.count'] == 1
-    if __name__ == '__main__':
-        p = ProfilingContext([JsonlSink(sys.argv[1])], {'job': 'a'})
-        with p.span('here'):
-            process = multiprocessing.get_context('spawn').Process(target=work, args=(p, sys.argv[1]))
-            process.start(); process.join()
-        assert process.exitcode == 0
-    """
-    script = tmp_path / "script.py"
-    script.write_text(HEADER + textwrap.dedent(code))
-    place = tmp_path / "run"
-    done = subprocess.run([sys.executable, script, place], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    spans = {span.name: span for span in read_run(place).spans}
-    assert spans["there"].parent_id == spans["here"].span_id
-    assert spans["there"].trace_id == spans["here"].trace_id
+def test_sigkill_loses_at_most_the_last_fifth_of_a_second(tmp_path: Path):
+    process = start(tmp_path, KILLED, tmp_path / "run")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.7)
+    killed = time.time_ns()
+    process.kill()
+    process.communicate()
+    run = read_run(tmp_path / "run")
+    ended = [span for span in run.spans if span.end_ns is not None]
+    assert len(ended) > 50
+    lost = killed - max(span.end_ns for span in ended)  # type: ignore[type-var]
+    assert lost < 200_000_000
+    assert "train" in [span.name for span in run.spans if span.end_ns is None]
+    gaps = [later.start_ns - earlier.start_ns for earlier, later in pairwise(ended)]
+    assert max(gaps) < 100_000_000, "and nothing in between"
 
 
-def test_ids_do_not_follow_from_a_seed(tmp_path):
-    found = []
-    for _ in range(2):
-        random.seed(0)
-        profiling = ProfilingContext()
-        with profiling.span("x") as span:
-            found += [span.span_id, span.trace_id]
-    seeded = [
-        python("import random; random.seed(0); p = ProfilingContext()\nwith p.span('x') as s: print(s.span_id)").stdout
-    ]
-    seeded += [
-        python("import random; random.seed(0); p = ProfilingContext()\nwith p.span('x') as s: print(s.span_id)").stdout
-    ]
-    assert len({*found, *seeded}) == 6
+# Forks -------------------------------------------------------------------------------------------------------------
 
+BUSY_FORKS = """
+import faulthandler, os, sys, threading, time
+from vgen.profiling import Instrument, ProfilingContext
+from vgen.profiling.sinks.jsonl import JsonlSink
+from vgen.profiling.sinks.memory import MemorySink
 
-def test_a_process_that_comes_back_with_the_same_number_does_not_write_into_the_old_file(tmp_path, monkeypatch):
-    """As the first process of a restarted container does."""
-    from vgen.profiling.sinks.jsonl import JsonlSink
+memory = MemorySink()
+profiling = ProfilingContext([JsonlSink(sys.argv[1]), memory])
+stop, counter = threading.Event(), Instrument("c", "counter")
 
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    for number in range(2):
-        with ProfilingContext([JsonlSink(tmp_path)]) as profiling, profiling.step(number):
+def hammer(name):
+    n = 0
+    while not stop.is_set():
+        with profiling.span("busy", {"thread": name, "n": n}) as span:
+            span.set(a=1)
+            profiling.record(counter, 1)
+        profiling.summary()
+        n += 1
+
+def wait(pid):
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            return
+        time.sleep(0.002)
+    os.kill(pid, 9)
+    sys.exit("the child hangs")
+
+threads = [threading.Thread(target=hammer, args=(name,), daemon=True) for name in range(2)]
+for thread in threads:
+    thread.start()
+for number in range(15):
+    with profiling.step(number) as step:
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.dump_traceback_later(8)
+            assert not memory.spans and not memory.open
+            for n in range(50):
+                with profiling.span("child", {"number": number, "n": n}):
+                    profiling.record(counter, 1)
+            assert profiling.summary()["c"] == profiling.run.summary()["c"] == 50, profiling.summary()
+            step.set(child=True)
+        else:
+            wait(pid)
+    if pid == 0:
+        with profiling.span("after", {"number": number}):
             pass
-    files = sorted(tmp_path.glob("*.jsonl"))
-    assert len(files) == 2
-    for file in files:
-        assert json.loads(Path(file).read_text().splitlines()[0])["type"] == "header"
+        profiling.close()
+        os._exit(0 if not profiling.dropped() else 1)
+stop.set()
+for thread in threads:
+    thread.join()
+profiling.close()
+assert not profiling.dropped(), profiling.dropped()
+print(len(memory.named("busy")))
+"""
+
+
+def test_parent_and_child_each_record_what_is_theirs_once(tmp_path: Path):
+    """Forked while other threads record, sum up and write."""
+    out, _ = finish(tmp_path, BUSY_FORKS, tmp_path / "run", timeout=60)
+    run = read_whole(tmp_path / "run")
+    spans: dict[str, list[object]] = {}
+    for span in run.spans:
+        spans.setdefault(span.name, []).append(span)
+    assert len(spans["busy"]) == int(out)
+    steps = {span.attributes["vgen.step"]: span for span in run.spans if span.name == "train.step"}
+    assert sorted(steps) == list(range(15))
+    assert all(span.end_ns is not None and "child" not in span.attributes for span in steps.values())
+    children = [span for span in run.spans if span.name == "child"]
+    assert {(s.attributes["number"], s.attributes["n"]) for s in children} == {
+        (i, n) for i in range(15) for n in range(50)
+    }
+    assert len(children) == 750
+    assert all(span.parent_id == steps[span.attributes["number"]].span_id for span in children)
+    assert [span.parent_id for span in run.spans if span.name == "after"] == [None] * 15
+    assert len({header["pid"] for header in of_type(tmp_path / "run", "header")}) == 16
+    assert len(run.rows) == 15, "a step that was open is its parent's to end"
+
+
+MULTIPROCESSING = """
+import multiprocessing, sys, concurrent.futures
+from vgen.profiling import ProfilingContext
+from vgen.profiling.sinks.jsonl import JsonlSink
+
+profiling = ProfilingContext([JsonlSink(sys.argv[1])])
+
+def child(n):
+    with profiling.span("child", n=n):
+        pass
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    with profiling.span("outer"):
+        processes = [context.Process(target=child, args=(n,)) for n in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+            list(pool.map(child, range(3, 9)))
+        idle = context.Process(target=int)
+        idle.start()
+        idle.join()
+"""
+
+
+def test_forked_workers_of_multiprocessing_lose_nothing_though_they_never_close(tmp_path: Path):
+    finish(tmp_path, MULTIPROCESSING, tmp_path / "run")
+    run = read_whole(tmp_path / "run")
+    assert sorted(span.attributes["n"] for span in run.spans if span.name == "child") == list(range(9))
+    [outer] = [span for span in run.spans if span.name == "outer"]
+    assert {span.parent_id for span in run.spans if span.name == "child"} == {outer.span_id}
+    assert len(of_type(tmp_path / "run", "header")) <= 1 + 3 + 2, "who records nothing makes no file"
+
+
+INLINE_FORK = """
+import os, sys
+from vgen.profiling import ProfilingContext, Sink
+
+class Sending(Sink):
+    inline = True
+    held = 0
+    def on_end(self, span):
+        self.held += 1
+    def close(self, timeout):
+        print(os.getpid() == parent, self.held, flush=True)
+    def after_fork(self):
+        self.held = 0
+
+parent = os.getpid()
+profiling = ProfilingContext([Sending()])
+with profiling.span("x"):
+    pass
+if os.fork() == 0:
+    with profiling.span("y"), profiling.span("z"):
+        pass
+    sys.exit()
+os.wait()
+"""
+
+
+def test_an_inline_sink_is_closed_in_the_child_too(tmp_path: Path):
+    out, _ = finish(tmp_path, INLINE_FORK)
+    assert sorted(out.splitlines()) == ["False 2", "True 1"]
+
+
+FORK_BESIDE_A_HANGING_SINK = """
+import os, time
+from vgen.profiling import ProfilingContext, Sink
+
+class Hanging(Sink):
+    def __init__(self):
+        self.pid = os.getpid()
+    def on_end(self, span):
+        if os.getpid() == self.pid:
+            time.sleep(3600)
+
+profiling = ProfilingContext([Hanging()])
+for _ in range(100):
+    with profiling.span("x"):
+        pass
+time.sleep(0.1)
+if os.fork() == 0:
+    with profiling.span("y"):
+        pass
+    good = profiling.close() and not profiling.dropped()
+    os._exit(0 if good else 1)
+_, status = os.wait()
+print(status)
+profiling.close(0.1)
+"""
+
+
+def test_a_child_has_a_worker_and_a_queue_of_its_own(tmp_path: Path):
+    out, _ = finish(tmp_path, FORK_BESIDE_A_HANGING_SINK)
+    assert out == "0\n"
+
+
+# Spawned and other processes ---------------------------------------------------------------------------------------
+
+SPAWN = """
+import multiprocessing, random, sys
+from vgen.profiling import Instrument, ProfilingContext
+from vgen.profiling.sinks.jsonl import JsonlSink
+
+COUNTER = Instrument("c", "counter")
+
+def child(received, folder, results):
+    random.seed(0)
+    own = ProfilingContext([JsonlSink(folder)], {"vgen.rank": 1}, parent=received.carrier())
+    with own.step(1), own.span("inner"):
+        pass
+    with received.span("aggregated"):
+        received.record(COUNTER, 7)
+    results.put((received.run.to_dict(), received.carrier()))
+
+if __name__ == "__main__":
+    random.seed(0)
+    folder = sys.argv[1]
+    context = multiprocessing.get_context("spawn")
+    profiling = ProfilingContext([JsonlSink(folder)], {"vgen.rank": 0})
+    results = context.Queue()
+    with profiling.span("outer") as outer:
+        process = context.Process(target=child, args=(profiling.bind(a=1), folder, results))
+        process.start()
+        aggregates, carrier = results.get(timeout=30)
+        process.join()
+        assert carrier == profiling.carrier(), carrier
+    from vgen.profiling.sketch import Row
+    total = Row.from_dict(aggregates)
+    total.merge(profiling.run)
+    assert total.summary()["c"] == 7
+    assert total.summary()["aggregated.duration.count"] == 1
+    assert not profiling.summary().get("c")
+    assert process.exitcode == 0
+"""
+
+
+def test_a_spawned_process_goes_on_with_the_trace(tmp_path: Path):
+    finish(tmp_path, SPAWN, tmp_path / "run")
+    run = read_whole(tmp_path / "run")
+    spans = {span.name: span for span in run.spans}
+    assert set(spans) == {"outer", "train.step", "inner"}
+    assert spans["train.step"].parent_id == spans["outer"].span_id
+    assert {span.trace_id for span in run.spans} == {spans["outer"].trace_id}
+    assert spans["inner"].attributes == {"vgen.rank": 1, "vgen.step": 1}
+    assert len(of_type(tmp_path / "run", "header")) == 2
+
+
+IDS = """
+import multiprocessing, random
+from vgen.profiling import ProfilingContext
+
+def ids(_=None):
+    random.seed(0)
+    found = []
+    for _ in range(600):
+        with profiling.span("x") as span:
+            found += [span.trace_id, span.span_id]
+    return found
+
+profiling = ProfilingContext()
+
+if __name__ == "__main__":
+    ids()
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            for found in pool.map(ids, range(2), chunksize=1):
+                print(*found, sep="\\n")
+    print(*ids(), sep="\\n")
+"""
+
+
+def test_ids_never_collide_whatever_is_seeded_and_however_processes_begin(tmp_path: Path):
+    programs = [start(tmp_path, IDS) for _ in range(2)]
+    found = [line for program in programs for line in program.communicate(timeout=60)[0].split()]
+    assert len(found) == 2 * 5 * 1200
+    assert len(set(found)) == len(found)
+
+
+def test_a_context_costs_an_idle_process_next_to_nothing(tmp_path: Path):
+    """Polling included: under 1 % of one core."""
+    code = (
+        "import sys, time\nfrom vgen.profiling import ProfilingContext\n"
+        "from vgen.profiling.sinks.jsonl import JsonlSink\n"
+        "profiling = ProfilingContext([JsonlSink(sys.argv[1])]); before = time.process_time(); time.sleep(1)\n"
+        "print(time.process_time() - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 0.01

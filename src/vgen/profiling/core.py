@@ -19,7 +19,7 @@ from .content import ContentCapture
 from .delivery import Outlet, tell_all
 from .ids import new_span_id, new_trace_id
 from .records import Attributes, IdentitySink, Instrument, Link, Measurement, Sink, Span, Step, numeric, plain
-from .sketch import Row
+from .sketch import Row, load
 
 logger = logging.getLogger("vgen.telemetry")
 
@@ -78,6 +78,7 @@ class Core:
         self.on_step = tuple(o.step for o in self.outlets if o.step is not None)
         self.on_observe = tuple(o.observe for o in self.outlets if o.observe is not None)
         self.inline = any(outlet.inline and not getattr(outlet.sink, "quiet", False) for outlet in self.outlets)
+        load()
         self.run = Row()
         self.last_step: Link | None = None
         self.observed: list[Observed] = []
@@ -260,12 +261,11 @@ class Core:
             if span.step is not None:
                 span.step.row = self.run
             span = span.parent
-        if "multiprocessing.util" in sys.modules:
-            # Its children end by `os._exit`, after finalizers of its own, and it drops those that were made before its
-            # own hooks for a fork have run.
-            from multiprocessing import util
-
-            util.register_after_fork(self, _close_with_process)
+        # Children of `multiprocessing` end by `os._exit`, after finalizers of its own; those made before its own hooks for
+        # a fork have run, it drops. Not imported here: an import that another thread had begun would never end.
+        multiprocessing: Any = sys.modules.get("multiprocessing.util")
+        if hasattr(multiprocessing, "register_after_fork"):
+            multiprocessing.register_after_fork(self, _close_with_process)
 
 
 class Observed:

@@ -209,13 +209,13 @@ class Outlet:
     def _obey(self, command: Command) -> None:
         self._deliver()
         if not self._closed:
-            if self.off and command.name == "flush":
-                pass
-            elif self._implements(command.name):
-                rest = max(0.0, command.deadline - time.monotonic())
-                command.well = self._guarded(getattr(self.sink, command.name), rest)
-            else:
-                command.well = True
+            try:
+                if command.name == "close" or not self.off:
+                    if self._implements(command.name):
+                        getattr(self.sink, command.name)(max(0.0, command.deadline - time.monotonic()))
+                    command.well = True
+            except BaseException:
+                pass  # whoever gave the command is told; a sink that may yet recover is not switched off for it
             self._sinks_loss = self._ask()
             if command.name == "close" and not self._closed:
                 self.abandon()
@@ -286,16 +286,17 @@ def tell_all(name: str, outlets: tuple[Outlet, ...], timeout: float) -> bool:
     deadline = time.monotonic() + timeout
     commands = [(outlet, outlet.post(name, deadline)) for outlet in outlets]
     waited = [(o, c, c.done.wait(max(0.0, deadline - time.monotonic()))) for o, c in commands if c is not None]
-    late = [outlet for outlet, _, in_time in waited if not in_time]
+    failed = [outlet.name for outlet, command, in_time in waited if not in_time or not command.well]
     if name == "close":
-        for outlet in late:
-            outlet.abandon()
+        for outlet, _, in_time in waited:
+            if not in_time:
+                outlet.abandon()
         lost = losses(outlets)
-        if lost or late:
+        if lost or failed:
             logger.warning(
-                "vgen: telemetry closed with losses: records lost %s, sinks that did not close in %.1f s: %s",
+                "vgen: telemetry closed with losses: records lost %s, sinks that failed to close within %.1f s: %s",
                 lost,
                 timeout,
-                [outlet.name for outlet in late],
+                failed,
             )
-    return all(in_time and command.well for _, command, in_time in waited)
+    return not failed

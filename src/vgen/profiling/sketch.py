@@ -8,12 +8,13 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .records import Instrument
 
 if TYPE_CHECKING:
-    from ddsketch.mapping import LogarithmicMapping
+    from ddsketch.ddsketch import BaseDDSketch
     from ddsketch.store import DenseStore
 
 ACCURACY = 0.005
@@ -42,14 +43,12 @@ class Histogram:
     __slots__ = ("_negative", "_positive", "_sketch", "count", "maximum", "minimum", "nonfinite", "total")
 
     def __init__(self) -> None:
-        from ddsketch.ddsketch import BaseDDSketch  # a tenth of `import vgen`'s budget, so not at import
-        from ddsketch.store import DenseStore
-
+        library = load()
         self.count = self.nonfinite = 0
         self.total = 0.0
         self.minimum, self.maximum = math.inf, -math.inf
-        self._positive, self._negative = DenseStore(), DenseStore()
-        self._sketch = BaseDDSketch(_mapping(), self._positive, self._negative, 0.0)
+        self._positive, self._negative = library.store(), library.store()
+        self._sketch = library.sketch(library.mapping, self._positive, self._negative, 0.0)
 
     def add(self, value: float) -> None:
         """Take one value."""
@@ -119,7 +118,7 @@ class Histogram:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Histogram:
         """What `to_dict` gave."""
-        made, mapping = cls(), _mapping()
+        made, mapping = cls(), load().mapping
         made.nonfinite = data["nonfinite"]
         if data["count"]:
             made._count(data["count"], float(data["sum"]), data["min"], data["max"])
@@ -137,25 +136,39 @@ class Histogram:
 
     def _sketch_all(self, magnitudes: list[float], sign: int) -> None:
         # Values of one bucket go in together: the sketch's own bookkeeping costs more than finding the bucket.
-        mapping, (scale, top) = _mapping(), _buckets()
+        library = load()
+        mapping, scale, top = library.mapping, library.scale, library.top
         ceil, log2 = math.ceil, math.log2
         for key, count in Counter([ceil(log2(value) * scale) for value in magnitudes]).items():
             self._sketch.add(sign * mapping.value(min(key, top)), count)
 
 
-@functools.cache
-def _mapping() -> LogarithmicMapping:
+@dataclass(frozen=True, slots=True)
+class _Library:
+    sketch: type[BaseDDSketch]
+    store: type[DenseStore]
+    mapping: Any
     """Values to buckets, as every sketch of this accuracy maps them."""
-    from ddsketch.mapping import LogarithmicMapping
-
-    return LogarithmicMapping(ACCURACY)
+    scale: float
+    """What a value's binary logarithm is multiplied with to give its bucket."""
+    top: int
+    """The last bucket whose value is finite."""
 
 
 @functools.cache
-def _buckets() -> tuple[float, int]:
-    """What a value's binary logarithm is multiplied with to give its bucket, and the last whose value is finite."""
-    scale = 1 / math.log2(_mapping().gamma)
-    return scale, math.floor(1024 * scale) - 1
+def load() -> _Library:
+    """The sketch library. It is imported when a context is made, not by whichever thread measures first.
+
+    At `import vgen` it would cost a tenth of the budget; in the middle of an import a fork leaves a child
+    that waits for the module for ever.
+    """
+    from ddsketch.ddsketch import BaseDDSketch
+    from ddsketch.mapping import LogarithmicMapping
+    from ddsketch.store import DenseStore
+
+    mapping = LogarithmicMapping(ACCURACY)
+    scale = 1 / math.log2(mapping.gamma)
+    return _Library(BaseDDSketch, DenseStore, mapping, scale, math.floor(1024 * scale) - 1)
 
 
 def _bins(store: DenseStore) -> list[tuple[int, int]]:

@@ -90,10 +90,15 @@ class JsonlSink(Sink):
 
     def flush(self, timeout: float) -> None:
         self._write()
+        lost, self._told = self.lost - self._told, self.lost
+        if lost:
+            raise OSError(f"{lost} records could not be written to {self.directory}")
 
     def close(self, timeout: float) -> None:
-        self._write()
-        self._leave()
+        try:
+            self.flush(timeout)
+        finally:
+            self._leave()
 
     def after_fork(self) -> None:
         """A forked child writes files of its own, from its first record on; unwritten lines are its parent's."""
@@ -111,24 +116,23 @@ class JsonlSink(Sink):
         """Open spans that the file does not know of."""
         self._open: dict[str, tuple[Span, Attributes]] = {}
         """Open spans that it does."""
-        self.lost, self._failing = 0, False
+        self.lost = self._told = 0
 
     def _write(self) -> None:
         # Most spans end before anybody could have seen them open: those have no start line.
         starts = [_start(*opened) for opened in self._new.values()]
-        lines = _ends(self._ended) + self._lines
-        if not lines and not starts:
+        ended, lines = self._ended, self._lines
+        if not starts and not ended and not lines:
             return
         self._ended, self._lines = [], []
+        lines = _ends(ended) + lines
         try:
             self._put("".join(starts + lines))
         except OSError as error:
-            self.lost += len(lines)
-            if not self._failing:
-                self._failing = True
+            if lines and not self.lost:
                 logger.warning("vgen: records are lost until %s can be written: %s", self.directory, error.strerror)
+            self.lost += len(lines)
             return
-        self._failing = False
         self._open |= self._new
         self._new.clear()
         if self._size >= self.max_bytes:
