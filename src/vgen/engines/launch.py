@@ -141,6 +141,7 @@ def start_server(
     key_file.write_text(control_key)
     variables = server_environment(
         arguments,
+        workers=tensor_parallel_size * data_parallel_size,
         api_key=api_key,
         otlp_traces_endpoint=otlp_traces_endpoint,
         shared_memory_directory=shared_memory_directory,
@@ -212,6 +213,7 @@ def server_command(
 def server_environment(
     arguments: Sequence[str] = (),
     *,
+    workers: int = 1,
     api_key: str | None = None,
     otlp_traces_endpoint: str | None = None,
     shared_memory_directory: str | Path | None = None,
@@ -229,6 +231,10 @@ def server_environment(
         variables.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
     if on_cpu() and not _compiles(arguments):
         variables.setdefault("TORCH_COMPILE_DISABLE", "1")  # the sampler is compiled even by an eager engine
+    if on_cpu() and workers > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
+        # By default vLLM binds each worker to a NUMA node of its own, and refuses to start with too few.
+        variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     return variables
 
 
@@ -282,7 +288,9 @@ def _get(url: str, headers: dict[str, str]) -> bytes:
 
 
 def _compiles(arguments: Sequence[str]) -> bool:
-    return _given(arguments, "--enforce-eager", "--compilation-config", "-O", "-cc")
+    """Whether the caller wants compilation, which on a CPU takes longer than it gains."""
+    short = any(argument.startswith(("-O", "-cc")) for argument in arguments)
+    return short or "--no-enforce-eager" in arguments or _given(arguments, "--compilation-config")
 
 
 def _given(arguments: Sequence[str], *flags: str) -> bool:

@@ -80,13 +80,16 @@ class SharedMemoryTransfer:
         try:
             self._open()
             self._client.start_weight_update()
-            with ThreadPoolExecutor(1, "vgen-shm") as sender:
-                self._stream(source, sender)
+            try:
+                with ThreadPoolExecutor(1, "vgen-shm") as sender:
+                    self._stream(source, sender)
+            except BaseException:
+                self._abort()
+                raise
             start = time.monotonic()
             self._client.finish_weight_update(version)
             self.load_seconds += time.monotonic() - start
         except BaseException as error:
-            self._abort()
             self.close()
             if isinstance(error, WeightSyncError) or not isinstance(error, Exception):
                 raise
@@ -150,7 +153,7 @@ class SharedMemoryTransfer:
         self.buckets_sent += 1
 
     def _abort(self) -> None:
-        """End an update that may be under way. What the server answers does not matter: it may have ended already."""
+        """End the update that is under way. The server answers with errors: that it was given up, and is over."""
         with suppress(Exception):
             self._client.update_weights({"abort": True})
         with suppress(Exception):
