@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from typing import Any
 
 from . import names
-from .carrier import pack, unpack
+from .carrier import Remote, pack, unpack
 from .content import ContentCapture
 from .core import CLOSE_TIMEOUT, NO_SPAN, Core, Observed
 from .delivery import losses, tell_all
@@ -130,6 +131,21 @@ class ProfilingContext:
         own = {**(attributes or {}), names.REBUILT: True}
         return self._core.rebuild(self._attributes, name, start_ns, end_ns, own, parent, error)
 
+    def detached(self, name: str, attributes: Attributes | None = None, /, *, parent: Span | None = None) -> Span:
+        """A span that others do not nest under: it begins now, here, and `finish` ends it, on whatever thread.
+
+        For what is in flight while the caller does other things. It lies beneath `parent`, or beneath the
+        open span; `carrier(span)` is what travels with the work.
+        """
+        if self._core is None:
+            return NO_SPAN
+        return self._core.detach(self._attributes, name, time.monotonic_ns(), dict(attributes or {}), parent)
+
+    def finish(self, span: Span, error: str | None = None, *, end_ns: int | None = None) -> None:
+        """End a `detached` span, now or at `end_ns` of `time.monotonic_ns`'s clock. Twice does no harm."""
+        if self._core is not None and span is not NO_SPAN and span.end_ns is None:
+            self._core.finish(span, time.monotonic_ns() if end_ns is None else end_ns, error)
+
     def carry(self, function: F) -> F:
         """`function` bound to the span that is open now, for a thread or an executor, which inherit none by themselves.
 
@@ -154,9 +170,15 @@ class ProfilingContext:
 
         return carried  # type: ignore[return-value]
 
-    def carrier(self) -> dict[str, str]:
-        """The open span as W3C `traceparent`, for HTTP headers or another process's `parent`; empty outside any."""
-        return pack(self._core.here()) if self._core is not None else {}
+    def carrier(self, span: Span | None = None, *, sampled: bool = True) -> dict[str, str]:
+        """`span`, or else the open one, as W3C `traceparent`, for HTTP headers or another process's `parent`.
+
+        Empty outside any. With `sampled=False` the receiver is told to record nothing beneath it.
+        """
+        if self._core is None or span is NO_SPAN:
+            return {}
+        here = self._core.here() if span is None else Remote(span.trace_id, span.span_id, span.sampled)
+        return pack(here if sampled or here is None else here._replace(sampled=False))
 
     def current_span(self) -> Span | None:
         """The innermost open span, None outside any."""

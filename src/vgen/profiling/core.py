@@ -166,6 +166,13 @@ class Core:
         error: str | None,
     ) -> Span:
         """Record a span after the fact."""
+        span = self.detach(bound, name, start_ns, own, parent)
+        if span is not NO_SPAN:
+            self.finish(span, end_ns, error)
+        return span
+
+    def detach(self, bound: dict[str, Any], name: str, start_ns: int, own: dict[str, Any], parent: Span | None) -> Span:
+        """Open a span that is not what others nest under; `finish` ends it."""
         here = self.current.get()
         if here is NO_SPAN:
             return NO_SPAN
@@ -174,12 +181,20 @@ class Core:
         span.step = None if parent is None else parent.step
         try:
             self.open(span, parent, bound, name, own)
-            span.end_ns = end_ns
-            self.end(span, error)
         finally:
             if self.inline:
                 self.current.set(here)
         return span
+
+    def finish(self, span: Span, end_ns: int, error: str | None) -> None:
+        """End a detached span."""
+        here = self.current.get()
+        span.end_ns = end_ns
+        try:
+            self.end(span, error)
+        finally:
+            if self.inline:
+                self.current.set(here)
 
     def measure(
         self,
