@@ -9,6 +9,9 @@ from typing import Any, TypeAlias, overload
 
 from .errors import PromptError
 
+STRUCTURES = ("regex", "json", "json_object", "choice", "grammar", "structural_tag")
+"""What `Sampling.structured_outputs` may ask for."""
+
 Prompt: TypeAlias = "Sequence[int] | str"
 """Token ids; or text, where the generation object was given a tokenizer."""
 
@@ -42,7 +45,8 @@ class Sampling:
     """None: none. 0: the sampled token's. N: the N likeliest besides."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for the prompt's own tokens; they are what the model gives, whatever is sampled."""
-    structured_outputs_regex: str | None = None
+    structured_outputs: Mapping[str, Any] | None = None
+    """What completions must match, one of `{"regex": ...}`, `{"json": schema}`, `{"choice": [...]}`, `{"grammar": ...}`."""
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further `SamplingParams`, passed on as they are."""
 
@@ -61,10 +65,24 @@ class Sampling:
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
             ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "None or at least 0"),
             ("seed", self.seed is None or self.seed >= 0, "None or at least 0"),
+            ("structured_outputs", _one_of(self.structured_outputs), f"one of {', '.join(STRUCTURES)}, and no more"),
             ("extra", "n" not in self.extra, "without 'n': pass num_generations to generate()"),
         ):
             if not right or (not finite and isinstance(getattr(self, name), float)):
                 raise ValueError(f"Sampling.{name} must be {rule}, got {getattr(self, name)!r}")
+
+
+def _one_of(structured_outputs: Mapping[str, Any] | None) -> bool:
+    return structured_outputs is None or len(structured_outputs.keys() & STRUCTURES) == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRARequest:
+    """An adapter to generate with, under the names of vLLM's `LoRARequest`; the engine must have LoRA enabled."""
+
+    lora_name: str
+    lora_path: str = ""
+    """A folder in PEFT's format that the engine can read. Empty where the engine has the adapter under that name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +130,9 @@ class Completion:
     """`stop`, `length`, `abort`; `error` for a refused prompt."""
     weight_version: str | None = None
     """Of the weights that sampled the last token."""
+    weight_versions: list[tuple[str, int, int]] | None = None
+    """`(version, start, end)`: which weights sampled the tokens from `start` up to `end`, in order, where the engine
+    says so. More than one where the weights were replaced in flight."""
     request_id: str | None = None
     timing: RequestTiming | None = None
     error: PromptError | None = None

@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..errors import EngineStateError
 from ..profiling import Span
-from ..types import Completion, Sampling, SleepReport
+from ..types import Completion, LoRARequest, Sampling, SleepReport
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class StateMachine:
     """The one place where an engine's state changes. A transition that makes no sense raises `EngineStateError`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self.state = EngineState.STARTING
         self.detail = ""
         """More about the state, for errors: the sleep level, what failed."""
@@ -57,11 +57,12 @@ class StateMachine:
 
     def move(self, call: str, to: EngineState, detail: str = "") -> EngineState:
         """Go to `to`; returns the state left."""
-        with self._lock:
+        with self._changed:
             was = self.state
             if to not in _ALLOWED[was]:
                 raise EngineStateError(call, self.describe(), _HINTS.get(was, ""))
             self.state, self.detail, self.since_ns = to, detail, time.monotonic_ns()
+            self._changed.notify_all()
             return was
 
     def require(self, call: str, *states: EngineState) -> None:
@@ -76,9 +77,20 @@ class StateMachine:
         try:
             yield
         except BaseException as error:
-            self.move(call, EngineState.FAILED, f"{call} raised {type(error).__name__}")
+            self.fail(call, f"{call} raised {type(error).__name__}")
             raise
         self.move(call, then, detail)
+
+    def wait_while(self, state: EngineState, timeout: float) -> None:
+        """Wait, for at most `timeout` seconds, until the state is another."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.state is not state, timeout)
+
+    def fail(self, call: str, detail: str) -> None:
+        """Be `failed`, unless already so or closed: several threads may find out at once."""
+        with self._changed:
+            if self.state not in (EngineState.FAILED, EngineState.CLOSED):
+                self.move(call, EngineState.FAILED, detail)
 
     def describe(self) -> str:
         """The state with its detail: `asleep (level 2)`."""
@@ -101,6 +113,21 @@ class Request:
     generation_index: int
     token_ids: Sequence[int]
     seed: int | None
+    images: Sequence[Any] = ()
+    """`PIL.Image`s, one for each placeholder in the prompt."""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The trace context (W3C `traceparent`) that the engine's own span lies beneath."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What an engine is asked for in one call."""
+
+    requests: Sequence[Request]
+    sampling: Sampling
+    lora_request: LoRARequest | None = None
+    priority: int = 0
+    """Lower is earlier, where the engine's scheduling policy is `priority`."""
 
 
 class Source(Protocol):
@@ -115,38 +142,50 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
-class Phase(Protocol):
-    """Opens the span of one phase of a sync, by its last word: `with phase("load") as span`."""
+class SyncTrace(Protocol):
+    """The open span of a sync: `with trace.phase("load") as span` opens one beneath it, by its last word."""
 
-    def __call__(self, name: str, /) -> AbstractContextManager[Span]: ...
+    def phase(self, name: str, /) -> AbstractContextManager[Span]: ...
+
+    def set(self, attributes: Mapping[str, Any], /) -> None:
+        """Attributes of the sync's own span: which transport was taken and why, how long the engine was paused."""
+        ...
+
+
+PauseMode: TypeAlias = Literal["abort", "wait", "keep"]
+"""What becomes of requests in flight: ended as they are, waited for, or frozen until `resume`."""
 
 
 class Engine(Protocol):
     """Owns weights, a KV cache and a scheduler. Knows nothing of ranks or a trainer's model.
 
-    One call at a time; the state is checked by whoever composes it.
+    One call at a time, unless it is `concurrent`; the state is checked by whoever composes it.
     """
 
     kind: str
     device_type: str
     max_model_length: int
     vocabulary_size: int
+    concurrent: bool
+    """Whether `stream` may be called by several threads at once, and any other method meanwhile."""
 
-    def stream(
-        self, requests: Sequence[Request], sampling: Sampling, headers: Mapping[str, str]
-    ) -> Generator[Completion]:
-        """Sample all `requests`, yielding each completion as it is done.
-
-        `headers` carry the trace context (W3C `traceparent`) that the engine's own spans lie beneath.
+    def stream(self, batch: Batch) -> Generator[Completion]:
+        """Sample all requests, yielding each completion as it is done.
 
         However the iteration ends, nothing stays behind in the engine. `EngineError` means that it broke,
         `ValueError` that it refused a parameter.
         """
         ...
 
-    def sync(self, source: Source, version: str, phase: Phase) -> None:
+    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
         """Replace all weights and empty every cache of what the old ones computed. Raises `WeightSyncError`."""
         ...
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stop scheduling. A request that comes meanwhile waits."""
+        ...
+
+    def resume(self) -> None: ...
 
     def sleep(self, level: int) -> SleepReport: ...
 
