@@ -181,7 +181,7 @@ def test_num_generations_and_level_are_checked(generation):
 
 def test_only_the_slowest_requests_become_spans_and_all_are_counted(engine, sink):
     profiling = ProfilingContext([sink])
-    generation = Generation(engine, Weights(), profiling=profiling, request_spans=3)
+    generation = Generation(engine, Weights(), profiling=profiling, request_spans=3, traced_requests=0)
     with profiling.step(1) as row:
         generation.generate([[1, 2]] * 10, Sampling(max_tokens=2))
     assert len(sink.named(names.REQUEST)) == 3
@@ -217,7 +217,7 @@ def test_a_stream_yields_each_completion_and_leaves_its_span(generation, engine,
     assert [c.error is not None for c in found[:2]] == [True, True]
     (span,) = sink.named(names.GENERATE)
     assert span.attributes[names.COMPLETIONS] == 4
-    assert span.attributes[names.REBUILT] is True
+    assert names.REBUILT not in span.attributes
 
 
 def test_no_span_is_open_while_the_caller_has_a_streams_completion_in_hand(engine):
@@ -263,3 +263,50 @@ def test_score_wants_a_completion_for_each_prompt(generation):
 def test_conversations_need_a_tokenizer(generation):
     with pytest.raises(TypeError, match="processing_class"):
         generation.chat([[{"role": "user", "content": "hi"}]])
+
+
+@pytest.mark.parametrize(("asked", "traced"), [(0, 0), (2, 2), (99, 20), (lambda step: 3 if step == 1 else 0, 3)])
+def test_random_requests_are_traced_from_their_dispatch_and_the_engine_is_told_of_no_other(engine, sink, asked, traced):
+    profiling = ProfilingContext([sink])
+    generation = Generation(engine, Weights(), profiling=profiling, request_spans=0, traced_requests=asked)
+    with profiling.step(1):
+        generation.generate([[1, 2]] * 10, Sampling(max_tokens=2), 2)
+    (engine_span,) = sink.named(names.ENGINE_GENERATE)
+    requests = sink.named(names.REQUEST)
+    sent = [request.headers["traceparent"] for request in engine.requests]
+    assert sorted(parent for parent in sent if parent.endswith("-01")) == sorted(
+        f"00-{span.trace_id}-{span.span_id}-01" for span in requests
+    )
+    assert len(requests) == traced
+    assert {parent for parent in sent if parent.endswith("-00")} <= {
+        f"00-{engine_span.trace_id}-{engine_span.span_id}-00"
+    }
+    for span in requests:
+        assert span.parent is engine_span
+        assert span.attributes[names.OUTPUT_TOKENS] == 2
+        assert engine_span.start_ns <= span.start_ns <= span.end_ns <= engine_span.end_ns
+    assert len({(s.attributes[names.PROMPT_INDEX], s.attributes[names.GENERATION_INDEX]) for s in requests}) == traced
+
+
+def test_a_traced_request_that_the_engine_loses_ends_with_the_error(engine, sink):
+    generation = Generation(engine, Weights(), profiling=ProfilingContext([sink]))
+    engine.raises["stream"] = EngineError("gone")
+    with pytest.raises(EngineError):
+        generation.generate([[1]])
+    (request,) = sink.named(names.REQUEST)
+    assert request.error == "EngineError"
+
+
+def test_pause_keeps_calls_away_until_resume(generation, engine, sink):
+    generation.pause("wait")
+    assert generation.state is EngineState.PAUSED
+    with pytest.raises(EngineStateError, match="resume"):
+        generation.generate([[1]])
+    generation.sync_weights()
+    assert generation.state is EngineState.PAUSED
+    generation.resume()
+    assert len(generation.generate([[1]])) == 1
+    assert engine.calls == ["pause", "load", "reset_cache", "resume", "stream"]
+    assert [s.name for s in sink.spans if s.name in (names.PAUSE, names.RESUME)] == [names.PAUSE, names.RESUME]
+    with pytest.raises(EngineStateError, match="awake"):
+        generation.resume()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     )
     from .generation import ColocateGeneration, ServerGeneration
     from .profiling import Instrument, ProfilingContext, Sink
-    from .types import Completion, Completions, RequestTiming, Sampling
+    from .types import Completion, Completions, LoRARequest, RequestTiming, Sampling
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOMES = {
     "EngineError": "errors",
     "EngineStateError": "errors",
     "Instrument": "profiling",
+    "LoRARequest": "types",
     "MissingExtraError": "errors",
     "ProfilingContext": "profiling",
     "PromptError": "errors",

@@ -9,11 +9,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-from .engines.base import Phase, Request, Source
+from .engines.base import Batch, PauseMode, Request, Source, SyncTrace
+from .profiling import names
 from .profiling.sinks.memory import MemorySink
 from .types import Completion, RequestTiming, Sampling, SleepReport
 
@@ -79,26 +80,35 @@ class FakeEngine:
 
     kind = "fake"
     device_type = "cpu"
+    concurrent = False
 
     def __init__(self, *, max_model_length: int = 64, vocabulary_size: int = 100) -> None:
         self.max_model_length, self.vocabulary_size = max_model_length, vocabulary_size
         self.raises: dict[str, BaseException] = {}
         self.calls: list[str] = []
+        self.requests: Sequence[Request] = ()
+        """Of the last batch."""
         self.weights: dict[str, torch.Tensor] = {}
         self.version = "0"
 
-    def stream(
-        self, requests: Sequence[Request], sampling: Sampling, headers: Mapping[str, str]
-    ) -> Generator[Completion]:
+    def stream(self, batch: Batch) -> Generator[Completion]:
+        self.requests = batch.requests
         self._called("stream")
-        for request in requests:
-            yield self._completion(request, sampling)
+        for request in batch.requests:
+            yield self._completion(request, batch.sampling)
 
-    def sync(self, source: Source, version: str, phase: Phase) -> None:
-        with phase("load"):
+    def pause(self, mode: PauseMode) -> None:
+        self._called("pause")
+
+    def resume(self) -> None:
+        self._called("resume")
+
+    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
+        trace.set({names.TRANSPORT: "fake"})
+        with trace.phase("load"):
             self._called("load")
             self.weights = dict(source)
-        with phase("reset_cache"):
+        with trace.phase("reset_cache"):
             self._called("reset_cache")
         self.version = version
 

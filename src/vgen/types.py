@@ -46,7 +46,7 @@ class Sampling:
     prompt_logprobs: int | None = None
     """As `logprobs`, for the prompt's own tokens; they are what the model gives, whatever is sampled."""
     structured_outputs: Mapping[str, Any] | None = None
-    """What completions must match, one of `{"regex": ...}`, `{"json": schema}`, `{"choice": [...]}`, `{"grammar": ...}`."""
+    """What completions must match: `{"regex": ...}`, `{"json": schema}`, `{"choice": [...]}` or `{"grammar": ...}`."""
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further `SamplingParams`, passed on as they are."""
 

@@ -162,9 +162,11 @@ def test_another_server_is_not_taken_for_it(instead, model):
         HTTPServer(("127.0.0.1", PORT), Healthy).serve_forever()
         """
     )
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(EngineError, match=r"cannot listen on .*in use"):
-            start_server(model, port=taken.getsockname()[1])
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(EngineError, match=r"cannot listen on .*in use"),
+    ):
+        start_server(model, port=taken.getsockname()[1])
     with pytest.raises(EngineError, match=r"not ready to serve .* within 2 s(.|\n)*GET /vgen/info"):
         start_server(model, timeout=2.0)
 

@@ -150,7 +150,7 @@ def test_top_logprobs_and_stop_and_regex_and_no_logprobs(real):
     assert bare.logprobs is None
     stopping = Sampling(max_tokens=200, stop_token_ids=list(range(128)))
     assert real.generation.generate([[1, 2, 3]], stopping)[0].finish_reason == "stop"
-    matching = Sampling(max_tokens=20, structured_outputs_regex="(ab|cd){3}")
+    matching = Sampling(max_tokens=20, structured_outputs={"regex": "(ab|cd){3}"})
     (structured,) = real.generation.generate(["write: "], matching)
     assert real.tokenizer.decode(structured.token_ids, skip_special_tokens=True) in {
         a + b + c for a in ("ab", "cd") for b in ("ab", "cd") for c in ("ab", "cd")

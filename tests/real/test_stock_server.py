@@ -147,7 +147,7 @@ def test_sampling_means_the_same_as_in_process(served):
     rollouts = [generation.generate([[1, 2]], seeded, 3) for _ in range(2)]
     assert [c.token_ids for c in rollouts[0]] == [c.token_ids for c in rollouts[1]]
     assert len({tuple(c.token_ids) for c in rollouts[0]}) == 3
-    matching = Sampling(max_tokens=20, structured_outputs_regex="(ab|cd){2}")
+    matching = Sampling(max_tokens=20, structured_outputs={"regex": "(ab|cd){2}"})
     (structured,) = generation.generate(["write: "], matching)
     assert len([token for token in structured.token_ids if token < 256]) == 4
     scored = generation.score([[1, 2, 3]], [first.token_ids])

@@ -13,8 +13,8 @@ import torch
 
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
-from ..types import Completion, RequestTiming, Sampling, SleepReport
-from .base import Phase, Request, Source
+from ..types import Completion, LoRARequest, RequestTiming, Sampling, SleepReport
+from .base import Batch, PauseMode, Request, Source, SyncTrace
 from .preserve import Randomness, process_group, unchanged_process
 from .reload import NamedStream, reload
 
@@ -30,6 +30,7 @@ class ColocateEngine:
     """
 
     kind = "colocate"
+    concurrent = False
 
     def __init__(self, model: str, *, weight_version: str = "0", **vllm_kwargs: Any) -> None:
         try:
@@ -62,6 +63,7 @@ class ColocateEngine:
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
         self._count = 0
+        self._adapters: dict[str, int] = {}
         self._engine.set_weight_version(weight_version)
 
     @contextmanager
@@ -80,27 +82,49 @@ class ColocateEngine:
         """The `vllm.LLM`, for what vgen does not cover."""
         return self._llm
 
-    def stream(
-        self, requests: Sequence[Request], sampling: Sampling, headers: Mapping[str, str]
-    ) -> Generator[Completion]:
+    def stream(self, batch: Batch) -> Generator[Completion]:
         """Yield each completion as it is done. The scheduler stands still while the caller has one in hand."""
         waiting: dict[str, Request] = {}
+        lora = self._adapter(batch.lora_request)
         try:
             with self._at_work():
-                for request in requests:
+                for request in batch.requests:
                     self._count += 1
                     request_id = f"vgen-{self._count}"
-                    parameters = sampling_params(sampling, request.seed)
+                    parameters = sampling_params(batch.sampling, request.seed)
                     prompt: Any = {"prompt_token_ids": list(request.token_ids)}
-                    self._engine.add_request(request_id, prompt, parameters, trace_headers=headers or None)
+                    if request.images:
+                        prompt["multi_modal_data"] = {"image": list(request.images)}
+                    headers = request.headers or None
+                    self._engine.add_request(
+                        request_id,
+                        prompt,
+                        parameters,
+                        lora_request=lora,
+                        trace_headers=headers,
+                        priority=batch.priority,
+                    )
                     waiting[request_id] = request
             while waiting:
                 for output in self._next_finished():
-                    yield _completion(waiting.pop(output.request_id), output, sampling)
+                    yield _completion(waiting.pop(output.request_id), output, batch.sampling)
         finally:
             if waiting:
                 with self._at_work():
                     self._engine.abort_request(list(waiting))
+
+    def _adapter(self, wanted: LoRARequest | None) -> Any:
+        """vLLM's own request for an adapter; the same name gets the same number."""
+        if wanted is None:
+            return None
+        from vllm.lora.request import LoRARequest as EngineLoRARequest
+
+        number = self._adapters.setdefault(wanted.lora_name, len(self._adapters) + 1)
+        if not wanted.lora_path:
+            raise ValueError(
+                f"LoRA adapter {wanted.lora_name!r} has no lora_path, from which this engine would load it"
+            )
+        return EngineLoRARequest(wanted.lora_name, number, wanted.lora_path)
 
     def _next_finished(self) -> list[Any]:
         """Run the scheduler until a request is done; returns the outputs of those that are."""
@@ -113,12 +137,13 @@ class ColocateEngine:
                 if finished := [output for output in outputs if output.finished]:
                     return finished
 
-    def sync(self, source: Source, version: str, phase: Phase) -> None:
+    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
         """Run vLLM's own reload over the stream, then reset the caches. Nothing is in flight meanwhile."""
-        with phase("load") as span:
+        trace.set({names.TRANSPORT: "reload", names.TRANSPORT_REASON: "in process"})
+        with trace.phase("load") as span:
             self._load(source)
             span.set({names.GATHER_SECONDS: source.seconds})
-        with phase("reset_cache"):
+        with trace.phase("reset_cache"):
             self._reset_caches()
             self._engine.set_weight_version(version)
 
@@ -155,6 +180,12 @@ class ColocateEngine:
                 raise WeightSyncError("the prefix cache could not be reset", phase="reset_cache", receiver=self.kind)
             self._engine.reset_mm_cache()
             self._engine.reset_encoder_cache()
+
+    def pause(self, mode: PauseMode) -> None:
+        """Nothing runs between two calls, so there is nothing to stop; the state keeps new calls away."""
+
+    def resume(self) -> None:
+        """See `pause`."""
 
     def sleep(self, level: int) -> SleepReport:
         """Give device memory back; on a CPU, where vLLM cannot, stop scheduling."""
@@ -226,8 +257,8 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
         prompt_logprobs=sampling.prompt_logprobs,
         detokenize=bool(sampling.stop),
     )
-    if sampling.structured_outputs_regex is not None:
-        kwargs["structured_outputs"] = StructuredOutputsParams(regex=sampling.structured_outputs_regex)
+    if sampling.structured_outputs is not None:
+        kwargs["structured_outputs"] = sampling.structured_outputs
     kwargs.update(sampling.extra)
     if isinstance(structured := kwargs.get("structured_outputs"), Mapping):
         kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
@@ -237,6 +268,7 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
 def _completion(request: Request, output: Any, sampling: Sampling) -> Completion:
     result = output.outputs[0]
     token_ids = list(result.token_ids)
+    versions = [(span.version, span.start, span.end) for span in result.weight_versions or ()] or None
     logprobs, top = None, None
     if result.logprobs is not None:
         logprobs = [_number(at[token].logprob) for at, token in zip(result.logprobs, token_ids, strict=True)]
@@ -253,7 +285,8 @@ def _completion(request: Request, output: Any, sampling: Sampling) -> Completion
         top_logprobs=top,
         prompt_logprobs=_prompt_logprobs(output),
         finish_reason=result.finish_reason,
-        weight_version=result.weight_versions[-1].version if result.weight_versions else None,
+        weight_version=versions[-1][0] if versions else None,
+        weight_versions=versions,
         request_id=output.request_id,
         timing=_timing(output.metrics, output.num_cached_tokens or 0),
     )

@@ -10,35 +10,44 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
-from ..engines.base import Engine, EngineState, PauseMode, Source, StateMachine, SyncTrace
+from ..engines.base import Engine, EngineState, PauseMode, Source, StateMachine
 from ..errors import EngineError, EngineStateError, PromptError, VgenError
 from ..profiling import ProfilingContext, Span, names
 from ..profiling.device import DeviceTimer, memory
-from ..profiling.rollouts import Traced, counts, measure
+from ..profiling.rollouts import counts, measure
 from ..ranks import Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
 from .job import Job, Options, make_requests
 from .progress import progress_bar
+from .traced import Traced
 
 TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
 
 
+SYNC_SECONDS = 600.0
+"""How long a generation waits for a weight sync that is under way."""
+
+
 class Generation:
     """Generates with an engine that it is given, keeps its weights in step with a source, and guards its state.
 
-    The generation classes differ in the engine they make. One call at a time: `generate` waits for
-    another thread's `generate`, all else is refused with `EngineStateError`.
+    The generation classes differ in the engine they make. With an engine in this process it is one call at a
+    time: `generate` waits for another thread's `generate`, all else is refused with `EngineStateError`. With
+    servers, any number of threads may generate, also while the weights are replaced.
 
     Args:
         engine: What generates. It is closed with this object.
         source: The trainer's weights: re-iterable, with `bytes`, `tensors` and `seconds` of the last pass.
-        tokenizer: For prompts given as text.
+        tokenizer: A tokenizer or processor, for prompts given as text.
         ranks: The trainer ranks that share the engine.
         stale: Whether the engine has no weights of the trainer's yet: they are brought before the first token.
         sleep_mode: Whether `sleep` may be called.
         structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
+        traced_requests: How many requests of a call, random ones, are traced from their dispatch, the engine's own
+            span beneath theirs; or a function of the step's number, for chosen steps.
+        show_progress: Whether long calls show a progress bar on a terminal.
         weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
     """
@@ -54,12 +63,15 @@ class Generation:
         sleep_mode: bool = True,
         structured_outputs_regex: str | None = None,
         request_spans: int = 8,
+        traced_requests: int | Callable[[int | None], int] = 2,
+        show_progress: bool = False,
         weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
         self._engine, self._source, self._ranks = engine, source, ranks or SingleRank()
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._processor, self._tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
         self._regex, self._request_spans, self._sleep_mode = structured_outputs_regex, request_spans, sleep_mode
+        self._traced_requests, self._show_progress = traced_requests, show_progress
         self._profiling = profiling.bind({names.ENGINE: engine.kind})
         self._device = DeviceTimer(self._profiling)
         self._states, self._busy = StateMachine(), threading.Lock()
@@ -94,13 +106,17 @@ class Generation:
         sampling: Sampling = Sampling(),
         num_generations: int = 1,
         *,
+        images: Sequence[Sequence[Any] | None] | None = None,
+        lora_request: LoRARequest | None = None,
+        priority: int = 0,
         refused: Literal["raise", "mark"] = "raise",
         on_completion: Callable[[Completion], None] | None = None,
     ) -> Completions:
         """Sample `num_generations` completions of each prompt.
 
-        Prompts are token ids, or text where a tokenizer was given. Completions come back in prompt order;
-        `on_completion` is called, in this thread, with each as it is done.
+        Prompts are token ids, or text where a tokenizer was given. `images` holds each prompt's, as `PIL.Image`s,
+        one for each placeholder in the prompt. Completions come back in prompt order; `on_completion` is called,
+        in this thread, with each as it is done.
 
         Raises:
             PromptError: A prompt is empty, too long or holds an unknown id. Nothing was generated. With
@@ -108,18 +124,22 @@ class Generation:
             EngineStateError: The engine is asleep, failed or closed.
             EngineError: The engine broke; it is `failed` now.
         """
+        options = Options(sampling, num_generations, lora_request, priority)
         with self._generating("generate"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
             with self._profiling.span(names.GENERATE, own) as span:
-                job = self._prepare(prompts, sampling, num_generations, refused)
+                job = self._prepare(prompts, images, options, refused)
                 span.set({names.WEIGHT_VERSION: self._version, names.REFUSED: len(job.errors) or None})
-                with self._profiling.span(names.ENGINE_GENERATE) as engine_span:
-                    sampled = self._sample(job, on_completion)
+                with (
+                    self._profiling.span(names.ENGINE_GENERATE) as engine_span,
+                    self._traced(job, engine_span) as traced,
+                ):
+                    sampled = self._sample(job, traced, on_completion)
                 with self._profiling.span(names.DECODE_OUTPUTS):
                     result = job.place(sampled, self._version)
                 if self._profiling.enabled:
                     span.set(counts(result))
-                    measure(self._profiling, engine_span, result, self._request_spans, self._decode)
+                    measure(self._profiling, engine_span, result, self._request_spans, traced.own, self._decode)
                 return result
 
     async def agenerate(
@@ -128,10 +148,10 @@ class Generation:
         sampling: Sampling = Sampling(),
         num_generations: int = 1,
         *,
-        refused: Literal["raise", "mark"] = "raise",
         on_completion: Callable[[Completion], None] | None = None,
+        **options: Any,
     ) -> Completions:
-        """`generate` for asynchronous trainers: on a thread of its own, beneath the open span.
+        """`generate` for asynchronous trainers, with the same options: on a thread of its own, beneath the open span.
 
         `on_completion` is called on that thread. Cancelling aborts what is not done yet.
         """
@@ -145,7 +165,7 @@ class Generation:
             if on_completion is not None:
                 on_completion(completion)
 
-        call = partial(self.generate, refused=refused, on_completion=check)
+        call = partial(self.generate, on_completion=check, **options)
         try:
             return await asyncio.to_thread(call, prompts, sampling, num_generations)
         except asyncio.CancelledError:
@@ -158,40 +178,45 @@ class Generation:
         sampling: Sampling = Sampling(),
         num_generations: int = 1,
         *,
+        images: Sequence[Sequence[Any] | None] | None = None,
+        lora_request: LoRARequest | None = None,
+        priority: int = 0,
         refused: Literal["raise", "mark"] = "raise",
     ) -> Generator[Completion]:
         """Yield each completion as it is done, so that rewards can start; raises as `generate` does.
 
-        Leaving the loop early aborts the rest. Until it has ended the engine is taken: other calls of
-        this thread are refused. Its span is recorded at the end, and covers what the caller did between
-        two completions.
+        Leaving the loop early aborts the rest. With an engine in this process the engine is taken until the
+        stream has ended: other calls of this thread are refused. Its span is recorded at the end, and covers
+        what the caller did between two completions.
         """
         if not isinstance(self._ranks, SingleRank):
             raise ValueError("stream() serves one rank; ranks that share an engine generate together")
-        profiling, parent, start = self._profiling, self._profiling.current_span(), time.monotonic_ns()
+        profiling, options = self._profiling, Options(sampling, num_generations, lora_request, priority)
         with self._generating("stream"):
-            job = self._prepare(prompts, sampling, num_generations, refused)
-            done: dict[tuple[int, int], Completion] = {}
-            error: str | None = None
+            own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
+            span, done, error = profiling.detached(names.GENERATE, own), dict[tuple[int, int], Completion](), None
+            job, own_traced = None, set[tuple[int | None, int]]()
             try:
+                job = self._prepare(prompts, images, options, refused)
                 yield from (completion for completion in job.place([], self._version) if completion.error is not None)
-                with closing(self._engine.stream(job.requests, job.sampling, profiling.carrier())) as stream:
+                with self._traced(job, span) as traced, closing(self._engine.stream(traced.batch())) as stream:
+                    own_traced = traced.own
                     for completion in stream:
                         done[completion.prompt_index, completion.generation_index] = completion
+                        traced.finish(completion)
                         yield job.own(completion)
             except BaseException as raised:
                 error = type(raised).__name__
                 if isinstance(raised, EngineError):
-                    self._states.move("stream", EngineState.FAILED, str(raised))
+                    self._states.fail("stream", str(raised))
                 raise
             finally:
                 if profiling.enabled:
-                    end = time.monotonic_ns()
-                    result = job.place(list(done.values()), self._version)
-                    own: dict[str, Any] = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
-                    own |= {names.WEIGHT_VERSION: self._version, **counts(result)}
-                    span = profiling.rebuilt(names.GENERATE, start, end, own, parent=parent, error=error)
-                    measure(profiling, span, result, self._request_spans, self._decode)
+                    if job is not None:
+                        result = job.place(done.values(), self._version)
+                        span.set({names.WEIGHT_VERSION: self._version, **counts(result)})
+                        measure(profiling, span, result, self._request_spans, own_traced, self._decode)
+                    profiling.finish(span, error)
 
     def chat(
         self,
@@ -201,21 +226,23 @@ class Generation:
         *,
         tools: Sequence[Any] | None = None,
         chat_template: str | None = None,
-        refused: Literal["raise", "mark"] = "raise",
-        **template: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Completions:
         """`generate` for conversations of `{"role", "content"}` messages, through the tokenizer's chat template.
 
-        `template` is handed on to `apply_chat_template`, as `tools` and `chat_template` are.
+        `tools`, `chat_template` and `chat_template_kwargs` go to the tokenizer's `apply_chat_template`, `options`
+        to `generate`.
         """
         if self._tokenizer is None:
             raise TypeError("conversations need a tokenizer: construct with processing_class")
-        settings = dict(tools=tools, chat_template=chat_template, add_generation_prompt=True, tokenize=True) | template
+        settings = dict(tools=tools, chat_template=chat_template, add_generation_prompt=True, tokenize=True)
+        settings |= {"return_dict": True, **(chat_template_kwargs or {})}
         rendered = [
-            self._tokenizer.apply_chat_template(list(conversation), **settings | {"return_dict": True})["input_ids"]
+            self._tokenizer.apply_chat_template(list(conversation), **settings)["input_ids"]
             for conversation in conversations
         ]
-        return self.generate(rendered, sampling, num_generations, refused=refused)
+        return self.generate(rendered, sampling, num_generations, **options)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float | None]]:
         """The log-probabilities that the engine's weights give to the tokens of each completion after its prompt.
@@ -304,6 +331,30 @@ class Generation:
                 span.set({**own, **self._memory()})
         return replace(report, seconds=seconds)
 
+    def pause(self, mode: PauseMode = "keep") -> None:
+        """Stop scheduling until `resume`. Requests in flight are aborted, waited for, or kept to go on later.
+
+        Raises:
+            EngineStateError: The engine is not awake.
+        """
+        with self._exclusive("pause"):
+            self._states.require("pause", EngineState.AWAKE)
+            with self._profiling.span(names.PAUSE, {names.PAUSE_MODE: mode}), self._failing("pause"):
+                self._engine.pause(mode)
+                self._states.move("pause", EngineState.PAUSED)
+
+    def resume(self) -> None:
+        """Schedule again after `pause`.
+
+        Raises:
+            EngineStateError: The engine is not paused.
+        """
+        with self._exclusive("resume"):
+            self._states.require("resume", EngineState.PAUSED)
+            with self._profiling.span(names.RESUME), self._failing("resume"):
+                self._engine.resume()
+                self._states.move("resume", EngineState.AWAKE)
+
     def close(self) -> None:
         """Shut the engine down. Twice does no harm; anything else afterwards raises `EngineStateError`."""
         if self._states.state is EngineState.CLOSED:
@@ -333,14 +384,22 @@ class Generation:
         try:
             yield
         except BaseException as error:
-            self._states.move(call, EngineState.FAILED, f"{call} raised {type(error).__name__}")
+            self._states.fail(call, f"{call} raised {type(error).__name__}")
             if isinstance(error, VgenError) or not isinstance(error, Exception):
                 raise
             raise EngineError(f"the engine failed in {call}: {type(error).__name__}") from error
 
     @contextmanager
     def _generating(self, call: str) -> Iterator[None]:
-        """Have the engine to oneself, awake. Waits for another thread's generation, but not for its own."""
+        """Have the engine, awake: to oneself, unless it is concurrent; then a sync that is under way is waited for.
+
+        Waits for another thread's generation, but not for its own.
+        """
+        if self._engine.concurrent:
+            self._states.wait_while(EngineState.SYNCING, SYNC_SECONDS)
+            self._states.require(call, EngineState.AWAKE)
+            yield
+            return
         if self._owner == threading.get_ident():
             raise EngineStateError(call, "at work in this thread", "finish or close the stream that is open")
         with self._busy:
@@ -362,25 +421,22 @@ class Generation:
         return list(self._tokenizer(prompt)["input_ids"])
 
     def _prepare(
-        self, prompts: Sequence[Prompt], sampling: Sampling, num_generations: int, refused: Literal["raise", "mark"]
-    ) -> _Job:
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Sequence[Any] | None] | None,
+        options: Options,
+        refused: Literal["raise", "mark"],
+    ) -> Job:
         """Check what is asked for, agree on it with the ranks that share the engine, see to its weights."""
-        if num_generations < 1:
-            raise ValueError(f"num_generations must be at least 1, got {num_generations}")
-        if sampling.structured_outputs_regex is None and self._regex is not None:
-            sampling = replace(sampling, structured_outputs_regex=self._regex)
-        limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size
+        if options.num_generations < 1:
+            raise ValueError(f"num_generations must be at least 1, got {options.num_generations}")
+        if images is not None and len(images) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and images for {len(images)}: there must be a list for each")
+        if options.sampling.structured_outputs is None and self._regex is not None:
+            sampling = replace(options.sampling, structured_outputs={"regex": self._regex})
+            options = replace(options, sampling=sampling)
         encoded = [self._ids(index, prompt) for index, prompt in enumerate(prompts)]
-        errors: dict[int, PromptError] = {}
-        for index, ids in enumerate(encoded):
-            if not ids:
-                errors[index] = PromptError(index, "is empty")
-            elif len(ids) > limit:
-                problem = f"has {len(ids)} tokens; at most {limit} leave room for a completion"
-                errors[index] = PromptError(index, problem, limit)
-            elif min(ids) < 0 or max(ids) >= vocabulary:
-                problem = f"holds a token id outside the vocabulary of {vocabulary}"
-                errors[index] = PromptError(index, problem, vocabulary)
+        errors = self._refuse(encoded)
         # A rank that raised alone would leave the others waiting for it.
         raising: list[tuple[int, str, int | None]] = []
         if refused == "raise":
@@ -392,49 +448,86 @@ class Generation:
         if self._stale:
             self._sync(self._version)
         good = [index for index in range(len(prompts)) if index not in errors]
-        gathered, start = self._ranks.gather([encoded[index] for index in good])
-        requests = _requests(gathered, num_generations, sampling.seed)
+        mine = [(encoded[index], tuple(images[index] or ()) if images is not None else ()) for index in good]
+        gathered, start = self._ranks.gather(mine)
+        requests = make_requests(gathered, options.num_generations, options.sampling.seed)
         prompt_ids = [[] if index in errors else ids for index, ids in enumerate(encoded)]
-        return _Job(prompt_ids, errors, good, start, requests, sampling, num_generations)
+        return Job(prompt_ids, errors, good, start, requests, options)
 
-    def _sample(self, job: _Job, on_completion: Callable[[Completion], None] | None) -> list[Completion]:
+    def _refuse(self, encoded: Sequence[Sequence[int]]) -> dict[int, PromptError]:
+        """The prompts that the engine could not take, by their place."""
+        limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size
+        errors: dict[int, PromptError] = {}
+        for index, ids in enumerate(encoded):
+            if not ids:
+                errors[index] = PromptError(index, "is empty")
+            elif len(ids) > limit:
+                problem = f"has {len(ids)} tokens; at most {limit} leave room for a completion"
+                errors[index] = PromptError(index, problem, limit)
+            elif min(ids) < 0 or max(ids) >= vocabulary:
+                problem = f"holds a token id outside the vocabulary of {vocabulary}"
+                errors[index] = PromptError(index, problem, vocabulary)
+        return errors
+
+    def _sample(self, job: Job, traced: Traced, on_completion: Callable[[Completion], None] | None) -> list[Completion]:
         """All that the engine samples for `job`, other ranks' too, in any order."""
         done: list[Completion] = []
-        try:
-            with closing(self._engine.stream(job.requests, job.sampling, self._profiling.carrier())) as stream:
-                for completion in stream:
+        with ExitStack() as stack:
+            advance = stack.enter_context(progress_bar(len(job.requests), enabled=self._show_progress))
+            try:
+                for completion in stack.enter_context(closing(self._engine.stream(traced.batch()))):
                     done.append(completion)
+                    traced.finish(completion)
+                    advance(len(completion.token_ids))
                     if on_completion is not None and job.owns(completion):
                         on_completion(job.own(completion))
-        except EngineError as error:
-            self._states.move("generate", EngineState.FAILED, str(error))
-            raise
+            except EngineError as error:
+                self._states.fail("generate", str(error))
+                raise
         return done
+
+    def _traced(self, job: Job, parent: Span) -> Traced:
+        """The requests of `job` that are traced from here on, beneath `parent`."""
+        count = self._traced_requests
+        if not isinstance(count, int):
+            count = count(None if parent.step is None else parent.step.number)
+        return Traced(self._profiling, parent, job, count, self._decode)
 
     def _sync(self, version: str) -> SyncReport:
         source, profiling, start = self._source, self._profiling, time.monotonic()
         then, detail = (EngineState.ASLEEP, self._level) if self._asleep else (EngineState.AWAKE, "")
-        own = {names.WEIGHT_VERSION: version, names.TRANSPORT: "reload", names.TRANSPORT_REASON: "in process"}
+        if self._states.state is EngineState.PAUSED:
+            then = EngineState.PAUSED
         with (
-            profiling.span(names.WEIGHT_SYNC, own) as span,
+            profiling.span(names.WEIGHT_SYNC, {names.WEIGHT_VERSION: version}) as span,
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
-            self._engine.sync(source, version, self._phase)
+            trace = _SyncTrace(profiling, self._device, span)
+            self._engine.sync(source, version, trace)
             seconds = time.monotonic() - start
             report = SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=seconds)
             own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}
             span.set({**own, names.SYNC_RATE: report.bandwidth, **self._memory()})
-        self._version, self._stale = version, False
-        profiling.record(names.SYNCED_BYTES, report.bytes, **{names.TRANSPORT: "reload"})
-        profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **{names.TRANSPORT: "reload"})
+            self._version, self._stale = version, False
+        transport = {names.TRANSPORT: span.attributes.get(names.TRANSPORT)}
+        profiling.record(names.SYNCED_BYTES, report.bytes, **transport)
+        profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **transport)
         return report
-
-    @contextmanager
-    def _phase(self, name: str) -> Generator[Span]:
-        with self._profiling.span(f"{names.WEIGHT_SYNC}.{name}") as span, self._device.of(span):
-            yield span
 
     def _memory(self) -> dict[str, int]:
         return memory() if self._profiling.enabled else {}
 
 
+class _SyncTrace:
+    """`engines.base.SyncTrace` over a profiling context; the phases' work on the device is timed too."""
+
+    def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span) -> None:
+        self._profiling, self._device, self._span = profiling, device, span
+
+    @contextmanager
+    def phase(self, name: str, /) -> Generator[Span]:
+        with self._profiling.span(f"{names.WEIGHT_SYNC}.{name}") as span, self._device.of(span):
+            yield span
+
+    def set(self, attributes: Mapping[str, Any], /) -> None:
+        self._span.set(attributes)

@@ -276,8 +276,8 @@ class Core:
             if span.step is not None:
                 span.step.row = self.run
             span = span.parent
-        # Children of `multiprocessing` end by `os._exit`, after finalizers of its own; it drops those made before its own
-        # hooks for a fork have run. Not imported here: an import that another thread had begun would never end.
+        # Children of `multiprocessing` end by `os._exit`, after finalizers of its own; it drops those that were made
+        # before its own hooks for a fork have run. Not imported here: an import begun elsewhere would never end.
         multiprocessing: Any = sys.modules.get("multiprocessing.util")
         if hasattr(multiprocessing, "register_after_fork"):
             multiprocessing.register_after_fork(self, _close_with_process)

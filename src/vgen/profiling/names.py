@@ -145,6 +145,8 @@ SLEEP_LEVEL = _attribute(
     label=True,
 )
 WAKE_TAGS = _attribute("vgen.wake_up.tags", "string[]", "What was woken: `weights`, `kv_cache`.")
+PAUSE_MODE = _attribute("vgen.pause.mode", "string", "`abort`, `wait` or `keep`.", label=True)
+PAUSED_SECONDS = _attribute("vgen.weight_sync.paused", "double", "Seconds in which the engines were really paused.")
 MEMORY_FREED = _attribute("vgen.sleep.memory_freed", "bool", "Whether sleeping gave memory back: false on a CPU.")
 DEVICE_BYTES = _attribute(
     "vgen.memory.device.bytes", "int", "Device memory given back (sleep) or taken (wake up); absent on a CPU."
@@ -222,6 +224,8 @@ SYNC_PAUSE = _span("vgen.weight_sync.pause", "Servers stop scheduling.")
 SYNC_RESUME = _span("vgen.weight_sync.resume", "Servers schedule again.")
 SYNC_LOAD = _span("vgen.weight_sync.load", "The engine takes the weights in.", GATHER_SECONDS)
 SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weights computed are emptied.")
+PAUSE = _span("vgen.pause", "The engine stops scheduling.", PAUSE_MODE, ENGINE)
+RESUME = _span("vgen.resume", "It schedules again.", ENGINE)
 SLEEP = _span("vgen.sleep", "The engine goes to sleep.", SLEEP_LEVEL, MEMORY_FREED, DEVICE_BYTES, ENGINE)
 WAKE_UP = _span("vgen.wake_up", "The engine wakes up, in whole or in part.", WAKE_TAGS, DEVICE_BYTES, RESTORED, ENGINE)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
-from ..types import Completion, Completions, RequestTiming
+from ..types import Completion, Completions
 from . import names
+from .content import ContentCapture
 from .context import ProfilingContext
 from .records import Span
 
@@ -22,9 +23,10 @@ def measure(
     engine_span: Span,
     result: Completions,
     slowest: int,
+    traced: Collection[tuple[int | None, int]] = (),
     decode: Callable[[list[int]], str] = str,
 ) -> None:
-    """Every request into the metrics, the `slowest` as spans beneath the engine's.
+    """Every request into the metrics; the `slowest` and the aborted as spans beneath the engine's, but for `traced`.
 
     `decode` makes text of token ids, where content may be recorded.
     """
@@ -47,28 +49,42 @@ def measure(
     profiling.record_many(names.REQUEST_TTFT, [timing.time_to_first_token for timing in timings])
     per_token = [timing.time_per_output_token for timing in timings]
     profiling.record_many(names.REQUEST_TPOT, [seconds for seconds in per_token if seconds is not None])
-    chosen = sorted(timed, key=lambda pair: pair[1].e2e, reverse=True)[:slowest]
+    ranked = sorted(timed, key=lambda pair: pair[1].e2e, reverse=True)
+    chosen = [*ranked[:slowest], *(pair for pair in ranked[slowest:] if pair[0].finish_reason == "abort")]
     for completion, timing in sorted(chosen, key=lambda pair: pair[1].queued_ns):
-        prompt = result.prompt_ids[completion.prompt_index]
-        attributes = _request(completion, timing, len(prompt))
-        if profiling.capture is not None:
-            attributes[names.INPUT_CONTENT] = profiling.capture.text(decode(prompt))
-            attributes[names.OUTPUT_CONTENT] = profiling.capture.text(decode(completion.token_ids))
-        profiling.rebuilt(names.REQUEST, timing.queued_ns, timing.finished_ns, attributes, parent=engine_span)
+        if (completion.prompt_index, completion.generation_index) in traced:
+            continue
+        attributes = {
+            names.PROMPT_INDEX: completion.prompt_index,
+            names.GENERATION_INDEX: completion.generation_index,
+            **request_attributes(completion, result.prompt_ids[completion.prompt_index], profiling.capture, decode),
+        }
+        error = "aborted" if completion.finish_reason == "abort" else None
+        start, end = timing.queued_ns, timing.finished_ns
+        profiling.rebuilt(names.REQUEST, start, end, attributes, parent=engine_span, error=error)
 
 
-def _request(completion: Completion, timing: RequestTiming, prompt_tokens: int) -> dict[str, object]:
-    return {
+def request_attributes(
+    completion: Completion, prompt: Sequence[int], capture: ContentCapture | None, decode: Callable[[list[int]], str]
+) -> dict[str, object]:
+    """What a completion's span says of it once it is done."""
+    own: dict[str, object] = {
+        names.INPUT_TOKENS: len(prompt),
         names.REQUEST_ID: completion.request_id,
-        names.PROMPT_INDEX: completion.prompt_index,
-        names.GENERATION_INDEX: completion.generation_index,
-        names.INPUT_TOKENS: prompt_tokens,
         names.OUTPUT_TOKENS: len(completion.token_ids),
         names.FINISH_REASON: [completion.finish_reason or "unknown"],
         names.WEIGHT_VERSION: completion.weight_version,
-        names.QUEUE_SECONDS: timing.queue,
-        names.TTFT_SECONDS: timing.time_to_first_token,
-        names.TPOT_SECONDS: timing.time_per_output_token,
-        names.PREEMPTIONS: timing.preemptions,
-        names.CACHED_TOKENS: timing.cached_tokens,
     }
+    timing = completion.timing
+    if timing is not None:
+        own |= {
+            names.QUEUE_SECONDS: timing.queue,
+            names.TTFT_SECONDS: timing.time_to_first_token,
+            names.TPOT_SECONDS: timing.time_per_output_token,
+            names.PREEMPTIONS: timing.preemptions,
+            names.CACHED_TOKENS: timing.cached_tokens,
+        }
+    if capture is not None:
+        own[names.INPUT_CONTENT] = capture.text(decode(list(prompt)))
+        own[names.OUTPUT_CONTENT] = capture.text(decode(completion.token_ids))
+    return own

@@ -1,0 +1,97 @@
+"""Generation with vLLM servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..engines.base import PauseMode
+from ..profiling import ProfilingContext, names
+from ..weights.source import ModuleSource
+from .base import Generation
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ServerGeneration(Generation):
+    """Generates with one or more vLLM servers that hold the trainer's model.
+
+        with ServerGeneration(model, base_urls=["http://a:8000", "http://b:8000"], profiling=profiling) as generation:
+            rollouts = generation.generate(prompts, Sampling(max_tokens=512), num_generations=8)
+            generation.sync_weights(version="step-1")
+
+    Requests are spread over the servers by how fast they answer; what a lost server has not answered goes
+    to the others. Closing ends the connections; the servers go on.
+
+    Args:
+        model: The trainer's model. It is read at every sync and never written.
+        base_urls: Where the servers are; one may be a router in front of many. `host` and `port` name a single one.
+        processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
+        timeout: Seconds in which every call must be answered, a whole generation among them.
+        api_key: What guards the servers' inference routes.
+        control_key: What guards all others, where `vgen serve` started them.
+        pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
+        weights_folder: A folder that servers see too, for syncs by checkpoint. The system's temporary one by default.
+        request_timing: Whether each completion's timing is asked for, which takes a call for each.
+        structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
+        request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
+        traced_requests: How many requests of a call, random ones, are traced from their dispatch, the engine's own
+            span beneath theirs; or a function of the step's number, for chosen steps.
+        show_progress: Whether long calls show a progress bar on a terminal.
+        weight_version: What the weights are called until the first sync: a resumed run's own last version.
+        profiling: Where spans and measurements go.
+
+    Raises:
+        ServerError: A server cannot be reached, or refuses the keys.
+        EngineError: It is no vLLM server, or holds another model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        base_urls: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        processing_class: Any = None,
+        tokenizer: Any = None,
+        timeout: float = 600.0,
+        api_key: str | None = None,
+        control_key: str | None = None,
+        pause_mode: PauseMode = "keep",
+        weights_folder: str | None = None,
+        request_timing: bool = True,
+        structured_outputs_regex: str | None = None,
+        request_spans: int = 8,
+        traced_requests: int | Callable[[int | None], int] = 2,
+        show_progress: bool = False,
+        weight_version: str = "0",
+        profiling: ProfilingContext = ProfilingContext.disabled(),
+    ) -> None:
+        from ..engines.http import Server
+        from ..engines.server import ServerEngine
+
+        urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
+        servers = [Server(url, api_key=api_key, control_key=control_key, timeout=timeout) for url in urls]
+        config: Any = model.config
+        with profiling.span(names.ENGINE_INIT, {names.ENGINE: ServerEngine.kind}) as span:
+            engine = ServerEngine(
+                servers,
+                vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
+                request_timing=request_timing,
+                pause_mode=pause_mode,
+                folder=weights_folder,
+            )
+            span.set({names.DEVICE: engine.device_type, names.MODEL: engine.model})
+        super().__init__(
+            engine,
+            ModuleSource(model),
+            tokenizer=processing_class or tokenizer,
+            structured_outputs_regex=structured_outputs_regex,
+            request_spans=request_spans,
+            traced_requests=traced_requests,
+            show_progress=show_progress,
+            weight_version=weight_version,
+            profiling=profiling,
+        )
