@@ -71,12 +71,15 @@ class WeightSyncError(VgenError, RuntimeError):
 class ServerError(EngineError):
     """A server could not be reached, did not answer in time, or refused; the message holds its own words.
 
-    `url` names it (never with credentials), `status` is the HTTP status or None without an answer, and
-    `retryable` says whether the same call may succeed elsewhere or later.
+    `url` names it (never with credentials), `status` is the HTTP status or None without an answer, `said` what
+    it answered, and `retryable` whether the same call may succeed elsewhere or later.
     """
 
-    def __init__(self, problem: str, *, url: str, status: int | None = None, retryable: bool = False) -> None:
+    def __init__(
+        self, problem: str, *, url: str, status: int | None = None, said: str = "", retryable: bool = False
+    ) -> None:
         super().__init__(f"{url}: {problem}")
         self.url = url
         self.status = status
+        self.said = said
         self.retryable = retryable

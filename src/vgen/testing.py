@@ -163,14 +163,15 @@ class FaultyServer:
     """A stand-in for a vLLM server that goes wrong on demand: `faults["/v1/completions"] = [503, "reset"]`.
 
     Each request to a path takes the next of its faults; without one it is answered well, completions with
-    each prompt's own tokens. `seen` keeps every request's path, headers and body.
+    each prompt's own tokens. `seen` keeps every request's path, headers and body. With `features` it answers as a
+    server that `vgen serve` started, on the batch route `/inference/vgen/generate` too.
 
         with FaultyServer() as server:
             server.faults["/v1/completions"] = ["silent"]
             ServerGeneration(model, base_urls=[server.url], timeout=1.0).generate([[1, 2]])   # ServerError
     """
 
-    def __init__(self, *, model: str = "tiny", max_model_len: int = 64) -> None:
+    def __init__(self, *, model: str = "tiny", max_model_len: int = 64, features: Sequence[str] = ()) -> None:
         self.faults: dict[str, list[Fault]] = {}
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.answers: dict[str, Any] = {
@@ -183,6 +184,9 @@ class FaultyServer:
             },
             "/reset_prefix_cache": {"success": True},
         }
+        if features:
+            self.answers["/vgen/info"] = {"features": list(features)}
+            self.answers["/vgen/lease"] = {"token": "a-token"}
         self._closing = threading.Event()
         owner = self
 
@@ -223,7 +227,10 @@ class FaultyServer:
     def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         path = handler.path.partition("?")[0]
         raw = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        body: dict[str, Any] = json.loads(raw) if raw else {}
+        batch = path.startswith("/inference/vgen/")
+        body: dict[str, Any] = {} if batch or not raw else json.loads(raw)
+        if batch:
+            body = {"batch": raw}
         self.seen.append((handler.path, dict(handler.headers), body))
         waiting = self.faults.get(path)
         fault = waiting.pop(0) if waiting else None
@@ -237,12 +244,31 @@ class FaultyServer:
         if isinstance(fault, int):
             self._send(handler, fault, b'{"error": {"message": "the server says no", "code": 0}}')
             return
+        if batch:
+            self._send_frames(handler, raw, fault)
+            return
         good = fault(body) if callable(fault) else self._completions(body) if path == "/v1/completions" else None
         content = json.dumps(good if good is not None else self.answers.get(path, {})).encode()
         if fault == "not json":
             content = b"<html>a proxy's page</html>"
         if fault == "not vllm":
             content = b'{"something": "else"}'
+        self._send(handler, 200, content, cut=fault == "truncated")
+
+    def _send_frames(self, handler: http.server.BaseHTTPRequestHandler, raw: bytes, fault: Any) -> None:
+        """Each completion is its prompt's own tokens; a function given as fault makes other frames of them."""
+        from .engines import frames
+
+        batch, now = frames.decode_request(raw), time.monotonic()
+        sent: list[frames.Frame] = []
+        for index, wanted in enumerate(batch.wanted):
+            ids = frames.to_ints(batch.prompts[wanted.prompt])[: batch.sampling.get("max_tokens", 256)]
+            times = (now - 0.004, now - 0.003, now - 0.002, now)
+            own = frames.ints(ids), frames.floats(0.0 for _ in ids), None, None, [("default", 0, len(ids))], times
+            sent.append(frames.Done(index, "length", *own, now, 0, 0))
+        content = b"".join(frames.pack(fault(frame) if callable(fault) else frame) for frame in (*sent, frames.End()))
+        if fault in ("not json", "not vllm"):
+            content = b"<html>a proxy's page</html>"
         self._send(handler, 200, content, cut=fault == "truncated")
 
     def _send(

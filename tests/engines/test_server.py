@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +13,12 @@ from vgen import (
     EngineError,
     EngineStateError,
     ProfilingContext,
+    PromptError,
     Sampling,
     ServerError,
     ServerGeneration,
     WeightSyncError,
 )
-from vgen.engines.base import EngineState
 from vgen.profiling import names
 from vgen.testing import FaultyServer, MemorySink
 
@@ -41,6 +43,10 @@ def generation(*servers: FaultyServer, **more) -> ServerGeneration:
 def server():
     with FaultyServer() as made:
         yield made
+
+
+def rebuilt(span):
+    return span.attributes.get(names.REBUILT, False)
 
 
 def tokens(rollouts):
@@ -81,7 +87,7 @@ def test_a_server_that_dies_has_its_work_moved_to_the_others(request_timing):
         assert len([1 for path, _, _ in other.seen if path == COMPLETIONS]) > 0
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
+@pytest.mark.parametrize("status", [302, 401, 403, 404])
 def test_what_cannot_pass_is_a_typed_error_with_the_servers_own_words(server, status):
     with generation(server) as made:
         server.faults[COMPLETIONS] = [status]
@@ -89,6 +95,29 @@ def test_what_cannot_pass_is_a_typed_error_with_the_servers_own_words(server, st
             made.generate([[1]])
         assert caught.value.status == status
         assert len([1 for path, _, _ in server.seen if path == COMPLETIONS]) == 1
+        assert len(made.generate([[1]])) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_the_server_refuses_is_named_and_does_not_lose_the_others(server, status):
+    with generation(server) as made:
+        server.faults[COMPLETIONS] = [status]
+        with pytest.raises(PromptError, match="the server says no") as caught:
+            made.generate([[1]])
+        assert caught.value.__cause__.status == status
+        server.faults[COMPLETIONS] = [status]
+        rollouts = made.generate(PROMPTS, refused="mark")
+    (refused,) = [completion for completion in rollouts if completion.error is not None]
+    assert refused.error.index == refused.prompt_index
+    assert len(rollouts) == 20
+
+
+def test_a_batch_that_is_refused_is_sent_one_by_one(server):
+    with generation(server, request_timing=False) as made:
+        server.faults[COMPLETIONS] = [400, *[None] * 7, 400]
+        rollouts = made.generate(PROMPTS, Sampling(max_tokens=2), refused="mark")
+    assert [completion.prompt_index for completion in rollouts if completion.error is not None] != []
+    assert len([completion for completion in rollouts if completion.error is None]) == 19
 
 
 @pytest.mark.parametrize("fault", ["reset", "silent", "truncated", "not json", "not vllm", 500])
@@ -100,9 +129,8 @@ def test_when_nobody_is_left_it_ends_within_the_deadline(server, fault):
             made.generate(PROMPTS)
         assert time.monotonic() - start < 10.0
         assert caught.value.url == server.url
-        assert made.state is EngineState.FAILED
-        with pytest.raises(EngineStateError):
-            made.generate([[1]])
+        server.faults.clear()
+        assert len(made.generate(PROMPTS)) == 20  # it is back, with the weights that it should hold
 
 
 def test_a_wrong_address_and_a_server_that_is_not_vllm(server):
@@ -142,10 +170,12 @@ def test_the_open_spans_context_travels_with_every_request(server):
         made.generate(PROMPTS[:3])
     (engine_span,) = sink.named(names.ENGINE_GENERATE)
     sent = {headers["traceparent"] for path, headers, _ in server.seen if path == COMPLETIONS}
-    assert sent == {f"00-{engine_span.trace_id}-{engine_span.span_id}-01"}
+    traced = {f"00-{span.trace_id}-{span.span_id}-01" for span in sink.named(names.REQUEST) if not rebuilt(span)}
+    assert len(traced) == 2
+    assert sent == {f"00-{engine_span.trace_id}-{engine_span.span_id}-00", *traced}
 
 
-@pytest.mark.parametrize("path", ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"])
+@pytest.mark.parametrize("path", ["/pause", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/resume"])
 @pytest.mark.parametrize("fault", [500, "reset", "silent"])
 def test_a_sync_that_fails_names_phase_and_server_and_is_never_sent_twice(server, path, fault):
     pytest.importorskip("safetensors")
@@ -156,9 +186,11 @@ def test_a_sync_that_fails_names_phase_and_server_and_is_never_sent_twice(server
             made.sync_weights()
         assert time.monotonic() - start < 10.0
         assert caught.value.receiver == server.url
-        assert caught.value.phase == {"/collective_rpc": "load", "/reset_prefix_cache": "reset_cache"}.get(
-            path, path[1:]
-        )
+        assert caught.value.phase == {
+            "/collective_rpc": "load",
+            "/reset_prefix_cache": "reset_cache",
+            "/reset_mm_cache": "reset_cache",
+        }.get(path, path[1:])
         assert len([1 for seen, _, _ in server.seen if seen.partition("?")[0] == path]) == 1
         with pytest.raises(EngineStateError, match="failed"):
             made.generate([[1]])
@@ -171,3 +203,178 @@ def test_a_cache_that_could_not_be_reset_is_an_error(server):
     server.answers["/reset_prefix_cache"] = {"success": False}
     with generation(server) as made, pytest.raises(WeightSyncError, match="prefix cache"):
         made.sync_weights()
+
+
+# One that `vgen serve` started
+
+BATCH = "/inference/vgen/generate"
+
+
+@pytest.fixture
+def ours():
+    with FaultyServer(features=["batch", "lease"]) as made:
+        yield made
+
+
+def calls(server, path):
+    return [body for seen, _, body in server.seen if seen.partition("?")[0] == path]
+
+
+def test_one_call_brings_every_completion_with_its_timing(ours):
+    with generation(ours) as made:
+        rollouts = made.generate(PROMPTS, Sampling(max_tokens=2, seed=3), 2)
+    assert tokens(rollouts) == [prompt[:2] for prompt in PROMPTS for _ in range(2)]
+    assert len(calls(ours, BATCH)) == 1
+    for completion in rollouts:
+        timing = completion.timing
+        assert timing.e2e == pytest.approx(0.004)
+        assert abs(time.monotonic_ns() - timing.finished_ns) < 60e9
+        assert completion.weight_versions == [("default", 0, 2)]
+
+
+def test_each_request_of_a_batch_has_its_own_seed_and_trace_context(ours):
+    from vgen.engines import frames
+
+    profiling = ProfilingContext([MemorySink()])
+    with generation(ours, profiling=profiling, traced_requests=3) as made, profiling.step(1):
+        made.generate(PROMPTS[:3], Sampling(seed=7), 2)
+    batch = frames.decode_request(calls(ours, BATCH)[0]["batch"])
+    assert [wanted.seed for wanted in batch.wanted] == list(range(7, 13))
+    assert [wanted.prompt for wanted in batch.wanted] == [0, 0, 1, 1, 2, 2]
+    assert len(batch.prompts) == 3
+    assert sorted(wanted.traceparent[-2:] for wanted in batch.wanted) == ["00"] * 3 + ["01"] * 3
+
+
+@pytest.mark.parametrize("fault", ["reset", "truncated", 429, 500, 503])
+def test_what_a_batch_has_not_answered_is_sent_again_and_nothing_is_doubled(ours, fault):
+    ours.faults[BATCH] = [fault]
+    seen = []
+    with generation(ours) as made:
+        rollouts = made.generate(PROMPTS, Sampling(max_tokens=2), on_completion=seen.append)
+    assert tokens(rollouts) == [prompt[:2] for prompt in PROMPTS]
+    assert len(seen) == 20
+    assert len(calls(ours, BATCH)) == 2
+
+
+def test_a_request_that_the_engine_refuses_or_loses_is_its_own_matter(ours):
+    from vgen.engines import frames
+
+    def failing(status):
+        return lambda f: frames.Failed(3, status, "no") if getattr(f, "index", None) == 3 else f
+
+    with generation(ours) as made:
+        ours.faults[BATCH] = [failing(400)]
+        rollouts = made.generate(PROMPTS, refused="mark")
+        assert [c.prompt_index for c in rollouts if c.error is not None] == [3]
+        ours.faults[BATCH] = [failing(503)]
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+    assert len(calls(ours, BATCH)) == 3
+
+
+@pytest.mark.parametrize("fault", ["silent", "reset", "truncated", "not json", 500])
+def test_a_batch_that_nobody_answers_ends_within_the_deadline(ours, fault):
+    ours.faults[BATCH] = [fault] * 100
+    with generation(ours, timeout=1.5) as made:
+        start = time.monotonic()
+        with pytest.raises(ServerError):
+            made.generate(PROMPTS)
+        assert time.monotonic() - start < 10.0
+
+
+def test_a_batch_is_spread_over_servers(ours):
+    with FaultyServer(features=["batch"]) as other, generation(ours, other) as made:
+        assert tokens(made.generate(PROMPTS, num_generations=2)) == [p for p in PROMPTS for _ in range(2)]
+        assert calls(ours, BATCH)
+        assert calls(other, BATCH)
+
+
+def test_a_server_that_comes_back_with_other_weights_is_left_out_until_the_next_sync(server):
+    pytest.importorskip("safetensors")
+    with FaultyServer() as other:
+        for each in (server, other):
+            each.answers["/weight_info"] = {"weight_version": "0"}
+        with generation(server, other) as made:
+            other.answers["/weight_info"] = {"weight_version": "default"}  # it was started anew
+            other.faults[COMPLETIONS] = ["reset"] * 40
+            assert tokens(made.generate(PROMPTS)) == PROMPTS
+            other.faults.clear()
+            other.seen.clear()
+            assert tokens(made.generate(PROMPTS)) == PROMPTS
+            assert calls(other, COMPLETIONS) == []
+            made.sync_weights(version="1")
+            for each in (server, other):
+                each.answers["/weight_info"] = {"weight_version": "1"}
+            assert tokens(made.generate(PROMPTS)) == PROMPTS
+            assert calls(other, COMPLETIONS) != []
+
+
+def test_weights_of_another_trainers_are_replaced_before_the_first_token(server):
+    pytest.importorskip("safetensors")
+    server.answers["/weight_info"] = {"weight_version": "step-7"}
+    with generation(server) as made:
+        made.generate([[1]])
+    order = [path.partition("?")[0] for path, _, _ in server.seen]
+    assert order.index("/collective_rpc") < order.index(COMPLETIONS)
+
+
+def test_a_resumed_trainer_finds_its_own_weights(server):
+    server.answers["/weight_info"] = {"weight_version": "step-7"}
+    with generation(server, weight_version="step-7") as made:
+        made.generate([[1]])
+    assert calls(server, "/collective_rpc") == []
+
+
+def test_a_takeover_of_a_stock_server_is_reported(server, caplog):
+    pytest.importorskip("safetensors")
+    server.answers["/weight_info"] = {"weight_version": "0"}
+    sink = MemorySink()
+    with generation(server, profiling=ProfilingContext([sink])) as made:
+        server.answers["/weight_info"] = {"weight_version": "theirs"}
+        made.sync_weights()
+    (sync,) = sink.named(names.WEIGHT_SYNC)
+    assert sync.attributes[names.FOREIGN_VERSION] == "theirs"
+    assert "another trainer" in caplog.text
+
+
+def test_the_lease_is_taken_carried_and_released(ours):
+    with generation(ours, control_key="key") as made:
+        made.sleep()
+    paths = {path.partition("?")[0]: headers for path, headers, _ in ours.seen}
+    assert paths["/sleep"]["X-Vgen-Lease"] == "a-token"
+    assert paths["/vgen/lease/release"]["X-Vgen-Lease"] == "a-token"
+    assert "X-Vgen-Lease" not in paths[BATCH] if BATCH in paths else True
+
+
+def test_a_server_that_another_living_trainer_holds_is_not_taken(ours):
+    ours.faults["/vgen/lease"] = [409] * 100
+    with pytest.raises(EngineError, match="takeover=True"):
+        generation(ours, timeout=1.5)
+    ours.faults.clear()
+    with generation(ours, takeover=True):
+        assert calls(ours, "/vgen/lease")[-1]["takeover"] is True
+
+
+def test_threads_generate_at_once_and_a_failed_sync_ends_what_is_in_flight(server):
+    held, release = threading.Event(), threading.Event()
+
+    def slow(body):
+        held.set()
+        release.wait(20)
+        return {"id": "x", "choices": [{"index": 0, "token_ids": [5], "finish_reason": "stop"}]}
+
+    with generation(server) as made, ThreadPoolExecutor() as pool:
+        server.faults[COMPLETIONS] = [slow]
+        first = pool.submit(made.generate, [[1]], Sampling(logprobs=None))
+        assert held.wait(20)
+        assert tokens(made.generate(PROMPTS)) == PROMPTS  # beside it
+        server.faults["/pause"] = [500]
+        with pytest.raises(WeightSyncError):
+            made.sync_weights()
+        with pytest.raises(EngineError, match="weight sync failed"):
+            first.result(20)
+        release.set()
+
+
+def test_a_server_named_twice_is_refused(server):
+    with pytest.raises(ValueError, match="twice"):
+        generation(server, server)

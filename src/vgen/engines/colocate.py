@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +14,10 @@ from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
 from ..types import Completion, LoRARequest, RequestTiming, Sampling, SleepReport
 from .base import Batch, PauseMode, Request, Source, SyncTrace
+from .logprobs import number
 from .preserve import Randomness, process_group, unchanged_process
 from .reload import NamedStream, reload
+from .sampling import sampling_params
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
@@ -119,12 +120,12 @@ class ColocateEngine:
             return None
         from vllm.lora.request import LoRARequest as EngineLoRARequest
 
-        number = self._adapters.setdefault(wanted.lora_name, len(self._adapters) + 1)
+        adapter_id = self._adapters.setdefault(wanted.lora_name, len(self._adapters) + 1)
         if not wanted.lora_path:
             raise ValueError(
                 f"LoRA adapter {wanted.lora_name!r} has no lora_path, from which this engine would load it"
             )
-        return EngineLoRARequest(wanted.lora_name, number, wanted.lora_path)
+        return EngineLoRARequest(wanted.lora_name, adapter_id, wanted.lora_path)
 
     def _next_finished(self) -> list[Any]:
         """Run the scheduler until a request is done; returns the outputs of those that are."""
@@ -234,47 +235,16 @@ def _defaults(device_type: str) -> dict[str, Any]:
     return defaults
 
 
-def sampling_params(sampling: Sampling, seed: int | None) -> Any:
-    """vLLM's `SamplingParams` of one request."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    kwargs: dict[str, Any] = dict(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        stop=list(sampling.stop) or None,
-        stop_token_ids=list(sampling.stop_token_ids) or None,
-        ignore_eos=sampling.ignore_eos,
-        seed=seed,
-        logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs,
-        detokenize=bool(sampling.stop),
-    )
-    if sampling.structured_outputs is not None:
-        kwargs["structured_outputs"] = sampling.structured_outputs
-    kwargs.update(sampling.extra)
-    if isinstance(structured := kwargs.get("structured_outputs"), Mapping):
-        kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
-    return SamplingParams(**kwargs)
-
-
 def _completion(request: Request, output: Any, sampling: Sampling) -> Completion:
     result = output.outputs[0]
     token_ids = list(result.token_ids)
     versions = [(span.version, span.start, span.end) for span in result.weight_versions or ()] or None
     logprobs, top = None, None
     if result.logprobs is not None:
-        logprobs = [_number(at[token].logprob) for at, token in zip(result.logprobs, token_ids, strict=True)]
+        logprobs = [number(at[token].logprob) for at, token in zip(result.logprobs, token_ids, strict=True)]
         if sampling.logprobs:
             top = [
-                [(token, _number(found.logprob)) for token, found in sorted(at.items(), key=lambda item: item[1].rank)]
+                [(token, number(found.logprob)) for token, found in sorted(at.items(), key=lambda item: item[1].rank)]
                 for at in result.logprobs
             ]
     return Completion(
@@ -296,11 +266,7 @@ def _prompt_logprobs(output: Any) -> list[float | None] | None:
     if output.prompt_logprobs is None:
         return None
     pairs = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
-    return [None if at is None else _number(at[token].logprob) for at, token in pairs]
-
-
-def _number(logprob: float) -> float | None:
-    return None if math.isnan(logprob) else logprob
+    return [None if at is None else number(at[token].logprob) for at, token in pairs]
 
 
 def _timing(stats: Any, cached_tokens: int) -> RequestTiming | None:

@@ -20,7 +20,7 @@ from .lease import MAX_TTL_SECONDS, LeaseBook, LeaseConflict
 
 KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
-FEATURES = ("control_key", "lease", "weights_state")
+FEATURES = ("batch", "control_key", "lease", "weights_state")
 
 INFERENCE = ("/v1", "/v2", "/inference", "/cohere")
 """Below these vLLM's own API key decides."""
@@ -64,6 +64,8 @@ class ControlMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
+            if scope["type"] == "lifespan" and "app" in scope:
+                _install(scope["app"])
             await self.app(scope, receive, send)
             return
         try:
@@ -163,6 +165,12 @@ class ControlMiddleware:
         if refused.kind == "lease":
             error["lease"] = self._leases.describe()
         await _answer(send, refused.status, {"error": error})
+
+
+def _install(app: Any) -> None:
+    from .batch_route import install
+
+    install(app)
 
 
 def _shared_directory() -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -16,8 +17,9 @@ from ..profiling.content import public_url
 
 try:
     import aiohttp
+    import msgspec
 except ImportError as error:
-    raise MissingExtraError("ServerGeneration", "aiohttp", "server") from error
+    raise MissingExtraError("ServerGeneration", "aiohttp and msgspec", "server") from error
 
 T = TypeVar("T")
 
@@ -88,7 +90,7 @@ class Server:
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
         """The JSON that `path` answers with; an empty body gives None."""
-        return await self._call("GET", path, None, timeout, self._control)
+        return self._json("GET", path, await self._call("GET", path, None, timeout, self._control))
 
     async def post(
         self,
@@ -96,43 +98,98 @@ class Server:
         body: Mapping[str, Any] | None = None,
         *,
         timeout: float | None = None,
-        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """Post to a route that changes the server; the control key and the lease go along."""
         lease = {LEASE_HEADER: self.lease} if self.lease else {}
-        return await self._call("POST", path, body, timeout, {**self._control, **lease, **(headers or {})})
+        content = None if body is None else msgspec.json.encode(body)
+        return self._json("POST", path, await self._call("POST", path, content, timeout, {**self._control, **lease}))
 
-    async def infer(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
-        """Post to an inference route, which the API key guards."""
-        return await self._call("POST", path, body, None, headers)
+    async def infer(
+        self, path: str, body: bytes, headers: Mapping[str, str], decode: Callable[[bytes], T], timeout: float
+    ) -> T:
+        """Post to an inference route, which the API key guards, and decode what it answers."""
+        raw = await self._call("POST", path, body, timeout, headers)
+        try:
+            return decode(raw)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._error(f"POST {path} answered in a shape that is not vLLM's", retryable=True) from error
+
+    async def frames(
+        self, path: str, body: bytes, decode: Callable[[bytes], T], timeout: float, silence: float
+    ) -> AsyncGenerator[T]:
+        """Post to an inference route that answers in frames: four bytes of length, big-endian, and so many bytes.
+
+        Raises `ServerError` also where no frame comes for `silence` seconds. Leaving it early hangs up.
+        """
+        async with self._request("POST", path, body, timeout, {}, silence=silence) as response:
+            if response.status >= 300:
+                raise self._refusal("POST", path, response.status, await response.read())
+            while True:
+                try:
+                    length = await response.content.readexactly(4)
+                    frame = await response.content.readexactly(int.from_bytes(length, "big"))
+                except asyncio.IncompleteReadError as error:
+                    if error.partial or response.content.exception() is not None:
+                        raise self._error(f"POST {path} was cut off", retryable=True) from None
+                    return
+                try:
+                    decoded = decode(frame)
+                except ValueError as error:
+                    raise self._error(f"POST {path} answered something unknown", retryable=True) from error
+                yield decoded
 
     async def close(self) -> None:
         """Close the pooled connections."""
         if self._session is not None:
             await self._session.close()
 
-    async def _call(self, method: str, path: str, body: Any, timeout: float | None, headers: Mapping[str, str]) -> Any:
+    async def _call(
+        self, method: str, path: str, body: bytes | None, timeout: float | None, headers: Mapping[str, str]
+    ) -> bytes:
         limit = self.timeout if timeout is None else timeout
+        async with self._request(method, path, body, limit, headers) as response:
+            raw = await response.read()
+            if response.status >= 300:
+                raise self._refusal(method, path, response.status, raw)
+            return raw
+
+    @asynccontextmanager
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        limit: float,
+        headers: Mapping[str, str],
+        silence: float | None = None,
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
+        """The answer's head; whatever goes wrong within is a `ServerError`."""
+        limits = aiohttp.ClientTimeout(
+            total=limit, sock_connect=min(self._connect_timeout, limit), sock_read=min(silence or limit, limit)
+        )
         try:
             async with self._open().request(
                 method,
                 self.name + path,
-                data=None if body is None else json.dumps(body),
+                data=body,
                 headers={**self._authorization, **headers, "Content-Type": "application/json"},
-                timeout=aiohttp.ClientTimeout(total=limit, sock_connect=min(self._connect_timeout, limit)),
+                timeout=limits,
                 ssl=self._ssl if self._ssl is not None else True,
+                allow_redirects=False,  # keys are not for others
             ) as response:
-                raw = await response.read()
+                yield response
         except TimeoutError as error:
             raise self._error(f"{method} {path} was not answered within {limit:g} s", retryable=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise self._error(f"{method} {path} failed: {type(error).__name__}", retryable=True) from None
-        if response.status >= 400:
-            raise self._error(
-                f"{method} {path} answered {response.status}: {_words(raw)}",
-                status=response.status,
-                retryable=response.status in RETRYABLE,
-            )
+            raise self._error(f"{method} {path} failed: {_reason(error)}", retryable=True) from None
+
+    def _refusal(self, method: str, path: str, status: int, raw: bytes) -> ServerError:
+        said, retryable = _words(raw), status in RETRYABLE
+        return ServerError(
+            f"{method} {path} answered {status}: {said}", url=self.name, status=status, said=said, retryable=retryable
+        )
+
+    def _json(self, method: str, path: str, raw: bytes) -> Any:
         try:
             return json.loads(raw) if raw.strip() else None
         except ValueError:
@@ -144,8 +201,8 @@ class Server:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=75))
         return self._session
 
-    def _error(self, problem: str, *, status: int | None = None, retryable: bool = False) -> ServerError:
-        return ServerError(problem, url=self.name, status=status, retryable=retryable)
+    def _error(self, problem: str, *, retryable: bool = False) -> ServerError:
+        return ServerError(problem, url=self.name, retryable=retryable)
 
 
 def _authorization(url: str, api_key: str | None) -> dict[str, str]:
@@ -155,6 +212,13 @@ def _authorization(url: str, api_key: str | None) -> dict[str, str]:
     if parts.username is None:
         return {}
     return {"Authorization": aiohttp.BasicAuth(unquote(parts.username), unquote(parts.password or "")).encode()}
+
+
+def _reason(error: Exception) -> str:
+    """What kind of failure: never the error's own text, which may repeat what was sent."""
+    system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    strerror = getattr(system, "strerror", None)
+    return f"{type(error).__name__} ({strerror})" if strerror else type(error).__name__
 
 
 def _words(raw: bytes) -> str:

@@ -221,6 +221,7 @@ def server_environment(
     """The environment of a server: this process's, without what torchrun put there. Keys travel here, not in `ps`."""
     variables = {name: value for name, value in lifeline.environment().items() if not _TORCHRUN.fullmatch(name)}
     variables |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
+    variables.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # behind the control key
     if plugins := variables.get("VLLM_PLUGINS"):
         variables["VLLM_PLUGINS"] = f"{plugins},vgen"
     if api_key is not None:

@@ -119,8 +119,8 @@ class Generation:
         in this thread, with each as it is done.
 
         Raises:
-            PromptError: A prompt is empty, too long or holds an unknown id. Nothing was generated. With
-                `refused="mark"` the others are, and its completions carry the error.
+            PromptError: A prompt is empty, too long, holds an unknown id, or was refused by the engine. With
+                `refused="mark"` the others are generated, and its completions carry the error.
             EngineStateError: The engine is asleep, failed or closed.
             EngineError: The engine broke; it is `failed` now.
         """
@@ -137,6 +137,8 @@ class Generation:
                     sampled = self._sample(job, traced, on_completion)
                 with self._profiling.span(names.DECODE_OUTPUTS):
                     result = job.place(sampled, self._version)
+                if refused == "raise" and (error := next((c.error for c in result if c.error is not None), None)):
+                    raise error  # what only the engine could tell
                 if self._profiling.enabled:
                     span.set(counts(result))
                     measure(self._profiling, engine_span, result, self._request_spans, traced.own, self._decode)
@@ -208,7 +210,7 @@ class Generation:
             except BaseException as raised:
                 error = type(raised).__name__
                 if isinstance(raised, EngineError):
-                    self._states.fail("stream", str(raised))
+                    self._broken("stream", raised)
                 raise
             finally:
                 if profiling.enabled:
@@ -482,9 +484,14 @@ class Generation:
                     if on_completion is not None and job.owns(completion):
                         on_completion(job.own(completion))
             except EngineError as error:
-                self._states.fail("generate", str(error))
+                self._broken("generate", error)
                 raise
         return done
+
+    def _broken(self, call: str, error: EngineError) -> None:
+        """An engine in this process that broke is failed; servers are known one by one, and some may still be well."""
+        if not self._engine.concurrent:
+            self._states.fail(call, str(error))
 
     def _traced(self, job: Job, parent: Span) -> Traced:
         """The requests of `job` that are traced from here on, beneath `parent`."""

@@ -56,7 +56,12 @@ class Job:
 
     def own(self, completion: Completion) -> Completion:
         """What the engine has sampled, under its prompt's place in the caller's list."""
-        return replace(completion, prompt_index=self.good[completion.prompt_index - self.start])
+        index = self.good[completion.prompt_index - self.start]
+        error = completion.error
+        if error is not None:
+            cause, error = error.__cause__, PromptError(index, error.problem, error.limit)
+            error.__cause__ = cause
+        return replace(completion, prompt_index=index, error=error)
 
     def place(self, sampled: Iterable[Completion], version: str) -> Completions:
         """This rank's completions in prompt order, refused prompts marked; what has not been sampled is missing."""

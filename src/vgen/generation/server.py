@@ -33,7 +33,10 @@ class ServerGeneration(Generation):
         control_key: What guards all others, where `vgen serve` started them.
         pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
         weights_folder: A folder that servers see too, for syncs by checkpoint. The system's temporary one by default.
-        request_timing: Whether each completion's timing is asked for, which takes a call for each.
+        takeover: Whether servers are taken from a trainer that is alive. One that is gone is waited for, a minute at
+            most.
+        request_timing: Whether a stock server is asked for each completion's timing, which takes a call for each;
+            one that `vgen serve` started always says.
         structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
         traced_requests: How many requests of a call, random ones, are traced from their dispatch, the engine's own
@@ -61,6 +64,7 @@ class ServerGeneration(Generation):
         control_key: str | None = None,
         pause_mode: PauseMode = "keep",
         weights_folder: str | None = None,
+        takeover: bool = False,
         request_timing: bool = True,
         structured_outputs_regex: str | None = None,
         request_spans: int = 8,
@@ -70,6 +74,7 @@ class ServerGeneration(Generation):
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
         from ..engines.http import Server
+        from ..engines.peer import STOCK_VERSION
         from ..engines.server import ServerEngine
 
         urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
@@ -81,13 +86,18 @@ class ServerGeneration(Generation):
                 vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
                 request_timing=request_timing,
                 pause_mode=pause_mode,
-                folder=weights_folder,
+                weights_folder=weights_folder,
+                timeout=timeout,
+                takeover=takeover,
             )
             span.set({names.DEVICE: engine.device_type, names.MODEL: engine.model})
+            held = engine.weight_version
         super().__init__(
             engine,
             ModuleSource(model),
             tokenizer=processing_class or tokenizer,
+            # Another trainer has been here, or this one goes on elsewhere: its weights are not the trainer's.
+            stale=held not in (None, weight_version) and (held, weight_version) != (STOCK_VERSION, "0"),
             structured_outputs_regex=structured_outputs_regex,
             request_spans=request_spans,
             traced_requests=traced_requests,

@@ -30,7 +30,9 @@ class Traced:
         chosen: Sequence[Request] = ()
         if profiling.enabled and parent.sampled and count > 0:
             chosen = _RANDOM.sample(job.requests, min(count, len(job.requests)))
-        self._open = {(request.prompt_index, request.generation_index): self._start(request) for request in chosen}
+        self._open: dict[tuple[int, int], tuple[Span, Request]] = {}
+        for request in chosen:
+            self._open[request.prompt_index, request.generation_index] = self._start(request)
         self.own = {(job.own_index(prompt), generation) for prompt, generation in self._open}
         """`(prompt_index, generation_index)` of each, in the caller's numbers."""
 

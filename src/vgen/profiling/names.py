@@ -138,6 +138,15 @@ SYNC_RATE = _attribute("vgen.weight_sync.bandwidth", "double", "Bytes sent for e
 GATHER_SECONDS = _attribute(
     "vgen.weight_sync.gather", "double", "Seconds of the load phase spent waiting for the trainer's model."
 )
+SYNC_RECEIVERS = _attribute("vgen.weight_sync.receivers", "int", "Servers that the weights went to.")
+COPY_SECONDS = _attribute("vgen.weight_sync.copy", "double", "Seconds spent on writing the weights into shared memory.")
+BUCKETS = _attribute("vgen.weight_sync.buckets", "int", "Parts that the weights were sent in.")
+RECEIVER_MIN = _attribute("vgen.weight_sync.receiver.min", "double", "Seconds that the fastest server took for it.")
+RECEIVER_MEDIAN = _attribute("vgen.weight_sync.receiver.median", "double", "Seconds that the median server took.")
+RECEIVER_MAX = _attribute("vgen.weight_sync.receiver.max", "double", "Seconds that the slowest server took.")
+FOREIGN_VERSION = _attribute(
+    "vgen.weight_sync.foreign_version", "string", "What a server held instead of what was expected: another's weights."
+)
 SLEEP_LEVEL = _attribute(
     "vgen.sleep.level",
     "int",
@@ -217,12 +226,23 @@ WEIGHT_SYNC = _span(
     SYNC_RATE,
     TRANSPORT,
     TRANSPORT_REASON,
+    SYNC_RECEIVERS,
+    PAUSED_SECONDS,
+    FOREIGN_VERSION,
     ENGINE,
 )
-SYNC_TRANSFER = _span("vgen.weight_sync.transfer", "The weights go to where the engines can read them.", GATHER_SECONDS)
+_RECEIVERS = (RECEIVER_MIN, RECEIVER_MEDIAN, RECEIVER_MAX)
+SYNC_TRANSFER = _span(
+    "vgen.weight_sync.transfer",
+    "The weights go to where the engines can read them; through shared memory, into their layers too.",
+    GATHER_SECONDS,
+    COPY_SECONDS,
+    BUCKETS,
+    *_RECEIVERS,
+)
 SYNC_PAUSE = _span("vgen.weight_sync.pause", "Servers stop scheduling.")
 SYNC_RESUME = _span("vgen.weight_sync.resume", "Servers schedule again.")
-SYNC_LOAD = _span("vgen.weight_sync.load", "The engine takes the weights in.", GATHER_SECONDS)
+SYNC_LOAD = _span("vgen.weight_sync.load", "The engine takes the weights in.", GATHER_SECONDS, *_RECEIVERS)
 SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weights computed are emptied.")
 PAUSE = _span("vgen.pause", "The engine stops scheduling.", PAUSE_MODE, ENGINE)
 RESUME = _span("vgen.resume", "It schedules again.", ENGINE)

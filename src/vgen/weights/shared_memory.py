@@ -9,9 +9,9 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +60,8 @@ class SharedMemoryTransfer:
     ) -> None:
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
-        self._client = client
+        self.client = client
+        """May be replaced by another that reaches the same server."""
         self._bytes = bucket_bytes
         self._directory = Path(directory) if directory is not None else shared_directory()
         self._buckets: list[_Bucket] = []
@@ -75,25 +76,40 @@ class SharedMemoryTransfer:
 
         After an error the server has its old layers with perhaps mixed content, and a later `send` may bring it back.
         """
+        self.stream(source)
+        self.finish(version)
+
+    def stream(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """The first half of `send`: all weights are there, and loaded but for what the last call does."""
         self.copy_seconds = self.load_seconds = 0.0
         self.buckets_sent = 0
-        try:
+        with self._closing():
             self._open()
-            self._client.start_weight_update()
+            self.client.start_weight_update()
             try:
                 with ThreadPoolExecutor(1, "vgen-shm") as sender:
                     self._stream(source, sender)
             except BaseException:
                 self._abort()
                 raise
+
+    def finish(self, version: str | None = None) -> None:
+        """The second half: the weights are put to use, under `version`."""
+        with self._closing():
             start = time.monotonic()
-            self._client.finish_weight_update(version)
+            self.client.finish_weight_update(version)
             self.load_seconds += time.monotonic() - start
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Close after any error, which becomes a `WeightSyncError`."""
+        try:
+            yield
         except BaseException as error:
             self.close()
             if isinstance(error, WeightSyncError) or not isinstance(error, Exception):
                 raise
-            raise _as_sync_error(error) from error
+            raise as_sync_error(error) from error
 
     def close(self) -> None:
         """Give the memory back."""
@@ -116,12 +132,12 @@ class SharedMemoryTransfer:
     def _introduce(self) -> None:
         paths = {"paths": [bucket.path for bucket in self._buckets]}
         try:
-            self._client.init_weight_transfer_engine(paths)
+            self.client.init_weight_transfer_engine(paths)
         except Exception as error:
             if LEFT_OPEN not in str(error):
                 raise
             self._abort()
-            self._client.init_weight_transfer_engine(paths)
+            self.client.init_weight_transfer_engine(paths)
         for bucket in self._buckets:
             bucket.unlink()
 
@@ -149,15 +165,15 @@ class SharedMemoryTransfer:
             self.load_seconds += time.monotonic() - start
 
     def _update(self, bucket: _Bucket, last: bool) -> None:
-        self._client.update_weights({"path": bucket.path, "tensors": bucket.tensors, "last": last})
+        self.client.update_weights({"path": bucket.path, "tensors": bucket.tensors, "last": last})
         self.buckets_sent += 1
 
     def _abort(self) -> None:
         """End the update that is under way. The server answers with errors: that it was given up, and is over."""
         with suppress(Exception):
-            self._client.update_weights({"abort": True})
+            self.client.update_weights({"abort": True})
         with suppress(Exception):
-            self._client.finish_weight_update()
+            self.client.finish_weight_update()
 
 
 class _Bucket:
@@ -256,13 +272,13 @@ def make_directory(directory: Path) -> None:
                     os.close(file)
 
 
-def _as_sync_error(error: Exception) -> WeightSyncError:
-    """The worker's own words where it is the one that failed, else the client's."""
+def as_sync_error(error: Exception, *, phase: str = "transfer", receiver: str = "server") -> WeightSyncError:
+    """The worker's own words where it is the one that failed, else the client's, which happened in `phase`."""
     text = str(error) or type(error).__name__
     text = text.partition("', please check the stack trace above")[0]  # what vLLM's executor adds
     said = re.search(
         r"weight sync failed in phase '(\w+)' of server(?: at parameter '([^']*)')?: (.*)", text, re.DOTALL
     )
     if said is None:
-        return WeightSyncError(text, phase="transfer", receiver="server")
-    return WeightSyncError(said[3], phase=said[1], parameter=said[2], receiver="server")
+        return WeightSyncError(text, phase=phase, receiver=receiver)
+    return WeightSyncError(said[3], phase=said[1], parameter=said[2], receiver=receiver)

@@ -1,0 +1,241 @@
+"""How one call's requests are spread over servers, and nothing of it is lost or done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from ..errors import EngineError, PromptError, ServerError
+from ..types import Completion
+from . import batches, completions
+from .base import Batch, Request
+from .peer import Peer
+
+CONCURRENCY = 1024
+"""Calls that one server is given at a time, where each is for one completion."""
+ATTEMPTS = 4
+"""How often a request is sent in all before its error is the caller's. Only what was not answered is sent again."""
+REFUSALS = (400, 413, 422)
+"""What a server answers to a request that makes no sense to it."""
+BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One `stream`: what is still to be sent, what has arrived."""
+
+    batch: Batch
+    timing: bool
+    timeout: float
+    waiting: deque[Request] = field(default_factory=deque[Request])
+    arrived: queue.SimpleQueue[Completion | BaseException] = field(default_factory=queue.SimpleQueue)
+    attempts: Counter[tuple[int, int]] = field(default_factory=Counter[tuple[int, int]])
+    unanswered: int = 0
+    workers: int = 0
+    one_by_one: bool = False
+    """A call for several was refused: each is sent by itself, so that one bad prompt does not lose the others."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    deadline: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.waiting.extend(self.batch.requests)
+        self.unanswered = len(self.waiting)
+        self.deadline = time.monotonic() + self.timeout
+
+    def finish(self, done: Future[None]) -> None:
+        """Wake whoever waits for what will not arrive any more."""
+        if not done.cancelled():
+            error = done.exception()
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            self.arrived.put(error or EngineError("the servers answered fewer completions than were asked for"))
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, never quite none."""
+        return max(self.deadline - time.monotonic(), 0.001)
+
+    def notify(self) -> None:
+        self.changed.set()
+
+    def answer(self, completion: Completion) -> None:
+        self.arrived.put(completion)
+        self.unanswered -= 1
+        self.notify()
+
+    def put_back(self, requests: Sequence[Request], error: ServerError) -> None:
+        """Have `requests` sent again. Raises `error` where that cannot help, or has been tried often enough."""
+        for request in requests:
+            self.attempts[place(request)] += 1
+            if not error.retryable or self.attempts[place(request)] >= ATTEMPTS or time.monotonic() > self.deadline:
+                raise error
+        self.waiting.extendleft(reversed(requests))
+        self.notify()
+
+
+def place(request: Request) -> tuple[int, int]:
+    """What tells a request of a batch from the others."""
+    return request.prompt_index, request.generation_index
+
+
+async def serve(work: Work, peers: Sequence[Peer]) -> None:
+    """Have all servers work on `work` until nothing is left, or nobody."""
+    lost: list[ServerError] = []
+    work.workers = len(peers)
+    share = _shares(peers)
+    total = work.unanswered
+    async with asyncio.TaskGroup() as group:
+        for peer in peers:
+            group.create_task(_keep_busy(peer, work, math.ceil(total * share[peer.name]), lost))
+    if work.unanswered:
+        raise lost[-1]  # every server has been lost
+
+
+def _shares(peers: Sequence[Peer]) -> dict[str, float]:
+    """Which part of a call each server is given at first: by how fast they were, and none less than a quarter's due."""
+    known = [peer.speed for peer in peers if peer.speed is not None]
+    usual = sum(known) / len(known) if known else 1.0
+    speeds = {peer.name: min(max(peer.speed or usual, usual / 4), usual * 4) for peer in peers}
+    whole = sum(speeds.values())
+    return {name: speed / whole for name, speed in speeds.items()}
+
+
+async def _keep_busy(peer: Peer, work: Work, limit: int, lost: list[ServerError]) -> None:
+    """Send one server requests until all are answered or it is lost. `limit` is its share of them."""
+    busy: set[asyncio.Task[ServerError | None]] = set()
+    state = _Load(peer, work, limit)
+    failures = 0
+    try:
+        while work.unanswered:
+            if chunk := state.take():
+                busy.add(asyncio.create_task(_send(state, chunk)))
+                await asyncio.sleep(0)  # others take theirs
+                continue
+            work.changed.clear()
+            change = asyncio.create_task(work.changed.wait())
+            done, _ = await asyncio.wait({*busy, change}, return_when=asyncio.FIRST_COMPLETED, timeout=work.left)
+            change.cancel()
+            if not done and time.monotonic() > work.deadline:
+                raise ServerError(f"not all was answered within {work.timeout:g} s", url=peer.name, retryable=True)
+            busy -= done
+            errors = [error for task in done - {change} if isinstance(error := task.result(), ServerError)]
+            if not errors:
+                continue
+            # The others in flight fail by themselves if it is gone; what they bring is welcome.
+            for task in busy:
+                if isinstance(error := await task, ServerError):
+                    errors.append(error)
+            busy.clear()
+            if not await _recovered(peer, work, errors[-1], failures):
+                lost += errors
+                return
+            failures += 1
+    finally:
+        work.workers -= 1
+        work.notify()
+        for task in busy:
+            task.cancel()
+
+
+async def _recovered(peer: Peer, work: Work, error: ServerError, failures: int) -> bool:
+    """Whether a server that failed may be given more. Waits a little, unless others are there to do the work."""
+    busy = error.status in (408, 425, 429)
+    peer.lost = peer.lost or not busy
+    pause = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
+    await asyncio.sleep(min(pause, work.left))
+    return (busy or await peer.back()) and time.monotonic() < work.deadline and failures < 2 * ATTEMPTS
+
+
+class _Load:
+    """What one server has in hand."""
+
+    def __init__(self, peer: Peer, work: Work, limit: int) -> None:
+        self.peer, self.work = peer, work
+        self.outstanding = 0
+        self._batches = "batch" in peer.features
+        self._seeded = any(request.seed is not None for request in work.batch.requests)
+        self._share = limit
+
+    def take(self) -> list[Request]:
+        """The requests of the next call; empty where it has enough, or nothing waits."""
+        work = self.work
+        # /v1/completions reports timing for one completion alone, and has one seed and one trace context for all.
+        single = work.one_by_one or (not self._batches and (work.timing or self._seeded))
+        limit = self._share if work.workers > 1 else len(work.batch.requests)
+        if single:
+            limit = min(limit, CONCURRENCY)
+        elif work.workers > 1:
+            limit = min(limit, 2 * self.peer.max_num_seqs)
+        room = min(limit - self.outstanding, len(work.waiting), 1 if single else len(work.waiting))
+        if room < 1 or (not single and self.outstanding and room < min(len(work.waiting), limit // 4)):
+            return []
+        self.outstanding += room
+        return [work.waiting.popleft() for _ in range(room)]
+
+    async def answers(self, requests: Sequence[Request]) -> AsyncGenerator[Completion | tuple[Request, ServerError]]:
+        """What the server makes of `requests`."""
+        work, peer = self.work, self.peer
+        if self._batches:
+            async with aclosing(batches.complete(peer.server, work.batch, requests, work.left)) as stream:
+                async for answer in stream:
+                    yield answer
+        else:
+            for answer in await completions.complete(peer.server, peer.model, work.batch, requests, work.left):
+                yield answer
+
+
+async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
+    """One call; an error that may be the server's puts what was not answered back for others and is returned."""
+    work, start, tokens = load.work, time.monotonic(), 0
+    waiting = {place(request): request for request in requests}
+    failed: ServerError | None = None
+    try:
+        async with aclosing(load.answers(requests)) as answers:
+            async for answer in answers:
+                load.outstanding -= 1
+                if isinstance(answer, Completion):
+                    del waiting[answer.prompt_index, answer.generation_index]
+                    tokens += len(answer.token_ids)
+                    work.answer(answer)
+                    continue
+                request, error = answer
+                del waiting[place(request)]
+                if error.retryable:
+                    failed = error
+                    work.put_back([request], error)
+                else:
+                    work.answer(refused(request, error))
+        load.peer.measured(tokens, time.monotonic() - start)
+    except ServerError as error:
+        load.outstanding -= len(waiting)
+        if error.status in REFUSALS:
+            if len(requests) == 1:
+                work.answer(refused(requests[0], error))
+            else:  # whichever it is: one by one
+                work.one_by_one = True
+                work.waiting.extendleft(reversed(requests))
+                work.notify()
+            return None
+        work.put_back(list(waiting.values()), error)
+        return error
+    return failed
+
+
+def refused(request: Request, error: ServerError) -> Completion:
+    """A completion that the server refused."""
+    refusal = PromptError(request.prompt_index, f"was refused by {error.url}: {error.said or error}")
+    refusal.__cause__ = error
+    return Completion(
+        prompt_index=request.prompt_index,
+        generation_index=request.generation_index,
+        token_ids=[],
+        finish_reason="error",
+        error=refusal,
+    )

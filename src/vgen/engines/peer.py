@@ -1,0 +1,181 @@
+"""One server as the engine in front of it knows it: what it can do, its lease, whether its weights are known."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ..errors import EngineError, ServerError
+from .http import Server
+
+logger = logging.getLogger("vgen.engines.server")
+
+PROBE_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+"""A trainer that is gone holds its servers for so long."""
+STOCK_VERSION = "default"
+"""What vLLM calls the weights that it has started with."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """A server, and what it has said of itself."""
+
+    server: Server
+    model: str
+    max_model_length: int
+    device_type: str = "unknown"
+    features: frozenset[str] = frozenset()
+    """Of vgen's own, where `vgen serve` started it: `batch`, `lease`, `shared_memory`, …; none on a stock server."""
+    controlled: bool = False
+    """Whether its weights, sleep and pause can be had: it is in development mode, and the keys are right."""
+    vocabulary_size: int | None = None
+    max_num_seqs: int = 256
+    weight_version: str | None = None
+    """What it should hold; None where it cannot say."""
+    adapters: dict[str, str] = field(default_factory=dict[str, str])
+    """LoRA adapters that were loaded here, and from where."""
+    lost: bool = False
+    """It was out of reach: it may have been started anew since, with other weights."""
+    speed: float | None = None
+    """Completion tokens for each second, smoothed over the last calls."""
+
+    @property
+    def name(self) -> str:
+        return self.server.name
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """It has answered a call with so many tokens."""
+        if tokens and seconds > 0:
+            rate = tokens / seconds
+            self.speed = rate if self.speed is None else 0.7 * self.speed + 0.3 * rate
+
+    async def back(self) -> bool:
+        """Whether a server that was lost is there again, with the weights that it should hold."""
+        try:
+            await self.server.get("/health", timeout=PROBE_SECONDS)
+            holds = await held_version(self.server)
+        except ServerError:
+            return False
+        if self.controlled and holds != self.weight_version:
+            logger.warning(
+                "vgen: %s is back with weights %r, not %r: it is left out until the next sync",
+                self.name,
+                holds,
+                self.weight_version,
+            )
+            return False
+        self.lost = False
+        return True
+
+
+async def describe(server: Server) -> Peer:
+    """Ask a server what it is. Raises `ServerError` or `EngineError`, with what to do."""
+    try:
+        found = dict((await server.get("/v1/models", timeout=PROBE_SECONDS))["data"][0])
+        peer = Peer(server, str(found["id"]), int(found["max_model_len"]))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise EngineError(f"{server.name} does not answer as a vLLM server does: is it one?") from error
+    peer.features = await _features(server)
+    try:
+        config = (await server.get("/server_info?config_format=json", timeout=60.0))["vllm_config"]
+        peer.controlled = True
+        peer.device_type = str(config["device_config"]["device"])
+        peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
+        mode = config["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            logger.warning(
+                "vgen: %s returns %s: its log-probabilities are not those that tokens were sampled with; "
+                "start it with --logprobs-mode processed_logprobs",
+                server.name,
+                mode,
+            )
+    except (ServerError, KeyError, TypeError, ValueError):
+        what = "not in development mode" if not peer.features else "asking for a control key"
+        fix = "pass control_key" if peer.features else "start it with `vgen serve`, or with VLLM_SERVER_DEV_MODE=1"
+        logger.warning("vgen: %s is %s: no weight sync, sleep or pause; %s", server.name, what, fix)
+    if peer.controlled:
+        if not peer.features:
+            logger.info(
+                "vgen: %s was not started by `vgen serve`: weights travel as checkpoints, and completions have either "
+                "timing or weight versions",
+                server.name,
+            )
+        with suppress(ServerError):
+            peer.weight_version = await held_version(server)
+    return peer
+
+
+async def held_version(server: Server) -> str | None:
+    """The version of the weights that it holds now; None where it does not say."""
+    try:
+        return (await server.get("/weight_info", timeout=PROBE_SECONDS))["weight_version"]
+    except ServerError as error:
+        if error.status == 404:
+            return None
+        raise
+    except (KeyError, TypeError):
+        return None
+
+
+async def _features(server: Server) -> frozenset[str]:
+    try:
+        return frozenset((await server.get("/vgen/info", timeout=PROBE_SECONDS))["features"])
+    except ServerError as error:
+        if error.status == 401 and "vgen_control_key" in error.said:
+            return frozenset({"batch"})  # inference needs no control key
+        if error.status is None:
+            raise
+    except (KeyError, TypeError):
+        pass
+    return frozenset()
+
+
+class LeaseHolder:
+    """Holds one server's lease, renewed in the background, until `release`."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._renewing = server, None
+
+    async def take(self, timeout: float, *, takeover: bool) -> None:
+        """Take it. A dead holder's is waited for until it expires; a living one's is an `EngineError`."""
+        holder = f"{socket.gethostname()}:{os.getpid()}"
+        wanted = {"holder": holder, "ttl_seconds": LEASE_SECONDS, "takeover": takeover}
+        give_up = time.monotonic() + min(timeout, LEASE_SECONDS + PROBE_SECONDS)
+        while True:
+            try:
+                self._server.lease = (await self._server.post("/vgen/lease", wanted, timeout=PROBE_SECONDS))["token"]
+                break
+            except ServerError as error:
+                if error.status != 409:
+                    raise
+                if time.monotonic() > give_up:
+                    raise EngineError(
+                        f"{self._server.name} serves another trainer, which is alive: {error.said or error}; "
+                        "construct with takeover=True to take it from there"
+                    ) from None
+                await asyncio.sleep(1.0)
+        self._renewing = asyncio.create_task(self._renew())
+
+    async def release(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            self._renewing = None
+            with suppress(ServerError):
+                await self._server.post("/vgen/lease/release", {}, timeout=PROBE_SECONDS)
+            self._server.lease = None
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            try:
+                await self._server.post("/vgen/lease/renew", {}, timeout=PROBE_SECONDS)
+            except ServerError as error:
+                if error.status == 409:  # another trainer has taken over; whatever this one sends is refused
+                    logger.warning("vgen: %s has been taken over: %s", self._server.name, error.said)
+                    return
