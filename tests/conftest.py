@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401  # its plugin would import it at the very end, beside whatever is being torn down
 import pytest
 
 from vgen.profiling import ProfilingContext

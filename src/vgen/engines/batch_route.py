@@ -7,6 +7,7 @@ take a call for each completion. This route asks the same engine for the same, a
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -104,7 +105,7 @@ class _Work:
             outputs = [output async for output in stream]  # one alone: it asks for the final one
             self._done.put_nowait(_done(index, outputs[-1]))
         except Exception as error:
-            status = 400 if isinstance(error, ValueError | TypeError) else 503
+            status = 400 if isinstance(error, _refusals()) else 503
             self._done.put_nowait(Failed(index, status, f"{type(error).__name__}: {error}"))
 
 
@@ -118,8 +119,16 @@ async def _input(batch: BatchRequest, index: int, state: Any) -> Any:
     try:
         (engine_input,) = await state.engine_client.renderer.render_cmpl_async([prompt])
         return engine_input
-    except (ValueError, TypeError) as error:
+    except _refusals() as error:
         return error
+
+
+@functools.cache
+def _refusals() -> tuple[type[Exception], ...]:
+    """What the engine raises for a request that is not right."""
+    from vllm.exceptions import VLLMClientError
+
+    return VLLMClientError, ValueError, TypeError
 
 
 def _final(parameters: Any) -> Any:

@@ -54,10 +54,12 @@ class ServerEngine:
         if len(set(names)) < len(names):
             raise ValueError(f"base_urls names a server twice: {', '.join(names)}")
         self._request_timing, self._timeout = request_timing, timeout
-        self._pause_mode: PauseMode = pause_mode
+        self.pause_mode: PauseMode = pause_mode
+        """What becomes of requests in flight during a sync."""
         self._loop, self._leases = Loop(), list[LeaseHolder]()
         self._in_flight: set[Work] = set()
-        self._paused = False
+        self._held = False
+        """Scheduling was stopped, by a pause or a sleep, and is not for a sync to start again."""
         self._adapters = threading.Lock()
         self._peers: list[Peer] = []
         self._servers = tuple(servers)
@@ -139,7 +141,7 @@ class ServerEngine:
                     receiver=peer.name,
                 )
         try:
-            self._updater.sync(source, version, trace, mode=self._pause_mode, resume=not self._paused)
+            self._updater.sync(source, version, trace, mode=self.pause_mode, resume=not self._held)
         except BaseException:
             self._abandon(EngineError("a weight sync failed while this was in flight"))
             raise
@@ -150,22 +152,23 @@ class ServerEngine:
 
     def pause(self, mode: PauseMode) -> None:
         self._control(lambda peer: peer.server.post(f"/pause?mode={mode}"))
-        self._paused = True
+        self._held = True
 
     def resume(self) -> None:
         self._control(lambda peer: peer.server.post("/resume"))
-        self._paused = False
+        self._held = False
 
     def sleep(self, level: int) -> SleepReport:
         """Put every server to sleep."""
         self._control(lambda peer: peer.server.post(f"/sleep?level={level}"))
-        self._updater.forget()
+        self._held = True
         return SleepReport(memory_freed=self.device_type != "cpu")
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Wake every server."""
         query = "&".join(f"tags={tag}" for tag in tags)
         self._control(lambda peer: peer.server.post(f"/wake_up?{query}"))
+        self._held = self._held and "kv_cache" not in tags
         return SleepReport(memory_freed=self.device_type != "cpu")
 
     def close(self) -> None:

@@ -66,10 +66,6 @@ class Updater:
         for peer in peers:
             peer.lost, peer.weight_version = False, version
 
-    def forget(self) -> None:
-        """Introduce this trainer anew at the next sync."""
-        self._known = ()
-
     def close(self) -> None:
         """Give the shared memory back."""
         if self._transfer is not None:

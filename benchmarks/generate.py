@@ -1,0 +1,405 @@
+"""Generation through a server, side by side with what one would use instead.
+
+    python benchmarks/generate.py            # a table
+    python benchmarks/generate.py --json     # one JSON object
+    python benchmarks/generate.py --markdown # the page docs/generate.md
+    python benchmarks/generate.py --size 1.5b --prompts 256 --tokens 256   # on a GPU
+
+One server that `vgen serve` starts, one model made on the spot, the same prompts for all. The cases run in turn,
+`--rounds` times, so that a machine that slows down slows all of them; quoted are medians, and the median of the ratios
+to the batched call of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vgen import Sampling, ServerGeneration
+from vgen.engines.launch import ServerProcess, on_cpu, start_server
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "1.5b": dict(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    ),
+}
+IN_FLIGHT = 4096
+DECODED = 256, 2048
+TRL = "TRL's VLLMClient"
+
+
+class Model:
+    """A trainer's model as far as generation asks for one."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def post(url: str, body: Any, key: str) -> Any:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.loads(answer.read())
+
+
+def wants(model: str, prompt: Any, tokens: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        **more,
+    }
+
+
+def cases(
+    server: ServerProcess, key: str, generation: dict[str, ServerGeneration], prompts: list[list[int]], tokens: int
+) -> dict[str, Callable[[], int]]:
+    """Each samples a completion of every prompt and returns how many tokens it got."""
+    url, model = server.url, server.model
+    pool = ThreadPoolExecutor(256)
+
+    def count(answer: Any) -> int:
+        return sum(len(choice["token_ids"]) for choice in answer["choices"])
+
+    def batched() -> int:
+        return count(post(f"{url}/v1/completions", wants(model, prompts, tokens), key))
+
+    def single() -> int:
+        def one(prompt):
+            return count(post(f"{url}/v1/completions", wants(model, prompt, tokens), key))
+        return sum(pool.map(one, prompts))
+
+    def token_in_token_out() -> int:
+        params = {"max_tokens": tokens, "ignore_eos": True, "logprobs": 0}
+        def one(prompt):
+            return count(
+                    post(f"{url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": params}, key)
+                )
+        return sum(pool.map(one, prompts))
+
+    def ours(name: str) -> Callable[[], int]:
+        sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+        return lambda: generation[name].generate(prompts, sampling).output_tokens
+
+    found: dict[str, Callable[[], int]] = {"/v1/completions, one call": batched}
+    try:
+        from trl.generation.vllm_client import VLLMClient
+    except ImportError:
+        pass
+    else:
+        # It has no way to pass a key: it is given one here, as its users do.
+        client = VLLMClient.__new__(VLLMClient)
+        import requests
+
+        client.session, client.base_url, client.model = requests.Session(), url, model
+        client.session.headers["Authorization"] = f"Bearer {key}"
+
+        def trl() -> int:
+            more = {"ignore_eos": True}
+            answer = client.generate(prompts, max_tokens=tokens, temperature=1.0, generation_kwargs=more)
+            return sum(map(len, answer["completion_ids"]))
+
+        found[TRL] = trl
+    found |= {
+        "vgen, without timing, stock routes": ours("batched"),
+        "/v1/completions, a call for each": single,
+        "/inference/v1/generate, a call for each": token_in_token_out,
+        "vgen, with timing, stock routes": ours("single"),
+        "vgen": ours("vgen"),
+        "vgen, every request traced": ours("traced"),
+    }
+    return found
+
+
+def connect(server: ServerProcess, key: str, config: Any) -> dict[str, ServerGeneration]:
+    from vgen import ProfilingContext
+    from vgen.testing import MemorySink
+
+    def one(stock: bool, **more: Any) -> ServerGeneration:
+        made = ServerGeneration(Model(config), base_urls=server.url, api_key=key, request_spans=0, **more)
+        if stock:
+            for peer in made.engine.peers:
+                peer.features = frozenset()
+        return made
+
+    traced = ProfilingContext([MemorySink()])
+    return {
+        "batched": one(True, request_timing=False),
+        "single": one(True, request_timing=True),
+        "vgen": one(False),
+        "traced": one(False, traced_requests=sys.maxsize, profiling=traced),
+    }
+
+
+def bare(folder: str, prompts: list[list[int]], tokens: int, rounds: int) -> list[float]:
+    """`vllm.LLM` in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    more: dict[str, Any] = {"gpu_memory_utilization": 0.35}
+    if on_cpu():
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        more = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
+    llm = LLM(folder, max_model_len=4096, logprobs_mode="processed_logprobs", **more)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
+    inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found: list[float] = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        llm.generate(inputs, params, use_tqdm=False)
+        found.append(time.perf_counter() - start)
+    return found[1:]
+
+
+def decode(rounds: int = 5) -> dict[str, Any]:
+    """Making Python lists of a reply of 256 × 2,048 tokens with log-probabilities, as it comes over the wire."""
+    from vgen.engines import batches, completions, frames
+    from vgen.engines.base import Request
+
+    many, length = DECODED
+    ids = [[(i * 7919 + j) % 150_000 for j in range(length)] for i in range(many)]
+    values = [[-((j % 97) / 7 + 1e-3) for j in range(length)] for _ in range(many)]
+    choices = [
+        {
+            "index": i,
+            "text": "x" * length,
+            "logprobs": {
+                "text_offset": list(range(length)),
+                "token_logprobs": values[i],
+                "tokens": [f"token_id:{token}" for token in ids[i]],
+                "top_logprobs": [{f"token_id:{token}": value} for token, value in zip(ids[i], values[i], strict=True)],
+            },
+            "finish_reason": "length",
+            "token_ids": ids[i],
+            "prompt_token_ids": [1, 2, 3],
+        }
+        for i in range(many)
+    ]
+    reply = json.dumps({"id": "cmpl-x", "choices": choices}).encode()
+    requests = [Request(i, 0, [1, 2, 3], None) for i in range(many)]
+    packed = [
+        frames.encode(
+            frames.Done(i, "length", frames.ints(ids[i]), frames.floats(values[i]), None, None, None, None, 0.0, 0, 0)
+        )
+        for i in range(many)
+    ]
+
+    def stock() -> Any:
+        answer = completions._decode(completions._Answer, reply)
+        pairs = zip(requests, answer.choices, strict=True)
+        return [completions._completion(request, choice, "", None) for request, choice in pairs]
+
+    def route() -> Any:
+        return [
+            batches._completion(requests[done.index], done, "") for done in (frames.decode_frame(raw) for raw in packed)
+        ]
+
+    ways: dict[str, Callable[[], Any]] = {"vgen, stock routes": stock, "vgen": route}
+    try:
+        from trl.generation.vllm_client import parse_logprobs
+    except ImportError:
+        pass
+    else:
+
+        def trl() -> Any:
+            found = json.loads(reply)["choices"]
+            return [choice["token_ids"] for choice in found], parse_logprobs([choice["logprobs"] for choice in found])
+
+        ways = {TRL: trl, **ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            gc.collect()
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    assert [c.token_ids for c in route()] == ids == [c.token_ids for c in stock()]
+    return {
+        "seconds": medians,
+        "bytes": {"/v1/completions": len(reply), "vgen": sum(map(len, packed))},
+        "of_trl": {name: found / medians[TRL] for name, found in medians.items()} if TRL in medians else {},
+    }
+
+
+def in_flight(generation: ServerGeneration, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    """`IN_FLIGHT` prompts at once: what they grow this process by, against the same reply as JSON."""
+    many = [prompts[i % len(prompts)] for i in range(IN_FLIGHT)]
+    gc.collect()
+    before = resident()
+    peak = [before]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    result = generation.generate(many, Sampling(max_tokens=tokens, ignore_eos=True))
+    seconds = time.perf_counter() - start
+    ended.set()
+    watcher.join()
+    as_json = sum(94 * len(completion.token_ids) + 300 for completion in result)  # as /v1/completions would answer
+    return {
+        "prompts": IN_FLIGHT,
+        "tokens": result.output_tokens,
+        "seconds": seconds,
+        "growth_bytes": peak[0] - before,
+        "reply_as_json_bytes": as_json,
+        "of_reply": (peak[0] - before) / as_json,
+        "complete": len(result) == IN_FLIGHT,
+    }
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> dict[str, Any]:
+    from vgen.testing import tiny_model
+
+    folder = tempfile.mkdtemp(prefix="vgen-benchmark-")
+    model, _ = tiny_model(folder, **SIZES[size])
+    if size != "tiny":
+        import torch
+
+        model = model.to(torch.bfloat16)
+        model.save_pretrained(folder)
+    config, key = model.config, "benchmark-key"
+    del model
+    prompts = [[1 + (i * 31 + j) % 250 for j in range(32)] for i in range(many)]
+    found: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "size": size,
+        "prompts": many,
+        "tokens": tokens,
+    }
+    alone = bare(folder, prompts, tokens, rounds) if with_bare else None
+    arguments = ["--max-model-len", "4096", "--no-enable-prefix-caching"]
+    arguments += ["--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30)] if on_cpu() else []
+    if not on_cpu():
+        arguments += ["--gpu-memory-utilization", "0.5"]
+    with start_server(folder, api_key=key, arguments=arguments) as server:
+        generation = connect(server, key, config)
+        ways = cases(server, key, generation, prompts, tokens)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_number in range(rounds + 1):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                got = way()
+                took = time.perf_counter() - start
+                assert got == many * tokens, (name, got)
+                if round_number:  # the first warms up
+                    seconds[name].append(took)
+        base = seconds["/v1/completions, one call"]
+        each = seconds["/v1/completions, a call for each"]
+        found["rows"] = {
+            name: {
+                "seconds": statistics.median(row),
+                "min": min(row),
+                "max": max(row),
+                "of_one_call": statistics.median(a / b for a, b in zip(row, base, strict=True)),
+                "of_a_call_for_each": statistics.median(a / b for a, b in zip(row, each, strict=True)),
+            }
+            for name, row in seconds.items()
+        }
+        if alone is not None:
+            row = {"seconds": statistics.median(alone), "min": min(alone), "max": max(alone)}
+            found["rows"] = {"vllm.LLM, in process": row, **found["rows"]}
+        found["in_flight"] = in_flight(generation["vgen"], prompts, min(tokens, 64))
+        for each_one in generation.values():
+            each_one.close()
+    found["decode"] = decode()
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    lines = [
+        "# Generation through a server",
+        "",
+        "Made by `python benchmarks/generate.py --markdown > docs/generate.md`; nothing here was typed in. "
+        f"{found['prompts']} prompts × {found['tokens']} tokens, model `{found['size']}`, {found['machine']}.",
+        "",
+        "| | median s | min | max | of one call | of a call for each |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in found["rows"].items():
+        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("of_one_call", "of_a_call_for_each")]
+        lines.append(f"| {name} | {row['seconds']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {' | '.join(ratios)} |")
+    lines += [
+        "",
+        "`vgen` is the batch route of a server that `vgen serve` started: one call, with timing, weight versions and a "
+        "seed of its own for every completion. On a stock server it takes one call without timing, or a call for each.",
+        "",
+        f"## Decoding a reply of {DECODED[0]} × {DECODED[1]:,} tokens with log-probabilities",
+        "",
+        "| | median s | of TRL's |",
+        "|---|---:|---:|",
+    ]
+    decoded = found["decode"]
+    for name, seconds in decoded["seconds"].items():
+        ratio = f"{decoded['of_trl'][name]:.2f}" if decoded["of_trl"] else ""
+        lines.append(f"| {name} | {seconds:.3f} | {ratio} |")
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in decoded["bytes"].items())
+    flight = found["in_flight"]
+    lines += [
+        "",
+        f"On the wire: {sizes}.",
+        "",
+        f"## {flight['prompts']:,} prompts in flight",
+        "",
+        f"{flight['tokens']:,} tokens in {flight['seconds']:.1f} s; this process grew by at most "
+        f"{flight['growth_bytes'] / 1e6:.1f} MB, {flight['of_reply']:.2f} times what the reply of `/v1/completions` would measure "
+        f"({flight['reply_as_json_bytes'] / 1e6:.1f} MB).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-bare", action="store_true", help="leave vllm.LLM out")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    found = measure(options.size, options.prompts, options.tokens, options.rounds, not options.no_bare)
+    print(json.dumps(found, indent=1) if options.json else page(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""`ServerGeneration` in front of the real `vgen serve`: weights, traces, requests in flight, takeovers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
+from vgen.demo import max_logprob_difference
+from vgen.engines.base import EngineState
+from vgen.profiling import names
+from vgen.testing import MemorySink
+
+WARM = [list(range(100)), "a prompt"]
+LONG = Sampling(max_tokens=400, ignore_eos=True)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+
+
+def connect(server: Any, **more: Any) -> ServerGeneration:
+    keys = {"api_key": server.api_key, "control_key": server.control_key, "processing_class": server.tokenizer}
+    return ServerGeneration(server.model, base_urls=[server.base_url], **{"timeout": 120.0, **keys, **more})
+
+
+@pytest.fixture(scope="module")
+def sink() -> MemorySink:
+    return MemorySink()
+
+
+@pytest.fixture(scope="module")
+def profiling(sink) -> ProfilingContext:
+    return ProfilingContext([sink])
+
+
+@pytest.fixture(scope="module")
+def generation(server, profiling) -> Iterator[ServerGeneration]:
+    with connect(server, profiling=profiling) as made:
+        made.sync_weights()  # other tests have changed the model
+        yield made
+
+
+@pytest.mark.parametrize("pause_mode", ["keep", "wait", "abort"])
+def test_fresh_random_weights_are_the_servers_own_and_warm_prompts_know_it(server, generation, sink, pause_mode):
+    generation.engine.pause_mode = pause_mode
+    generation.generate(WARM, Sampling(max_tokens=4))  # into the prefix cache, from the old weights
+    randomize(server.model)
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) > 1e-2
+    sink.spans.clear()
+    report = generation.sync_weights(version=pause_mode)
+    rollouts = generation.generate(WARM, Sampling(max_tokens=24), 3)
+    assert max_logprob_difference(server.model, rollouts) <= 1e-4
+    assert {(version, start) for c in rollouts for version, start, _ in c.weight_versions} == {(pause_mode, 0)}
+    assert report.tensors == 27
+    (sync,) = sink.named(names.WEIGHT_SYNC)
+    assert sync.attributes[names.TRANSPORT] == "shared_memory"
+    assert 0 < sync.attributes[names.PAUSED_SECONDS] <= sync.duration
+    phases = [span for span in sink.spans if span.parent is sync]
+    assert [span.name.rpartition(".")[2] for span in phases] == ["pause", "transfer", "load", "reset_cache", "resume"]
+    assert phases[1].attributes[names.RECEIVER_MIN] == phases[1].attributes[names.RECEIVER_MAX] > 0
+
+
+def test_requests_in_flight_are_kept_and_say_which_weights_sampled_what(server, generation):
+    generation.engine.pause_mode = "keep"
+    generation.sync_weights(version="before")
+    with ThreadPoolExecutor() as pool:
+        flight = pool.submit(generation.generate, [[7]] * 4, LONG)
+        while not busy(server):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        randomize(server.model)
+        generation.sync_weights(version="after")
+        rollouts = flight.result(120)
+    for completion in rollouts:
+        (first, start, middle), (second, again, end) = completion.weight_versions
+        assert (first, start, second, end) == ("before", 0, "after", 400)
+        assert middle == again
+        assert completion.weight_version == "after"
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+
+
+def busy(server: Any) -> bool:
+    lines = str(server.call("/metrics")[1]).splitlines()
+    return any(line.startswith("vllm:num_requests_running") and float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_the_servers_own_spans_lie_beneath_those_that_were_sent_and_no_others_are_made(server, generation, sink):
+    sink.spans.clear()
+    with generation._profiling.step(1):
+        generation.generate([[1, 2, 3]] * 6, Sampling(max_tokens=4), 2)
+    (engine_span,) = sink.named(names.ENGINE_GENERATE)
+    live = {span.span_id: span for span in sink.named(names.REQUEST) if names.REBUILT not in span.attributes}
+    rebuilt = [span for span in sink.named(names.REQUEST) if names.REBUILT in span.attributes]
+    assert len(live) == 2
+    assert len(rebuilt) >= 6
+
+    def theirs():
+        return [span for span in server.collector.spans if span.trace_id.hex() == engine_span.trace_id]
+
+    until = time.monotonic() + 15
+    while len(theirs()) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(0.5)  # any more would have come by now
+    assert sorted(span.parent_span_id.hex() for span in theirs()) == sorted(live)
+    for span in theirs():
+        own = live[span.parent_span_id.hex()]
+        (request_id,) = (pair.value.string_value for pair in span.attributes if pair.key == "gen_ai.request.id")
+        assert request_id.startswith(own.attributes[names.REQUEST_ID])
+        assert own.start_unix_ns <= span.start_time_unix_nano <= span.end_time_unix_nano <= own.end_unix_ns
+
+
+def test_timing_of_every_completion_adds_up_and_lies_within_the_call(generation, sink):
+    sink.spans.clear()
+    rollouts = generation.generate([[1, 2, 3], [4]], Sampling(max_tokens=6, ignore_eos=True), 4)
+    (span,) = sink.named(names.ENGINE_GENERATE)
+    for completion in rollouts:
+        timing = completion.timing
+        assert 0 <= timing.queue < timing.time_to_first_token < timing.e2e
+        assert timing.queue + timing.prefill + timing.decode == pytest.approx(timing.e2e)
+        assert timing.time_per_output_token == pytest.approx(timing.decode / 5)
+        assert span.start_ns <= timing.queued_ns < timing.finished_ns <= span.end_ns
+    generation.generate([list(range(200))], Sampling(max_tokens=2))
+    assert generation.generate([list(range(200))], Sampling(max_tokens=2))[0].timing.cached_tokens > 0
+
+
+def test_a_prompt_that_only_the_server_can_refuse_does_not_lose_the_others(generation):
+    generation._engine.max_model_length, true = 10_000, generation._engine.max_model_length
+    try:
+        with pytest.raises(PromptError, match="prompt 1 was refused"):
+            generation.generate([[1], [2] * 600, [3]], Sampling(max_tokens=2))
+        rollouts = generation.generate([[1], [2] * 600, [3]], Sampling(max_tokens=2), refused="mark")
+    finally:
+        generation._engine.max_model_length = true
+    assert [completion.error is not None for completion in rollouts] == [False, True, False]
+    with pytest.raises(PromptError, match=r"regex|Grammar"):
+        generation.generate([[1]], Sampling(structured_outputs={"regex": "(("}))
+
+
+def test_leaving_a_stream_and_an_interrupt_abort_what_is_left_on_the_server(server, generation):
+    stream = generation.stream([[1]] * 8, Sampling(max_tokens=400))
+    next(stream)
+    stream.close()
+
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generation.generate([[5]] * 8, Sampling(max_tokens=30), on_completion=interrupt)
+    until = time.monotonic() + 20
+    while busy(server) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not busy(server)
+
+
+def test_sleep_is_the_servers_own_and_weights_arrive_between_the_two_wakings(server, generation):
+    generation.sleep(2)
+    assert generation.state is EngineState.ASLEEP
+    assert server.done("/is_sleeping") == {"is_sleeping": True}
+    generation.wake_up(["weights"])
+    randomize(server.model)
+    generation.sync_weights(version="woken")
+    assert generation.state is EngineState.ASLEEP
+    generation.wake_up(["kv_cache"])
+    assert server.done("/is_sleeping") == {"is_sleeping": False}
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+
+
+def test_a_pause_outlasts_a_sync(server, generation):
+    generation.pause("wait")
+    assert server.done("/is_paused") == {"is_paused": True}
+    generation.sync_weights()
+    assert server.done("/is_paused") == {"is_paused": True}
+    generation.resume()
+    assert len(generation.generate([[1]], Sampling(max_tokens=2))) == 1
+
+
+def test_a_sync_that_fails_names_the_parameter_and_the_server_and_the_next_brings_it_back(server, generation):
+    source = generation._source
+
+    class Broken:
+        bytes = tensors = 0
+        seconds = 0.0
+
+        def __iter__(self):
+            for name, tensor in source:
+                yield name, tensor[1:] if name == "model.layers.1.self_attn.k_proj.weight" else tensor
+
+    generation._source = Broken()
+    try:
+        with pytest.raises(WeightSyncError, match="k_proj") as caught:
+            generation.sync_weights()
+    finally:
+        generation._source = source
+    assert caught.value.receiver == server.base_url
+    assert generation.state is EngineState.FAILED
+    generation.sync_weights()
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+
+
+def test_one_trainer_at_a_time_and_another_may_take_over(server, generation):
+    with pytest.raises(EngineError, match="another trainer"):
+        connect(server, timeout=1.0)
+    with connect(server, takeover=True) as other:
+        with pytest.raises(WeightSyncError, match="lease"):
+            generation.sync_weights()
+        other.sync_weights(version="theirs")
+        assert other.generate([[1]], Sampling(max_tokens=2)).weight_version == "theirs"
+    with connect(server) as again:  # the lease was released
+        again.sync_weights()
+
+
+def test_without_the_control_key_it_generates_and_says_what_is_missing(server, caplog):
+    with connect(server, control_key=None) as reader:
+        assert len(reader.generate([[1]] * 3, Sampling(max_tokens=2))) == 3
+        assert all(completion.timing is not None for completion in reader.generate([[1]], Sampling(max_tokens=2)))
+        with pytest.raises(WeightSyncError, match="control_key"):
+            reader.sync_weights()
+    assert "pass control_key" in caplog.text
