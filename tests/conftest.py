@@ -18,6 +18,7 @@ from vgen.testing import MemorySink
 # Nothing comes from a hub, and a look-up would wait for a network that may not be there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # collecting them lists all packages, in a process of its own
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 

@@ -29,8 +29,11 @@ async def complete(
         if isinstance(frame, Done):
             yield _completion(requests[frame.index], frame, f"{call}-{frame.index}")
         elif isinstance(frame, Failed):
-            retryable, problem = frame.status >= 500, f"the engine refused a request: {frame.message}"
-            yield requests[frame.index], ServerError(problem, url=server.name, status=frame.status, retryable=retryable)
+            retryable, problem = frame.status >= 500, f"a request failed in the engine: {frame.message}"
+            yield (
+                requests[frame.index],
+                ServerError(problem, url=server.name, status=frame.status, said=frame.message, retryable=retryable),
+            )
         ended = isinstance(frame, End)
     if not ended:
         raise ServerError("a batch was cut off", url=server.name, retryable=True)
