@@ -3,6 +3,7 @@ that goes wrong, a sink that remembers."""
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import socket
@@ -95,6 +96,8 @@ class FakeEngine:
         self.requests = batch.requests
         self._called("stream")
         for request in batch.requests:
+            if batch.cancellation.cancelled:
+                raise asyncio.CancelledError
             yield self._completion(request, batch.sampling)
 
     def pause(self, mode: PauseMode) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -119,6 +119,30 @@ class Request:
     """The trace context (W3C `traceparent`) that the engine's own span lies beneath."""
 
 
+class Cancellation:
+    """How whoever waits for a batch gives it up, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: list[Callable[[], object]] = []
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """The engine stops working on the batch; its `stream` ends with `asyncio.CancelledError`."""
+        with self._lock:
+            self.cancelled, calls = True, tuple(self._calls)
+        for call in calls:
+            call()
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Have `call` called when it happens, or now if it has."""
+        with self._lock:
+            self._calls.append(call)
+            cancelled = self.cancelled
+        if cancelled:
+            call()
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What an engine is asked for in one call."""
@@ -128,6 +152,7 @@ class Batch:
     lora_request: LoRARequest | None = None
     priority: int = 0
     """Lower is earlier, where the engine's scheduling policy is `priority`."""
+    cancellation: Cancellation = field(default_factory=Cancellation)
 
 
 class Source(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
 from ..types import Completion, LoRARequest, RequestTiming, Sampling, SleepReport
-from .base import Batch, PauseMode, Request, Source, SyncTrace
+from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
 from .logprobs import number
 from .preserve import Randomness, process_group, unchanged_process
 from .reload import NamedStream, reload
@@ -107,7 +108,7 @@ class ColocateEngine:
                     )
                     waiting[request_id] = request
             while waiting:
-                for output in self._next_finished():
+                for output in self._next_finished(batch.cancellation):
                     yield _completion(waiting.pop(output.request_id), output, batch.sampling)
         finally:
             if waiting:
@@ -127,10 +128,12 @@ class ColocateEngine:
             )
         return EngineLoRARequest(wanted.lora_name, adapter_id, wanted.lora_path)
 
-    def _next_finished(self) -> list[Any]:
+    def _next_finished(self, cancellation: Cancellation) -> list[Any]:
         """Run the scheduler until a request is done; returns the outputs of those that are."""
         with self._at_work(), self._randomness.installed():
             while True:
+                if cancellation.cancelled:
+                    raise asyncio.CancelledError
                 try:
                     outputs = self._engine.step()
                 except Exception as error:

@@ -7,7 +7,7 @@ import math
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -124,14 +124,13 @@ async def _keep_busy(peer: Peer, work: Work, limit: int, lost: list[ServerError]
             change.cancel()
             if not done and time.monotonic() > work.deadline:
                 raise ServerError(f"not all was answered within {work.timeout:g} s", url=peer.name, retryable=True)
-            busy -= done
-            errors = [error for task in done - {change} if isinstance(error := task.result(), ServerError)]
+            calls, busy = busy & done, busy - done
+            errors = _failures(calls)
             if not errors:
                 continue
-            # The others in flight fail by themselves if it is gone; what they bring is welcome.
-            for task in busy:
-                if isinstance(error := await task, ServerError):
-                    errors.append(error)
+            if busy:  # they fail by themselves if it is gone; what they bring is welcome
+                await asyncio.wait(busy)
+            errors += _failures(busy)
             busy.clear()
             if not await _recovered(peer, work, errors[-1], failures):
                 lost += errors
@@ -142,6 +141,16 @@ async def _keep_busy(peer: Peer, work: Work, limit: int, lost: list[ServerError]
         work.notify()
         for task in busy:
             task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+
+
+def _failures(calls: Iterable[asyncio.Task[ServerError | None]]) -> list[ServerError]:
+    """The errors that calls have returned, to be recovered from. Raises the first that one has raised."""
+    calls = list(calls)
+    raised = [error for call in calls if (error := call.exception()) is not None]
+    if raised:
+        raise raised[0]
+    return [error for call in calls if (error := call.result()) is not None]
 
 
 async def _recovered(peer: Peer, work: Work, error: ServerError, failures: int) -> bool:

@@ -16,6 +16,7 @@ from .http import Server
 logger = logging.getLogger("vgen.engines.server")
 
 PROBE_SECONDS = 10.0
+OLDEST_VLLM = 0, 30
 LEASE_SECONDS = 60.0
 """A trainer that is gone holds its servers for so long."""
 STOCK_VERSION = "default"
@@ -81,6 +82,7 @@ async def describe(server: Server) -> Peer:
         peer = Peer(server, str(found["id"]), int(found["max_model_len"]))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise EngineError(f"{server.name} does not answer as a vLLM server does: is it one?") from error
+    await _check_version(server)
     peer.features = await _features(server)
     try:
         config = (await server.get("/server_info?config_format=json", timeout=60.0))["vllm_config"]
@@ -109,6 +111,18 @@ async def describe(server: Server) -> Peer:
         with suppress(ServerError):
             peer.weight_version = await held_version(server)
     return peer
+
+
+async def _check_version(server: Server) -> None:
+    """Refuse a vLLM that is too old; one that does not say its version, behind a router, is taken at its word."""
+    try:
+        version = str((await server.get("/version", timeout=PROBE_SECONDS))["version"])
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    except (ServerError, KeyError, TypeError, ValueError):
+        return
+    if numbers < OLDEST_VLLM:
+        least = ".".join(map(str, OLDEST_VLLM))
+        raise EngineError(f"{server.name} runs vLLM {version}, and vgen needs {least} or newer: upgrade the server")
 
 
 async def held_version(server: Server) -> str | None:

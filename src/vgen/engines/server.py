@@ -99,6 +99,7 @@ class ServerEngine:
         self._in_flight.add(work)
         future = self._loop.start(serve(work, peers))
         future.add_done_callback(work.finish)
+        batch.cancellation.then(lambda: work.arrived.put(asyncio.CancelledError()))
         try:
             for _ in batch.requests:
                 try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
-from ..engines.base import Engine, EngineState, PauseMode, Source, StateMachine
+from ..engines.base import Cancellation, Engine, EngineState, PauseMode, Source, StateMachine
 from ..errors import EngineError, EngineStateError, PromptError, VgenError
 from ..profiling import ProfilingContext, Span, names
 from ..profiling.device import DeviceTimer, memory
@@ -25,6 +27,8 @@ TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
 
 
+AGENERATE_THREADS = 1024
+"""How many calls of `agenerate` may wait for servers at a time; a thread is made only where it is needed."""
 SYNC_SECONDS = 600.0
 """How long a generation waits for a weight sync that is under way."""
 
@@ -76,6 +80,7 @@ class Generation:
         self._device = DeviceTimer(self._profiling)
         self._states, self._busy = StateMachine(), threading.Lock()
         self._owner: int | None = None
+        self._executor: ThreadPoolExecutor | None = None
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, weight_version
         self._states.move("construction", EngineState.AWAKE)
@@ -124,7 +129,32 @@ class Generation:
             EngineStateError: The engine is asleep, failed or closed.
             EngineError: The engine broke; it is `failed` now.
         """
-        options = Options(sampling, num_generations, lora_request, priority)
+        return self._generate(
+            Cancellation(),
+            prompts,
+            sampling,
+            num_generations,
+            images=images,
+            lora_request=lora_request,
+            priority=priority,
+            refused=refused,
+            on_completion=on_completion,
+        )
+
+    def _generate(
+        self,
+        cancellation: Cancellation,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        num_generations: int,
+        *,
+        images: Sequence[Sequence[Any] | None] | None = None,
+        lora_request: LoRARequest | None = None,
+        priority: int = 0,
+        refused: Literal["raise", "mark"] = "raise",
+        on_completion: Callable[[Completion], None] | None = None,
+    ) -> Completions:
+        options = Options(sampling, num_generations, lora_request, priority, cancellation)
         with self._generating("generate"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
             with self._profiling.span(names.GENERATE, own) as span:
@@ -159,20 +189,20 @@ class Generation:
         """
         import asyncio
 
-        cancelled = threading.Event()
-
-        def check(completion: Completion) -> None:
-            if cancelled.is_set():
-                raise asyncio.CancelledError
-            if on_completion is not None:
-                on_completion(completion)
-
-        call = partial(self.generate, on_completion=check, **options)
+        cancellation = Cancellation()
+        call = partial(self._generate, cancellation, on_completion=on_completion, **options)
+        work = partial(copy_context().run, call, prompts, sampling, num_generations)
         try:
-            return await asyncio.to_thread(call, prompts, sampling, num_generations)
+            return await asyncio.get_running_loop().run_in_executor(self._threads(), work)
         except asyncio.CancelledError:
-            cancelled.set()
+            cancellation.cancel()
             raise
+
+    def _threads(self) -> Executor:
+        """Whose threads wait for `agenerate`; asyncio's own are too few for a trainer with hundreds of rollouts."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(AGENERATE_THREADS, "vgen-generate")
+        return self._executor
 
     def stream(
         self,
@@ -363,6 +393,8 @@ class Generation:
             return
         with self._busy:
             self._states.move("close", EngineState.CLOSED)
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
             self._engine.close()
 
     def __enter__(self) -> Self:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..engines.base import Batch, Request
+from ..engines.base import Batch, Cancellation, Request
 from ..errors import PromptError
 from ..types import Completion, Completions, LoRARequest, Sampling
 
@@ -19,6 +19,7 @@ class Options:
     num_generations: int
     lora_request: LoRARequest | None = None
     priority: int = 0
+    cancellation: Cancellation = field(default_factory=Cancellation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Job:
             replace(request, headers=headers.get((request.prompt_index, request.generation_index), rest))
             for request in self.requests
         ]
-        return Batch(requests, options.sampling, options.lora_request, options.priority)
+        return Batch(requests, options.sampling, options.lora_request, options.priority, options.cancellation)
 
     def own_index(self, prompt_index: int) -> int | None:
         """Where the engine's prompt `prompt_index` stands in the caller's list; None for another rank's."""

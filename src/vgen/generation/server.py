@@ -29,6 +29,8 @@ class ServerGeneration(Generation):
         base_urls: Where the servers are; one may be a router in front of many. `host` and `port` name a single one.
         processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
         timeout: Seconds in which every call must be answered, a whole generation among them.
+        connect_timeout: Seconds in which a server must accept a connection.
+        ssl: An `ssl.SSLContext` for `https` addresses whose certificates the system does not know.
         api_key: What guards the servers' inference routes.
         control_key: What guards all others, where `vgen serve` started them.
         pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
@@ -60,6 +62,8 @@ class ServerGeneration(Generation):
         processing_class: Any = None,
         tokenizer: Any = None,
         timeout: float = 600.0,
+        connect_timeout: float = 10.0,
+        ssl: Any = None,
         api_key: str | None = None,
         control_key: str | None = None,
         pause_mode: PauseMode = "keep",
@@ -78,7 +82,8 @@ class ServerGeneration(Generation):
         from ..engines.server import ServerEngine
 
         urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
-        servers = [Server(url, api_key=api_key, control_key=control_key, timeout=timeout) for url in urls]
+        own = dict(api_key=api_key, control_key=control_key, timeout=timeout, connect_timeout=connect_timeout, ssl=ssl)
+        servers = [Server(url, **own) for url in urls]
         config: Any = model.config
         with profiling.span(names.ENGINE_INIT, {names.ENGINE: ServerEngine.kind}) as span:
             engine = ServerEngine(
