@@ -1,0 +1,276 @@
+"""A run of any size in little memory: its spans as columns, its measurements as they are needed."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..profiling import names
+from ..profiling.sketch import Histogram
+from .run import Process, lines, parse
+
+Key: TypeAlias = "tuple[int, int]"
+"""What belongs to one step: the number of its trace in the recording, and the step's number or `NO_STEP`."""
+
+NO_STEP = -(1 << 63)
+OPEN = -(1 << 63)
+
+PHASES = f"{names.WEIGHT_SYNC}."
+"""What the names of the phases of a sync begin with."""
+SLOWEST, SLOWEST_OF_STEP = 10, 3
+MEASURED = (names.REQUEST_E2E, names.REQUEST_QUEUE, names.REQUEST_TTFT, names.REQUEST_TPOT, names.COMPLETION_LENGTH)
+"""Histograms whose percentiles a report quotes."""
+COUNTED = frozenset({names.PROMPT_TOKENS.name, names.GENERATED_TOKENS.name})
+
+# The writer's own form of a span, up to its first attribute. It is a fifth of the work of parsing all of it, and of
+# most spans nothing else is needed; a line of any other form is parsed.
+_SPAN = re.compile(
+    r'\{"type":"end","name":"([^"\\]*)","trace_id":"([0-9a-f]{32})","span_id":"([0-9a-f]{16})",'
+    r'"parent_id":(?:null|"([0-9a-f]{16})"),"start_unix_ns":(\d{1,18}|[1-8]\d{18}),'
+    r'"end_unix_ns":(\d{1,18}|[1-8]\d{18}),"attributes":\{(?:"vgen\.step":(-?\d{1,18})\b(?!\.))?'
+).match
+_WHOLE = {names.WEIGHT_SYNC, names.SLEEP, names.WAKE_UP, names.ENGINE_INIT}
+"""Spans whose attributes are kept."""
+
+
+@dataclass
+class Timings:
+    """When the requests of one step ran: Unix nanoseconds of their process's clock, starts and ends in one order."""
+
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("q"))
+    servers: dict[str, tuple[int, int, Histogram]] = field(default_factory=dict[str, "tuple[int, int, Histogram]"])
+    """By server: requests, the last one's end, seconds of them."""
+
+
+@dataclass
+class Slow:
+    """A request that took long."""
+
+    seconds: float
+    key: Key
+    process: Process
+    attributes: dict[str, Any]
+
+
+class Recording:
+    """Spans in the order in which they ended, one row each in `name`, `span_id`, `start` and the other columns.
+
+    A span that never ended has the end `OPEN`. About 60 bytes a span, whatever its attributes.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self.problems: list[str] = []
+        self.processes: list[Process] = []
+        self.names: list[str] = []
+        self.name, self.process, self.trace = array("I"), array("I"), array("I")
+        self.span_id, self.parent_id = array("Q"), array("Q")
+        self.start, self.end, self.step = array("q"), array("q"), array("q")
+        self.attributes: dict[int, dict[str, Any]] = {}
+        """By row, for syncs and their phases, sleeps, wake-ups and starts of engines."""
+        self.traces: dict[str, int] = {}
+        self.errors: Counter[tuple[str, str]] = Counter()
+        """By span name and type of the exception."""
+        self.failed: dict[int, str] = {}
+        """Type of the exception by row, for the first thousand."""
+        self.timings: dict[tuple[Key, int], Timings] = {}
+        """By step and number of the process."""
+        self.counted: dict[Key, Counter[str]] = {}
+        """Sums of the counters in `COUNTED`, by step."""
+        self.histograms: dict[Key, dict[str, Histogram]] = {}
+        """Those in `MEASURED`, by step."""
+        self.slowest: list[Slow] = []
+        self.slowest_of_step: dict[Key, list[Slow]] = {}
+        self.lost = 0
+        """Telemetry records that the run itself says were lost."""
+        self._numbers: dict[str, int] = {}
+        self._started: dict[int, dict[str, Any]] = {}
+        self._calls: dict[int, int] = {}
+        self._starts: dict[tuple[str, str], list[float]] = {}
+        self._heap: list[tuple[int, int, Process, str]] = []
+        self._heaps: dict[Key, list[tuple[int, int, Process, str]]] = {}
+        self._read(place)
+        self._choose()
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def key(self, row: int) -> Key:
+        """What the span belongs to."""
+        return self.trace[row], self.step[row]
+
+    def _read(self, place: str | Path) -> None:
+        request, whole = names.REQUEST, _WHOLE
+        process: Process | None = None
+        first = 0
+        for owner, line in lines(place, self.problems):
+            if owner is not process:
+                self._end_process(process, first)
+                process, first = owner, len(self)
+                self.processes.append(process)
+            found = _SPAN(line)
+            if found is not None and line.endswith("}\n") and '"error":' not in line:
+                name, trace, span, parent, start, end, step = found.groups()
+                if name not in whole and not name.startswith(PHASES):
+                    row = self._append(name, trace, span, parent, int(start), int(end), step)
+                    if name == request:
+                        self._consider(row, process, line)
+                    elif process.rank is None:
+                        process.rank = _rank(line)
+                    continue
+            self._take(process, line)
+        self._end_process(process, first)
+
+    def _take(self, process: Process, line: str) -> None:
+        """A line of any kind, parsed as a whole."""
+        try:
+            record = parse(line)
+            kind = record["type"]
+            if kind == "end":
+                own = record["attributes"]
+                step = own.get(names.STEP_NUMBER)
+                row = self._append(
+                    *(record["name"], record["trace_id"], record["span_id"], record.get("parent_id")),
+                    *(record["start_unix_ns"], record["end_unix_ns"], step if type(step) is int else None),
+                )
+                if record["name"] in _WHOLE or record["name"].startswith(PHASES):
+                    self.attributes[row] = own
+                if record["name"] == names.REQUEST:
+                    self._consider(row, process, line)
+                if record.get("error") is not None:
+                    self.errors[record["name"], str(record["error"])] += 1
+                    if len(self.failed) < 1000:
+                        self.failed[row] = str(record["error"])
+            elif kind == "start":
+                self._started[int(record["span_id"], 16)] = record
+                process.last_ns = max(process.last_ns, record["start_unix_ns"])
+            elif kind == "measurement":
+                self._measurement(process, record)
+        except (ValueError, OverflowError):
+            process.unread += 1
+            return
+        rank = record["attributes"].get(names.RANK) if "attributes" in record else None
+        if process.rank is None and type(rank) is int:
+            process.rank = rank
+
+    def _append(
+        self, name: str, trace: str, span: str, parent: str | None, start: int, end: int, step: str | int | None
+    ) -> int:
+        number = self._numbers.get(name)
+        if number is None:
+            number = self._numbers[name] = len(self.names)
+            self.names.append(name)
+        identity, above, of = int(span, 16), int(parent, 16) if parent else 0, NO_STEP if step is None else int(step)
+        if not (max(abs(start), abs(end)) < 1 << 63 and NO_STEP <= of < 1 << 63 and 0 <= identity | above < 1 << 64):
+            raise ValueError("out of range")
+        row = len(self.start)
+        self.name.append(number)
+        self.span_id.append(identity)
+        self.parent_id.append(above)
+        self.start.append(start)
+        self.end.append(end)
+        self.step.append(of)
+        self.trace.append(self.traces.setdefault(trace, len(self.traces)))
+        self.process.append(len(self.processes) - 1)
+        if name in (names.ENGINE_GENERATE, names.GENERATE):
+            self._calls[identity] = start
+        if self._started:
+            self._started.pop(identity, None)
+        return row
+
+    def _measurement(self, process: Process, record: dict[str, Any]) -> None:
+        name, own, step = record["name"], record["attributes"], record["attributes"].get(names.STEP_NUMBER)
+        if type(record.get("unix_ns")) is int:
+            process.last_ns = max(process.last_ns, record["unix_ns"])
+        values = _floats(record["values"])
+        trace = record.get("trace_id")
+        trace = self.traces.setdefault(trace, len(self.traces)) if isinstance(trace, str) else len(self.traces) + 1
+        key = trace, step if type(step) is int and abs(step) < 1 << 62 else NO_STEP
+        if name in COUNTED:
+            self.counted.setdefault(key, Counter())[name] += int(sum(values))
+        elif name == names.DROPPED.name:
+            self.lost += int(sum(values))
+        elif name == names.REQUEST_START.name:
+            self._starts[str(own.get(names.ENGINE_CALL)), str(own.get(names.SERVER, ""))] = values
+        for instrument in MEASURED:
+            if instrument.name == name:
+                self.histograms.setdefault(key, {}).setdefault(name, Histogram()).extend(values)
+        if name == names.REQUEST_E2E.name:
+            self._timed(key, str(own.get(names.ENGINE_CALL)), str(own.get(names.SERVER, "")), values)
+
+    def _timed(self, key: Key, call: str, server: str, seconds: list[float]) -> None:
+        starts = self._starts.pop((call, server), [])
+        try:
+            base = self._calls[int(call, 16)]
+        except (ValueError, KeyError):
+            return
+        if len(starts) != len(seconds):
+            return
+        timings = self.timings.setdefault((key, len(self.processes) - 1), Timings())
+        began = [base + int(offset * 1e9) for offset in starts]
+        ended = [start + int(took * 1e9) for start, took in zip(began, seconds, strict=True)]
+        timings.starts.extend(began)
+        timings.ends.extend(ended)
+        if server and ended:
+            number, last, histogram = timings.servers.get(server, (0, 0, Histogram()))
+            histogram.extend(seconds)
+            timings.servers[server] = number + len(ended), max(last, *ended), histogram
+
+    def _consider(self, row: int, process: Process, line: str) -> None:
+        """Keep the line of a request as long as it is among the slowest of its step, or of the run."""
+        took, key = self.end[row] - self.start[row], self.key(row)
+        for heap, size in ((self._heaps.setdefault(key, []), SLOWEST_OF_STEP), (self._heap, SLOWEST)):
+            if len(heap) < size:
+                heapq.heappush(heap, (took, row, process, line))
+            elif took > heap[0][0]:
+                heapq.heapreplace(heap, (took, row, process, line))
+
+    def _end_process(self, process: Process | None, first: int) -> None:
+        """What is still open when a process's files have ended never ended. `first` is the first row that is its."""
+        if process is None:
+            return
+        if len(self) > first:
+            process.last_ns = max(process.last_ns, max(self.end[first:]))
+        started, self._started, self._starts = self._started, {}, {}
+        for record in started.values():
+            step = record["attributes"].get(names.STEP_NUMBER)
+            row = self._append(
+                *(record["name"], record["trace_id"], record["span_id"], record.get("parent_id")),
+                *(record["start_unix_ns"], 0, step if type(step) is int else None),
+            )
+            self.end[row] = OPEN
+            self.attributes[row] = record["attributes"]
+
+    def _choose(self) -> None:
+        """The slowest requests, from the lines that are left."""
+        for key, heap in self._heaps.items():
+            self.slowest_of_step[key] = [_slow(key, *entry) for entry in sorted(heap, key=_longest_first)]
+        self.slowest = [_slow(self.key(entry[1]), *entry) for entry in sorted(self._heap, key=_longest_first)]
+        self._heaps, self._heap = {}, []
+
+
+def _longest_first(entry: tuple[int, int, Process, str]) -> tuple[int, int]:
+    return -entry[0], entry[1]
+
+
+def _slow(key: Key, took: int, row: int, process: Process, line: str) -> Slow:
+    try:
+        attributes = parse(line)["attributes"]
+    except ValueError:
+        attributes = {}
+    return Slow(took / 1e9, key, process, attributes)
+
+
+def _rank(line: str) -> int | None:
+    found = re.search(r'"vgen\.rank":(\d{1,9})[,}]', line)
+    return int(found[1]) if found is not None else None
+
+
+def _floats(values: Iterable[Any]) -> list[float]:
+    return [float(value) for value in values]
