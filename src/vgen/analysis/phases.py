@@ -42,6 +42,8 @@ class StepTime:
     """Of one that never ended: the last that its process recorded."""
     open: bool = False
     error: str | None = None
+    generations: int = 0
+    """How many calls of `generate` it made."""
     stretches: list[Stretch] = field(default_factory=list[Stretch])
     phases: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds by phase: the engine's, the caller's own spans by name, the rest. They add up to the step."""
@@ -117,6 +119,7 @@ def step_times(recording: Recording) -> list[StepTime]:
         step = by_span.get(parent) or _holder(by_trace.get(recording.trace[row], ()), recording.step[row], start)
         if step is not None:
             step.stretches.append((start, end, kind or recording.names[name]))
+            step.generations += recording.names[name] == names.GENERATE
         elif kind is not None:
             outside.setdefault(recording.process[row], []).append((start, end, kind))
     ordered = sorted(steps.values(), key=lambda step: step.start)

@@ -126,6 +126,9 @@ class Recording:
                     continue
             self._take(process, line)
         self._end_process(process, first)
+        ranks = Counter(one.rank for one in self.processes)
+        for one in self.processes:
+            one.twin = ranks[one.rank] > 1
 
     def _take(self, process: Process, line: str) -> None:
         """A line of any kind, parsed as a whole."""

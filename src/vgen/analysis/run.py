@@ -28,13 +28,16 @@ class Process:
     """The latest time in its files, on its own clock."""
     shift_ns: int = 0
     """What its clock lacks to agree with the others: added to a time of its own, it gives the run's time."""
+    twin: bool = False
+    """Whether another process of the run has the same rank, as after a restart into the same directory."""
     unread: int = 0
     """Lines of the file that is being read which made no sense: whoever reads counts them here."""
 
     @property
     def label(self) -> str:
-        """Such as `rank 3`, or host and number where no rank is known."""
-        return f"rank {self.rank}" if self.rank is not None else f"{self.host}:{self.pid}" if self.host else self.key
+        """Such as `rank 3`, or host and number where that does not tell it apart."""
+        place = f"{self.host}:{self.pid}" if self.host else self.key
+        return place if self.rank is None else f"rank {self.rank} ({place})" if self.twin else f"rank {self.rank}"
 
 
 @dataclass(slots=True)

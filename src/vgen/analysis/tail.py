@@ -94,10 +94,13 @@ def tail(starts: Sequence[int], ends: Sequence[int], calls: Sequence[tuple[int, 
     if not parts:
         return None
     generation = sum(end - begin for (begin, end), _ in parts)
-    taken = max(
-        ([_after(part, percent) for part in parts] for percent in range(1, 51)),
-        key=lambda tails: sum(one[0] for one in tails) / generation - sum(one[1] for one in tails) / len(ends),
-    )
+    tails = {percent: [_after(part, percent) for part in parts] for percent in range(1, 51)}
+
+    def excess(percent: int) -> float:
+        return sum(one[0] for one in tails[percent]) / generation - sum(one[1] for one in tails[percent]) / len(ends)
+
+    most = max(tails, key=excess)
+    taken = tails[most if excess(most) >= LONG else 10]
     seconds = sum(lasted for lasted, _, _ in taken)
     area = sum(ran for _, _, ran in taken)
     whole = sum(curve.area(end) - curve.area(begin) for (begin, end), curve in parts)
