@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from array import array
 from collections import Counter
@@ -23,18 +24,25 @@ OPEN = -(1 << 63)
 
 PHASES = f"{names.WEIGHT_SYNC}."
 """What the names of the phases of a sync begin with."""
-SLOWEST, SLOWEST_OF_STEP = 10, 3
-MEASURED = (names.REQUEST_E2E, names.REQUEST_QUEUE, names.REQUEST_TTFT, names.REQUEST_TPOT, names.COMPLETION_LENGTH)
-"""Histograms whose percentiles a report quotes."""
+SLOWEST = SLOWEST_OF_STEP = 5
+SHOWN = {
+    names.REQUEST_E2E.name: "e2e",
+    names.REQUEST_QUEUE.name: "queue",
+    names.REQUEST_TTFT.name: "time_to_first_token",
+    names.REQUEST_TPOT.name: "time_per_output_token",
+    names.COMPLETION_LENGTH.name: "output_tokens",
+}
+"""Histograms whose percentiles a report quotes, and as what."""
 COUNTED = frozenset({names.PROMPT_TOKENS.name, names.GENERATED_TOKENS.name})
 
 # The writer's own form of a span, up to its first attribute. It is a fifth of the work of parsing all of it, and of
 # most spans nothing else is needed; a line of any other form is parsed.
 _SPAN = re.compile(
     r'\{"type":"end","name":"([^"\\]*)","trace_id":"([0-9a-f]{32})","span_id":"([0-9a-f]{16})",'
-    r'"parent_id":(?:null|"([0-9a-f]{16})"),"start_unix_ns":(\d{1,18}|[1-8]\d{18}),'
-    r'"end_unix_ns":(\d{1,18}|[1-8]\d{18}),"attributes":\{(?:"vgen\.step":(-?\d{1,18})\b(?!\.))?'
+    r'"parent_id":(?:null|"([0-9a-f]{16})"),"start_unix_ns":([1-8]\d{18}),"end_unix_ns":([1-8]\d{18}),'
+    r'"attributes":\{(?:"vgen\.step":(-?\d{1,18})[,}])?'
 ).match
+_LATER = re.compile(r'[{,]"vgen\.step":(-?\d{1,18})[,}]').search
 _WHOLE = {names.WEIGHT_SYNC, names.SLEEP, names.WAKE_UP, names.ENGINE_INIT}
 """Spans whose attributes are kept."""
 
@@ -54,7 +62,6 @@ class Slow:
     """A request that took long."""
 
     seconds: float
-    key: Key
     process: Process
     attributes: dict[str, Any]
 
@@ -83,10 +90,12 @@ class Recording:
         """By step and number of the process."""
         self.counted: dict[Key, Counter[str]] = {}
         """Sums of the counters in `COUNTED`, by step."""
-        self.histograms: dict[Key, dict[str, Histogram]] = {}
-        """Those in `MEASURED`, by step."""
+        self.values: dict[Key, dict[str, array[float]]] = {}
+        """Of the histograms in `SHOWN`, by step."""
         self.slowest: list[Slow] = []
         self.slowest_of_step: dict[Key, list[Slow]] = {}
+        self.requests = 0
+        """Spans of requests. They have no rows: only the slowest of them are kept."""
         self.lost = 0
         """Telemetry records that the run itself says were lost."""
         self._numbers: dict[str, int] = {}
@@ -94,12 +103,12 @@ class Recording:
         self._calls: dict[int, int] = {}
         self._starts: dict[tuple[str, str], list[float]] = {}
         self._heap: list[tuple[int, int, Process, str]] = []
-        self._heaps: dict[Key, list[tuple[int, int, Process, str]]] = {}
+        self._heaps: dict[tuple[str, str | int | None], list[tuple[int, int, Process, str]]] = {}
         self._read(place)
         self._choose()
 
     def __len__(self) -> int:
-        return len(self.start)
+        return len(self.start) + self.requests
 
     def key(self, row: int) -> Key:
         """What the span belongs to."""
@@ -112,16 +121,19 @@ class Recording:
         for owner, line in lines(place, self.problems):
             if owner is not process:
                 self._end_process(process, first)
-                process, first = owner, len(self)
+                process, first = owner, len(self.start)
                 self.processes.append(process)
             found = _SPAN(line)
             if found is not None and line.endswith("}\n") and '"error":' not in line:
                 name, trace, span, parent, start, end, step = found.groups()
+                if step is None and names.STEP_NUMBER in line and (later := _LATER(line)) is not None:
+                    step = later[1]
+                if name == request:
+                    self._request(trace, step, int(end) - int(start), process, line)
+                    continue
                 if name not in whole and not name.startswith(PHASES):
-                    row = self._append(name, trace, span, parent, int(start), int(end), step)
-                    if name == request:
-                        self._consider(row, process, line)
-                    elif process.rank is None:
+                    self._append(name, trace, span, parent, int(start), int(end), step)
+                    if process.rank is None:
                         process.rank = _rank(line)
                     continue
             self._take(process, line)
@@ -138,18 +150,22 @@ class Recording:
             if kind == "end":
                 own = record["attributes"]
                 step = own.get(names.STEP_NUMBER)
-                row = self._append(
-                    *(record["name"], record["trace_id"], record["span_id"], record.get("parent_id")),
-                    *(record["start_unix_ns"], record["end_unix_ns"], step if type(step) is int else None),
-                )
-                if record["name"] in _WHOLE or record["name"].startswith(PHASES):
-                    self.attributes[row] = own
+                step = step if type(step) is int else None
+                error = record.get("error")
+                if error is not None:
+                    self.errors[record["name"], str(error)] += 1
                 if record["name"] == names.REQUEST:
-                    self._consider(row, process, line)
-                if record.get("error") is not None:
-                    self.errors[record["name"], str(record["error"])] += 1
-                    if len(self.failed) < 1000:
-                        self.failed[row] = str(record["error"])
+                    took = record["end_unix_ns"] - record["start_unix_ns"]
+                    self._request(record["trace_id"], step, took, process, line)
+                else:
+                    row = self._append(
+                        *(record["name"], record["trace_id"], record["span_id"], record.get("parent_id")),
+                        *(record["start_unix_ns"], record["end_unix_ns"], step),
+                    )
+                    if record["name"] in _WHOLE or record["name"].startswith(PHASES):
+                        self.attributes[row] = own
+                    if error is not None and len(self.failed) < 1000:
+                        self.failed[row] = str(error)
             elif kind == "start":
                 self._started[int(record["span_id"], 16)] = record
                 process.last_ns = max(process.last_ns, record["start_unix_ns"])
@@ -201,9 +217,9 @@ class Recording:
             self.lost += int(sum(values))
         elif name == names.REQUEST_START.name:
             self._starts[str(own.get(names.ENGINE_CALL)), str(own.get(names.SERVER, ""))] = values
-        for instrument in MEASURED:
-            if instrument.name == name:
-                self.histograms.setdefault(key, {}).setdefault(name, Histogram()).extend(values)
+        if name in SHOWN:
+            own_values = self.values.setdefault(key, {}).setdefault(name, array("d"))
+            own_values.extend(value for value in values if math.isfinite(value))
         if name == names.REQUEST_E2E.name:
             self._timed(key, str(own.get(names.ENGINE_CALL)), str(own.get(names.SERVER, "")), values)
 
@@ -225,20 +241,26 @@ class Recording:
             histogram.extend(seconds)
             timings.servers[server] = number + len(ended), max(last, *ended), histogram
 
-    def _consider(self, row: int, process: Process, line: str) -> None:
-        """Keep the line of a request as long as it is among the slowest of its step, or of the run."""
-        took, key = self.end[row] - self.start[row], self.key(row)
-        for heap, size in ((self._heaps.setdefault(key, []), SLOWEST_OF_STEP), (self._heap, SLOWEST)):
-            if len(heap) < size:
-                heapq.heappush(heap, (took, row, process, line))
-            elif took > heap[0][0]:
-                heapq.heapreplace(heap, (took, row, process, line))
+    def _request(self, trace: str, step: str | int | None, took: int, process: Process, line: str) -> None:
+        """Count a request, and keep its line as long as it is among the slowest of its step, or of the run."""
+        self.requests += 1
+        key = trace, step
+        heap = self._heaps.get(key)
+        if heap is None:
+            heap = self._heaps[key] = []
+        if len(heap) >= SLOWEST_OF_STEP and took <= heap[0][0]:
+            return  # nor is it then among the run's
+        for among, size in ((heap, SLOWEST_OF_STEP), (self._heap, SLOWEST)):
+            if len(among) < size:
+                heapq.heappush(among, (took, self.requests, process, line))
+            elif took > among[0][0]:
+                heapq.heapreplace(among, (took, self.requests, process, line))
 
     def _end_process(self, process: Process | None, first: int) -> None:
         """What is still open when a process's files have ended never ended. `first` is the first row that is its."""
         if process is None:
             return
-        if len(self) > first:
+        if len(self.start) > first:
             process.last_ns = max(process.last_ns, max(self.end[first:]))
         started, self._started, self._starts = self._started, {}, {}
         for record in started.values():
@@ -252,9 +274,10 @@ class Recording:
 
     def _choose(self) -> None:
         """The slowest requests, from the lines that are left."""
-        for key, heap in self._heaps.items():
-            self.slowest_of_step[key] = [_slow(key, *entry) for entry in sorted(heap, key=_longest_first)]
-        self.slowest = [_slow(self.key(entry[1]), *entry) for entry in sorted(self._heap, key=_longest_first)]
+        for (trace, step), heap in self._heaps.items():
+            key = self.traces.setdefault(trace, len(self.traces)), NO_STEP if step is None else int(step)
+            self.slowest_of_step[key] = [_slow(*entry) for entry in sorted(heap, key=_longest_first)]
+        self.slowest = [_slow(*entry) for entry in sorted(self._heap, key=_longest_first)]
         self._heaps, self._heap = {}, []
 
 
@@ -262,12 +285,12 @@ def _longest_first(entry: tuple[int, int, Process, str]) -> tuple[int, int]:
     return -entry[0], entry[1]
 
 
-def _slow(key: Key, took: int, row: int, process: Process, line: str) -> Slow:
+def _slow(took: int, order: int, process: Process, line: str) -> Slow:
     try:
         attributes = parse(line)["attributes"]
     except ValueError:
         attributes = {}
-    return Slow(took / 1e9, key, process, attributes)
+    return Slow(took / 1e9, process, attributes)
 
 
 def _rank(line: str) -> int | None:

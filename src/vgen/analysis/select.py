@@ -75,6 +75,7 @@ def select(place: str | Path, step: int | None = None, most: int = 1 << 60) -> S
         span.end_ns = None if span.end_ns is None else span.end_ns + shift
     chosen.spans = sorted(kept.values(), key=lambda span: (span.start_ns, -(span.end_ns or 1 << 62)))
     chosen.end_ns = max((process.last_ns + process.shift_ns for process in processes.values()), default=0)
+    chosen.spans = _latest(chosen.spans, problems)
     opened = sum(span.end_ns is None for span in chosen.spans)
     if opened:
         problems.append(f"{opened} span{'s' * (opened > 1)} never ended: drawn to the last moment that was recorded")
@@ -130,6 +131,22 @@ def _thin(kept: dict[str, SpanRecord], most: int) -> int:
     for span in gone:
         del kept[span.span_id]
     return len(gone)
+
+
+def _latest(spans: list[SpanRecord], problems: list[str]) -> list[SpanRecord]:
+    """Of a step that was recorded twice, as when a run is started again in its directory, the later one."""
+    begins: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for span in spans:
+        begins.setdefault(span.trace_id, span.start_ns)
+        ends[span.trace_id] = max(ends.get(span.trace_id, 0), span.end_ns or span.start_ns)
+    if len(begins) < 2:
+        return spans
+    last = max(begins.values())
+    kept = {trace for trace in begins if ends[trace] > last or begins[trace] == last}
+    if len(kept) < len(begins):
+        problems.append("the step was recorded more than once: the last time is shown")
+    return [span for span in spans if span.trace_id in kept]
 
 
 def _witnesses(kept: dict[str, SpanRecord], processes: dict[str, Process]) -> list[clocks.Witness]:

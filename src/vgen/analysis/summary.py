@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,18 +14,13 @@ from ..profiling import names
 from ..profiling.sketch import Histogram
 from . import clocks, engine
 from .phases import StepTime, step_times
-from .recording import MEASURED, OPEN, Key, Recording, Slow
-from .tail import Curve, Tail, merged, tail
+from .recording import OPEN, SHOWN, Key, Recording, Slow
+from .tail import Curve, Tail, Tails, merged
 
 BINS = 60
 """Into how many stretches a concurrency curve is cut."""
-SHOWN = {
-    names.REQUEST_E2E.name: "e2e",
-    names.REQUEST_QUEUE.name: "queue",
-    names.REQUEST_TTFT.name: "time_to_first_token",
-    names.REQUEST_TPOT.name: "time_per_output_token",
-    names.COMPLETION_LENGTH.name: "output_tokens",
-}
+AT_ONCE = 1 << 16
+"""How many values go into a sketch together: fewer would cost more each."""
 
 
 def summarize(place: str | Path) -> dict[str, Any]:
@@ -35,7 +32,8 @@ def summarize(place: str | Path) -> dict[str, Any]:
     problems = [*recording.problems, *clocks.align(_witnesses(recording))]
     steps = step_times(recording)
     groups = _groups(steps)
-    told = [_step(recording, group) for group in groups]
+    tails = Tails()
+    told = [_step(recording, group, tails) for group in groups]
     unended = [row for row, end in enumerate(recording.end) if end == OPEN]
     if len(recording) and not steps:
         problems.append("no step was recorded: open steps with `profiling.step(n)` to see where their time goes")
@@ -63,7 +61,7 @@ def summarize(place: str | Path) -> dict[str, Any]:
             for process in recording.processes
         ],
         "steps": told,
-        "total": _total(recording, groups, told),
+        "total": _total(recording, groups, told, tails.tail()),
         "outside_steps": engine.outside(recording),
         "syncs": engine.syncs(recording),
         "memory": engine.cycles(recording),
@@ -118,13 +116,16 @@ def _groups(steps: Sequence[StepTime]) -> list[list[StepTime]]:
     return groups
 
 
-def _step(recording: Recording, group: Sequence[StepTime]) -> dict[str, Any]:
+def _step(recording: Recording, group: Sequence[StepTime], whole: Tails) -> dict[str, Any]:
+    """What is said of a step. Its tails are added to those of the `whole` run."""
     lead, keys = group[0], [step.key for step in group]
     counted = _counted(recording, keys)
     generated = sum(end - start for start, end in merged([call for step in group for call in step.calls()])) / 1e9
     tokens = counted.get(names.GENERATED_TOKENS.name)
     starts, ends = _timings(recording, keys)
     calls = [call for step in group for call in step.calls()]
+    tails = Tails(starts, ends, calls)
+    whole.add(tails)
     return {
         "step": lead.number,
         "process": lead.process.label,
@@ -138,16 +139,17 @@ def _step(recording: Recording, group: Sequence[StepTime]) -> dict[str, Any]:
         "output_tokens": tokens,
         "tokens_per_second": tokens / generated if tokens is not None and generated else None,
         "generate_calls": sum(step.generations for step in group),
-        "requests": _requests(_histograms(recording, keys)),
-        "tail": _tail(tail(starts, ends, calls)),
+        "requests": _requests(recording, keys),
+        "tail": _tail(tails.tail()),
         "concurrency": _curve(starts, ends, calls),
         "slowest": [_slow(slow) for key in keys for slow in recording.slowest_of_step.get(key, ())],
         "ranks": [{"process": one.process.label, "seconds": one.seconds, "phases": one.phases} for one in group[1:]],
     }
 
 
-def _total(recording: Recording, groups: Sequence[Sequence[StepTime]], told: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    keys = {key for histograms in (recording.histograms, recording.counted) for key in histograms}
+def _total(
+    recording: Recording, groups: Sequence[Sequence[StepTime]], told: Sequence[dict[str, Any]], tail: Tail | None
+) -> dict[str, Any]:
     tokens = sum(step["output_tokens"] or 0 for step in told)
     generated = [step["output_tokens"] / step["tokens_per_second"] for step in told if step["tokens_per_second"]]
     first = min((step.start for group in groups for step in group), default=0)
@@ -161,14 +163,9 @@ def _total(recording: Recording, groups: Sequence[Sequence[StepTime]], told: Seq
         "after": _sum(step["after"] for step in told),
         "output_tokens": tokens,
         "tokens_per_second": tokens / sum(generated) if generated else None,
-        "requests": _requests(_histograms(recording, sorted(keys))),
-        "tail": _tail(_whole_tail(recording, groups)),
+        "requests": _all_requests(recording),
+        "tail": _tail(tail),
     }
-
-
-def _whole_tail(recording: Recording, groups: Sequence[Sequence[StepTime]]) -> Tail | None:
-    starts, ends = _timings(recording, [step.key for group in groups for step in group])
-    return tail(starts, ends, [call for group in groups for step in group for call in step.calls()])
 
 
 def _timings(recording: Recording, keys: Iterable[Key]) -> tuple[list[int], list[int]]:
@@ -214,18 +211,32 @@ def _counted(recording: Recording, keys: Iterable[Key]) -> dict[str, int]:
     return {k: int(v) for k, v in _sum(recording.counted.get(key, {}) for key in keys).items()}
 
 
-def _histograms(recording: Recording, keys: Iterable[Key]) -> dict[str, Histogram]:
-    """Sketches of some steps, merged: the percentiles are those of all their values."""
-    found: dict[str, Histogram] = {}
-    for key in keys:
-        for name, histogram in recording.histograms.get(key, {}).items():
-            found.setdefault(name, Histogram()).merge(histogram)
+def _requests(recording: Recording, keys: Sequence[Key]) -> dict[str, dict[str, float]]:
+    """Percentiles of a step's requests, of all ranks: exact ones."""
+    found: dict[str, dict[str, float]] = {}
+    for name, called in SHOWN.items():
+        values = sorted(value for key in keys for value in recording.values.get(key, {}).get(name, ()))
+        if values:
+            quantiles = {f"p{percent}": values[(len(values) - 1) * percent // 100] for percent in (50, 90, 99)}
+            mean = math.fsum(values) / len(values)
+            found[called] = {"count": len(values), "mean": mean, **quantiles, "max": values[-1]}
     return found
 
 
-def _requests(histograms: dict[str, Histogram]) -> dict[str, dict[str, float]]:
-    ordered = [(instrument.name, histograms.get(instrument.name)) for instrument in MEASURED]
-    return {SHOWN[name]: percentiles(one) for name, one in ordered if one is not None and one.count}
+def _all_requests(recording: Recording) -> dict[str, dict[str, float]]:
+    """Percentiles of the run's requests: of all their values, by sketches."""
+    found: dict[str, dict[str, float]] = {}
+    for name, called in SHOWN.items():
+        histogram, waiting = Histogram(), array("d")
+        for values in recording.values.values():
+            waiting.extend(values.get(name, ()))
+            if len(waiting) >= AT_ONCE:
+                histogram.extend(waiting)
+                waiting = array("d")
+        histogram.extend(waiting)
+        if histogram.count:
+            found[called] = percentiles(histogram)
+    return found
 
 
 def percentiles(histogram: Histogram) -> dict[str, float]:

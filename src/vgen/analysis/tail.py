@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+PERCENTS = 50
 LONG = 0.1
 """From how much more of the time than of the sequences on it is called a tail."""
 
@@ -85,34 +86,59 @@ class Curve:
         return most
 
 
-def tail(starts: Sequence[int], ends: Sequence[int], calls: Sequence[tuple[int, int]]) -> Tail | None:
-    """The tail of requests that ran in `calls`, in nanoseconds; None where none were timed.
+class Tails:
+    """What the last 1, 2, … 50 % of a generation's sequences cost, so that generations can be added up.
 
-    Calls that overlap are one generation; those one after the other each have a tail, and these are added up.
+    `starts`, `ends` and `calls` are nanoseconds of one clock. Calls that overlap are one generation; of those one
+    after the other each has a tail of its own.
     """
-    parts = [part for part in _parts(starts, ends, calls) if part[1].ends]
-    if not parts:
-        return None
-    generation = sum(end - begin for (begin, end), _ in parts)
-    tails = {percent: [_after(part, percent) for part in parts] for percent in range(1, 51)}
 
-    def excess(percent: int) -> float:
-        return sum(one[0] for one in tails[percent]) / generation - sum(one[1] for one in tails[percent]) / len(ends)
+    def __init__(
+        self, starts: Sequence[int] = (), ends: Sequence[int] = (), calls: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.sequences, self.generation, self.ran, self.peak = len(ends), 0, 0, 0
+        self._last, self._after, self._alone = [0] * PERCENTS, [0] * PERCENTS, [0] * PERCENTS
+        for length, curve in _parts(starts, ends, calls):
+            self.generation += length
+            self.ran += curve.area(length)
+            self.peak = max(self.peak, curve.peak())
+            for percent in range(PERCENTS):
+                last = math.ceil(len(curve.ends) * (percent + 1) / 100)
+                if last < len(curve.ends):
+                    since = curve.ends[-last - 1]
+                    self._last[percent] += last
+                    self._after[percent] += length - since
+                    self._alone[percent] += curve.area(length) - curve.area(since)
 
-    most = max(tails, key=excess)
-    taken = tails[most if excess(most) >= LONG else 10]
-    seconds = sum(lasted for lasted, _, _ in taken)
-    area = sum(ran for _, _, ran in taken)
-    whole = sum(curve.area(end) - curve.area(begin) for (begin, end), curve in parts)
-    return Tail(
-        sequences=len(ends),
-        last=sum(last for _, last, _ in taken),
-        seconds=seconds / 1e9,
-        generation_seconds=generation / 1e9,
-        running=area / seconds if seconds else 0.0,
-        peak=max(curve.peak() for _, curve in parts),
-        mean=whole / generation,
-    )
+    def add(self, other: Tails) -> None:
+        """Take another generation's as well."""
+        self.sequences += other.sequences
+        self.generation += other.generation
+        self.ran += other.ran
+        self.peak = max(self.peak, other.peak)
+        for mine, theirs in ((self._last, other._last), (self._after, other._after), (self._alone, other._alone)):
+            mine[:] = map(sum, zip(mine, theirs, strict=True))
+
+    def tail(self) -> Tail | None:
+        """The tail where it is longest for its number of sequences, or a tenth of them; None where none were timed."""
+        if not self.sequences or not self.generation:
+            return None
+
+        def excess(percent: int) -> float:
+            return self._after[percent] / self.generation - self._last[percent] / self.sequences
+
+        most = max(range(PERCENTS), key=excess)
+        chosen = most if excess(most) >= LONG else 9
+        seconds = self._after[chosen]
+        return Tail(
+            sequences=self.sequences,
+            last=self._last[chosen],
+            seconds=seconds / 1e9,
+            generation_seconds=self.generation / 1e9,
+            running=self._alone[chosen] / seconds if seconds else 0.0,
+            peak=self.peak,
+            mean=self.ran / self.generation,
+        )
 
 
 def merged(stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -128,22 +154,22 @@ def merged(stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _parts(
     starts: Sequence[int], ends: Sequence[int], calls: Sequence[tuple[int, int]]
-) -> list[tuple[tuple[int, int], Curve]]:
-    together = merged([*calls, *zip(starts, ends, strict=True)])
+) -> list[tuple[int, Curve]]:
+    """Each generation's length and its curve, from 0 on."""
+    if not ends:
+        return []
+    together = merged(calls)
+    first, last = min(starts), max(ends)
+    if not together or first < together[0][0] or last > together[-1][1]:
+        together = merged([*together, *zip(starts, ends, strict=True)])
+    if len(together) == 1:
+        begin, end = together[0]
+        return [(end - begin, Curve([start - begin for start in starts], [end - begin for end in ends]))]
     begins = [begin for begin, _ in together]
     split: list[tuple[list[int], list[int]]] = [([], []) for _ in together]
     for start, end in zip(starts, ends, strict=True):
-        own = split[max(bisect_left(begins, start + 1) - 1, 0)]
-        own[0].append(start)
-        own[1].append(end)
-    return [(stretch, Curve(*own)) for stretch, own in zip(together, split, strict=True) if stretch[1] > stretch[0]]
-
-
-def _after(part: tuple[tuple[int, int], Curve], percent: int) -> tuple[int, int, int]:
-    """How long the last `percent` of sequences ran alone, how many they were, and their own time in it."""
-    (_, end), curve = part
-    last = math.ceil(len(curve.ends) * percent / 100)
-    if last >= len(curve.ends):
-        return 0, 0, 0
-    since = curve.ends[-last - 1]
-    return end - since, last, curve.area(end) - curve.area(since)
+        index = max(bisect_right(begins, start) - 1, 0)
+        split[index][0].append(start - begins[index])
+        split[index][1].append(end - begins[index])
+    parts = zip(together, split, strict=True)
+    return [(end - begin, Curve(*own)) for (begin, end), own in parts if own[1] and end > begin]

@@ -34,12 +34,13 @@ def explain(summary: dict[str, Any], number: int) -> list[str]:
     phases = {name for one in (step, *others) for name in one["phases"]}
     middle = {name: _median(others, lambda one, name=name: one["phases"].get(name, 0.0)) or 0.0 for name in phases}
     over = {name: step["phases"].get(name, 0.0) - middle[name] for name in phases}
+    whole = max(excess, sum(seconds for seconds in over.values() if seconds > 0))
     for name in sorted(over, key=lambda name: -over[name]):
-        if over[name] < NOTABLE * excess:
+        if over[name] < NOTABLE * whole:
             break
         found.append(
             f"{_called(name)} took {over[name]:.2f} s more ({step['phases'][name]:.2f} s against {middle[name]:.2f} s): "
-            f"{min(100 * over[name] / excess, 100):.0f} % of the difference"
+            f"{100 * over[name] / whole:.0f} % of what it took more"
         )
         if name == "generate":
             found += _generation(step, others, over[name])
@@ -86,15 +87,16 @@ def _generation(step: dict[str, Any], others: Sequence[dict[str, Any]], excess: 
         found.append(own["sentence"])
         if step["slowest"]:
             found.append(_longest(step))
-    for what, text, unit in (
-        (lambda one: one["output_tokens"], "generated {times} the tokens ({own:,.0f} against {usual:,.0f})", 1.0),
-        (lambda one: _of(one, "output_tokens", "max"), "its longest completion has {own:,.0f} tokens, the others' {usual:,.0f}", 1.0),
-        (lambda one: _of(one, "time_per_output_token", "p50"), "a token took {times} as long (median {own:.1f} ms against {usual:.1f} ms)", 1e3),
-        (lambda one: _of(one, "queue", "p50"), "requests waited {own:.2f} s in the queue (median), the others' {usual:.2f} s", 1.0),
-        (lambda one: one["generate_calls"], "it called generate {own:.0f} times, the others {usual:.0f} times", 1.0),
+    waited = NOTABLE * excess
+    for what, text, unit, least in (
+        (_tokens, "generated {times} the tokens ({own:,.0f} against {usual:,.0f})", 1.0, 1.0),
+        (_longest_text, "its longest completion has {own:,.0f} tokens, the others' {usual:,.0f}", 1.0, 1.0),
+        (_per_token, "a token took {times} as long (median {own:.1f} ms against {usual:.1f} ms)", 1e3, 0.0),
+        (_queue, "requests waited {own:.2f} s in the queue (median), the others' {usual:.2f} s", 1.0, waited),
+        (_calls, "it called generate {own:.0f} times, the others {usual:.0f} times", 1.0, 1.0),
     ):
         mine, theirs = what(step), _median(others, what)
-        if mine is None or theirs is None or mine < UNLIKE * theirs or (mine - theirs) < 1e-3:
+        if mine is None or theirs is None or mine < UNLIKE * theirs or (mine - theirs) < least:
             continue
         times = f"{mine / theirs:.1f} times" if theirs else "more than"
         found.append(text.format(times=times, own=mine * unit, usual=theirs * unit))
@@ -102,6 +104,26 @@ def _generation(step: dict[str, Any], others: Sequence[dict[str, Any]], excess: 
     if preempted:
         found.append(f"the slowest requests were preempted {preempted} times: the KV cache was too small for them all")
     return found
+
+
+def _tokens(step: dict[str, Any]) -> float | None:
+    return step["output_tokens"]
+
+
+def _longest_text(step: dict[str, Any]) -> float | None:
+    return _of(step, "output_tokens", "max")
+
+
+def _per_token(step: dict[str, Any]) -> float | None:
+    return _of(step, "time_per_output_token", "p50")
+
+
+def _queue(step: dict[str, Any]) -> float | None:
+    return _of(step, "queue", "p50")
+
+
+def _calls(step: dict[str, Any]) -> float | None:
+    return step["generate_calls"]
 
 
 def _longest(step: dict[str, Any]) -> str:
