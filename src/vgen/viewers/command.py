@@ -36,7 +36,7 @@ def run(place: Path, *, step: int | None, files: dict[str, Path], follow: bool) 
         from .terminal import waterfall
 
         console = Console(highlight=False)
-        console.print(waterfall(chosen.spans, width=min(console.width, 120)))
+        console.print(waterfall(chosen.spans, width=min(console.width, 120), now_ns=chosen.end_ns))
     return 0
 
 

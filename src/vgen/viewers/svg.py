@@ -16,7 +16,7 @@ WIDTH = 100
 def export(chosen: Selection) -> str:
     """The picture as text."""
     console = Console(highlight=False, record=True, file=io.StringIO(), width=WIDTH)
-    console.print(waterfall(chosen.spans, width=WIDTH))
+    console.print(waterfall(chosen.spans, width=WIDTH, now_ns=chosen.end_ns))
     # without the web font that rich would have the picture load
     head, _, rest = CONSOLE_SVG_FORMAT.partition("@font-face")
     template = head + rest[rest.rindex("@font-face") :].partition("}}")[2]
