@@ -47,14 +47,23 @@ class Chromium:
         program = executable()
         assert program is not None
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
-        command = [program, *FLAGS, f"--user-data-dir={self._folder.name}", f"--window-size={','.join(map(str, self.size))}"]
-        self._process = subprocess.Popen([*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            program,
+            *FLAGS,
+            f"--user-data-dir={self._folder.name}",
+            f"--window-size={','.join(map(str, self.size))}",
+        ]
+        self._process = subprocess.Popen(
+            [*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             self._loop.run_until_complete(self._connect())
             for domain in ("Page", "Runtime", "Network", "Log"):
                 self.call(f"{domain}.enable")
             width, height = self.size
-            self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+            self.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            )
         except BaseException:
             self.__exit__()
             raise

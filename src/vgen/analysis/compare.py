@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-SMALLEST = 1e-3
-"""Seconds: a change below a millisecond is noise, whatever its percentage."""
+SMALLEST = 0.01
+"""Of a step: a change of seconds below this part of its median is noise, whatever its own percentage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +32,20 @@ class Change:
 def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> list[Change]:
     """The figures that both summaries have. `threshold` is in percent.
 
+    `before` may be anything that was read from a file: what is no summary raises KeyError, TypeError or AttributeError.
+
     Seconds of a step are medians over the steps, so that one warm-up step does not decide; requests'
-    percentiles are those of all requests of the run.
+    percentiles are those of all requests of the run. The tail is a share, and its change is one of points.
     """
+    least = SMALLEST * (_median(step["seconds"] for step in before["steps"]) or 0.0)
     found: list[Change] = []
     for name, unit, read, more_is_worse in _figures(before, after):
         old, new = read(before), read(after)
         if old is None or new is None:
             continue
-        least = SMALLEST if unit == "s" else 0.0
-        grew, shrank = new - old > max(threshold / 100 * old, least), old - new > max(threshold / 100 * old, least)
+        floor = least if unit == "s" and not name.startswith("request") else 0.0
+        most = threshold if unit == "%" else max(threshold / 100 * abs(old), floor)
+        grew, shrank = new - old > most, old - new > most
         found.append(Change(name, unit, old, new, grew if more_is_worse else shrank, shrank if more_is_worse else grew))
     return found
 
@@ -53,7 +57,9 @@ def _figures(*summaries: dict[str, Any]) -> list[tuple[str, str, Callable[[dict[
     ]
     for phase in dict.fromkeys(phases):
         found.append((f"step: {phase}", "s", lambda one, phase=phase: _phase(one, phase), True))
-    found.append(("between steps: idle", "s", lambda one: _median(step["after"].get("idle") for step in one["steps"]), True))
+    found.append(
+        ("between steps: idle", "s", lambda one: _median(step["after"].get("idle") for step in one["steps"]), True)
+    )
     found.append(("tokens per second", "1/s", lambda one: one["total"]["tokens_per_second"], False))
     for name, quantile in (
         *(("e2e", "p50"), ("e2e", "p99"), ("queue", "p99"), ("time_to_first_token", "p50")),
@@ -61,10 +67,14 @@ def _figures(*summaries: dict[str, Any]) -> list[tuple[str, str, Callable[[dict[
     ):
         read = lambda one, name=name, quantile=quantile: one["total"]["requests"].get(name, {}).get(quantile)  # noqa: E731
         found.append((f"request: {name} {quantile}", "s", read, True))
-    found.append(("tail", "s", lambda one: one["total"]["tail"] and _per_step(one, one["total"]["tail"]["seconds"]), True))
-    found.append(("sync: rate", "GB/s", lambda one: _median(sync["gigabytes_per_second"] for sync in one["syncs"]), False))
+    found.append(("tail of generation", "%", _tail, True))
+    found.append(
+        ("sync: rate", "GB/s", lambda one: _median(sync["gigabytes_per_second"] for sync in one["syncs"]), False)
+    )
     found.append(("sync: paused", "s", lambda one: _median(sync["paused_seconds"] for sync in one["syncs"]), True))
-    found.append(("sleep: bytes freed", "By", lambda one: _median(cycle["freed_bytes"] for cycle in one["memory"]), False))
+    found.append(
+        ("sleep: bytes freed", "By", lambda one: _median(cycle["freed_bytes"] for cycle in one["memory"]), False)
+    )
     return found
 
 
@@ -72,8 +82,9 @@ def _phase(summary: dict[str, Any], phase: str) -> float | None:
     return _median(step["phases"].get(phase, 0.0) for step in summary["steps"])
 
 
-def _per_step(summary: dict[str, Any], seconds: float) -> float:
-    return seconds / max(len(summary["steps"]), 1)
+def _tail(summary: dict[str, Any]) -> float | None:
+    tail = summary["total"]["tail"]
+    return None if tail is None else 100 * tail["share"] if tail["long"] else 0.0
 
 
 def _median(values: Any) -> float | None:

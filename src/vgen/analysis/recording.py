@@ -116,12 +116,11 @@ class Recording:
 
     def _read(self, place: str | Path) -> None:
         request, whole = names.REQUEST, _WHOLE
-        process: Process | None = None
         first = 0
-        for owner, line in lines(place, self.problems):
-            if owner is not process:
-                self._end_process(process, first)
-                process, first = owner, len(self.start)
+        for process, line in lines(place, self.problems):
+            if not self.processes or self.processes[-1] is not process:
+                self._end_process(first)
+                first = len(self.start)
                 self.processes.append(process)
             found = _SPAN(line)
             if found is not None and line.endswith("}\n") and '"error":' not in line:
@@ -137,7 +136,7 @@ class Recording:
                         process.rank = _rank(line)
                     continue
             self._take(process, line)
-        self._end_process(process, first)
+        self._end_process(first)
         ranks = Counter(one.rank for one in self.processes)
         for one in self.processes:
             one.twin = ranks[one.rank] > 1
@@ -256,10 +255,11 @@ class Recording:
             elif took > among[0][0]:
                 heapq.heapreplace(among, (took, self.requests, process, line))
 
-    def _end_process(self, process: Process | None, first: int) -> None:
-        """What is still open when a process's files have ended never ended. `first` is the first row that is its."""
-        if process is None:
+    def _end_process(self, first: int) -> None:
+        """What is still open when the last process's files have ended never ended. Its rows begin at `first`."""
+        if not self.processes:
             return
+        process = self.processes[-1]
         if len(self.start) > first:
             process.last_ns = max(process.last_ns, max(self.end[first:]))
         started, self._started, self._starts = self._started, {}, {}
@@ -299,4 +299,7 @@ def _rank(line: str) -> int | None:
 
 
 def _floats(values: Iterable[Any]) -> list[float]:
-    return [float(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except TypeError as error:
+        raise ValueError("no number") from error

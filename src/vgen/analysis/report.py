@@ -27,7 +27,9 @@ def render(summary: dict[str, Any], step: int | None = None) -> RenderableType:
     parts: list[RenderableType] = [_head(summary)]
     asked = step if step is not None else slowest_step(summary)
     if asked is not None:
-        parts.append(_section(f"why step {asked} took so long" if step is None else f"step {asked}", _said(summary, asked)))
+        parts.append(
+            _section(f"why step {asked} took so long" if step is None else f"step {asked}", _said(summary, asked))
+        )
     if steps:
         parts.append(_section("where the time went (seconds)", _phases(summary, steps, whole=step is None)))
     tails = _tails(summary, steps, step)
@@ -76,7 +78,9 @@ def _head(summary: dict[str, Any]) -> RenderableType:
 
 
 def _section(title: str, *content: RenderableType) -> RenderableType:
-    return Group(Text(""), Text(title, style="bold cyan"), *(Padding(part, (0, 0, 0, 2), expand=False) for part in content))
+    return Group(
+        Text(""), Text(title, style="bold cyan"), *(Padding(part, (0, 0, 0, 2), expand=False) for part in content)
+    )
 
 
 def _table(*headings: str, left: int = 1) -> Table:
@@ -142,7 +146,9 @@ def _tails(summary: dict[str, Any], steps: Sequence[dict[str, Any]], step: int |
     if curve is not None:
         top = max(curve["peak"], 1)
         bars = "".join(_BLOCKS[min(int(value / top * 8 + 0.999), 8)] for value in curve["running"])
-        found.append(Text(f"running at once in step {worst['step']}, of {curve['peak']}, over {curve['seconds']:.2f} s:"))
+        found.append(
+            Text(f"running at once in step {worst['step']}, of {curve['peak']}, over {curve['seconds']:.2f} s:")
+        )
         found.append(Text(bars, style="green", no_wrap=True, overflow="ellipsis"))
     return found
 
@@ -202,13 +208,21 @@ def _memory(cycles: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
     for index, cycle in enumerate(shown):
         if len(cycles) > 8 and index == 4:
             table.add_row(*["…"] * 8)
-        cells = [_text(cycle["step"]), _text(cycle["level"]), _figure(cycle["sleep_seconds"]), _bytes(cycle["freed_bytes"])]
+        cells = [
+            _text(cycle["step"]),
+            _text(cycle["level"]),
+            _figure(cycle["sleep_seconds"]),
+            _bytes(cycle["freed_bytes"]),
+        ]
         cells += [_figure(cycle["asleep_seconds"]), _figure(cycle["wake_seconds"]), _bytes(cycle["taken_bytes"])]
         table.add_row(*cells, _bytes(cycle["host_bytes_awake"]))
     yield table
     for process in dict.fromkeys(cycle["process"] for cycle in cycles):
         own = [cycle for cycle in cycles if cycle["process"] == process]
-        for key, what in (("host_bytes_awake", "the host memory of"), ("device_free_bytes_awake", "free device memory beside")):
+        for key, what in (
+            ("host_bytes_awake", "the host memory of"),
+            ("device_free_bytes_awake", "free device memory beside"),
+        ):
             known = [cycle[key] for cycle in own if cycle[key] is not None]
             if len(known) > 1 and known[-1] != known[0]:
                 grew = known[-1] - known[0]
@@ -243,7 +257,13 @@ def _text(value: Any) -> str:
 def _figure(value: Any) -> str:
     if not isinstance(value, int | float):
         return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2g}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 1000 or value == int(value)
+        else f"{value:.3f}"
+        if abs(value) >= 0.01
+        else f"{value:.2g}"
+    )
 
 
 def _bytes(value: float | None) -> str:

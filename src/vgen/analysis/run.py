@@ -209,3 +209,18 @@ def children(spans: Iterable[SpanRecord]) -> dict[str | None, list[SpanRecord]]:
     for span in sorted(known.values(), key=lambda span: span.start_ns):
         found.setdefault(span.parent_id if span.parent_id in known else None, []).append(span)
     return found
+
+
+def thin(kept: dict[str, SpanRecord], most: int) -> int:
+    """Leave the longest `most` spans, and of these first those that failed or never ended; returns how many went.
+
+    What holds others is longer than they are, and so stays with them.
+    """
+
+    def weight(span: SpanRecord) -> tuple[bool, bool, int]:
+        return span.end_ns is None, span.error is not None, (span.end_ns or 0) - span.start_ns
+
+    gone = sorted(kept.values(), key=weight)[: max(len(kept) - most, 0)]
+    for span in gone:
+        del kept[span.span_id]
+    return len(gone)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..profiling import names
 from . import clocks
-from .run import Process, SpanRecord, as_span, lines, parse
+from .run import Process, SpanRecord, as_span, lines, parse, thin
 
 # In the writer's own lines, which may be told apart without parsing them; others are parsed.
 _TRACE = re.compile(r'\{"type":"(?:end|start)","name":"[^"\\]*","trace_id":"([0-9a-f]{32})"').match
@@ -63,9 +63,9 @@ def select(place: str | Path, step: int | None = None, most: int = 1 << 60) -> S
         if span.end_ns is not None or span.span_id not in kept:
             kept[span.span_id] = span
         if len(kept) >= 2 * most:
-            left_out += _thin(kept, most)
+            left_out += thin(kept, most)
     if len(kept) > most:
-        left_out += _thin(kept, most)
+        left_out += thin(kept, most)
     if left_out:
         problems.append(f"{left_out:,} of {left_out + len(kept):,} spans are not shown: the shortest")
     problems += clocks.align(_witnesses(kept, processes))
@@ -119,18 +119,6 @@ def _numbered(line: str, step: int) -> bool:
         return parse(line)["attributes"].get(names.STEP_NUMBER) == step
     except ValueError:
         return False
-
-
-def _thin(kept: dict[str, SpanRecord], most: int) -> int:
-    """Leave the longest `most`, with what failed or never ended first; returns how many went."""
-
-    def weight(span: SpanRecord) -> tuple[bool, bool, int]:
-        return span.end_ns is None, span.error is not None, (span.end_ns or 0) - span.start_ns
-
-    gone = sorted(kept.values(), key=weight)[: len(kept) - most]
-    for span in gone:
-        del kept[span.span_id]
-    return len(gone)
 
 
 def _latest(spans: list[SpanRecord], problems: list[str]) -> list[SpanRecord]:

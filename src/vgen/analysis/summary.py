@@ -15,6 +15,7 @@ from ..profiling.sketch import Histogram
 from . import clocks, engine
 from .phases import StepTime, step_times
 from .recording import OPEN, SHOWN, Key, Recording, Slow
+from .run import Process
 from .tail import Curve, Tail, Tails, merged
 
 BINS = 60
@@ -105,15 +106,18 @@ def _groups(steps: Sequence[StepTime]) -> list[list[StepTime]]:
     latest: dict[int, list[StepTime]] = {}
     for step in steps:
         group = latest.get(step.number)
-        if group is not None and step.start < max(one.end for one in group):
-            if all(one.process is not step.process for one in group):
-                group.append(step)
-                continue
-        groups.append([step])
-        latest[step.number] = groups[-1]
+        if group is not None and step.start < max(one.end for one in group) and not _has(group, step.process):
+            group.append(step)
+        else:
+            latest[step.number] = [step]
+            groups.append(latest[step.number])
     for group in groups:
         group.sort(key=lambda one: (one.process.rank is None, one.process.rank or 0))
     return groups
+
+
+def _has(group: Sequence[StepTime], process: Process) -> bool:
+    return any(step.process is process for step in group)
 
 
 def _step(recording: Recording, group: Sequence[StepTime], whole: Tails) -> dict[str, Any]:

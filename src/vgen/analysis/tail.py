@@ -46,8 +46,8 @@ class Tail:
         percent = f"{max(100 * self.last / self.sequences, 1):.0f} %"
         if not self.long:
             return f"no long tail: the last {percent} of sequences {took}"
-        which = percent if self.sequences >= 100 else f"{self.last} of {self.sequences}"
-        return f"the last {which} of sequences {took}, {self.running:.1f} running on average where {self.peak} had run"
+        which = f"{percent} of" if self.sequences >= 100 else f"{self.last} of {self.sequences}"
+        return f"the last {which} sequences {took}, {self.running:.1f} running on average where {self.peak} had run"
 
 
 class Curve:
@@ -152,9 +152,7 @@ def merged(stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def _parts(
-    starts: Sequence[int], ends: Sequence[int], calls: Sequence[tuple[int, int]]
-) -> list[tuple[int, Curve]]:
+def _parts(starts: Sequence[int], ends: Sequence[int], calls: Sequence[tuple[int, int]]) -> list[tuple[int, Curve]]:
     """Each generation's length and its curve, from 0 on."""
     if not ends:
         return []

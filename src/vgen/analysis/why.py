@@ -38,10 +38,9 @@ def explain(summary: dict[str, Any], number: int) -> list[str]:
     for name in sorted(over, key=lambda name: -over[name]):
         if over[name] < NOTABLE * whole:
             break
-        found.append(
-            f"{_called(name)} took {over[name]:.2f} s more ({step['phases'][name]:.2f} s against {middle[name]:.2f} s): "
-            f"{100 * over[name] / whole:.0f} % of what it took more"
-        )
+        figures = f"{step['phases'][name]:.2f} s against {middle[name]:.2f} s"
+        share = 100 * over[name] / whole
+        found.append(f"{_called(name)} took {over[name]:.2f} s more ({figures}), {share:.0f} % of the difference")
         if name == "generate":
             found += _generation(step, others, over[name])
         elif name == "sync":

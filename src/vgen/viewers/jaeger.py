@@ -44,7 +44,9 @@ def _span(span: SpanRecord, process: str, known: set[str], end_ns: int) -> dict[
     tags.append(_tag("span.kind", "internal"))
     if span.error is not None:
         tags += [_tag("error", True), _tag("otel.status_code", "ERROR"), _tag("otel.status_description", span.error)]
-    references = [_reference("FOLLOWS_FROM", str(link.get("trace_id")), str(link.get("span_id"))) for link in span.links]
+    references = [
+        _reference("FOLLOWS_FROM", str(link.get("trace_id")), str(link.get("span_id"))) for link in span.links
+    ]
     if span.parent_id is not None:
         references.insert(0, _reference("CHILD_OF", span.trace_id, span.parent_id))
     warnings = ["the span never ended: drawn to the last moment recorded"] if span.end_ns is None else []
