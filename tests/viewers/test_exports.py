@@ -29,7 +29,10 @@ def run(tmp_path):
         record |= {
             "events": [{"name": "exception", "unix_ns": writer.at(8), "attributes": {"exception.type": "ValueError"}}]
         }
-        record |= {"links": [{"trace_id": "ab" * 16, "span_id": "cd" * 8, "attributes": {}}], "span_id": f"{rank + 1:x}" * 16}
+        record |= {
+            "links": [{"trace_id": "ab" * 16, "span_id": "cd" * 8, "attributes": {}}],
+            "span_id": f"{rank + 1:x}" * 16,
+        }
         writer.line(record)
         writer.span(names.WEIGHT_SYNC, 9, None, under=step)
     return folder
@@ -91,8 +94,8 @@ def test_slices_of_a_track_never_cross(parts):
                 assert second.start_ns >= (first.end_ns or 0) or (second.end_ns or 0) <= (first.end_ns or 0)
 
 
-# The fields and their JSON types, from `internal/uimodel/model.go` of github.com/jaegertracing/jaeger and `types/trace.tsx`
-# of jaegertracing/jaeger-ui: what its page reads. A field with a None may be null.
+# The fields and their JSON types, from `internal/uimodel/model.go` of github.com/jaegertracing/jaeger and
+# `types/trace.tsx` of jaegertracing/jaeger-ui: what its page reads. A field with a None may be null.
 JAEGER = {
     "trace": {"traceID": str, "spans": list, "processes": dict, "warnings": (list, type(None))},
     "span": {

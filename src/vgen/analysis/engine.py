@@ -39,7 +39,13 @@ def _sync(recording: Recording, row: int, phases: Sequence[int]) -> dict[str, An
     if seconds is not None and parts:
         parts[REST] = max(seconds - sum(parts.values()), 0.0)
     sent = number(own.get(names.SYNC_BYTES))
-    paused = (ends["resume"] - starts["pause"]) / 1e9 if {"pause", "resume"} <= parts.keys() else None
+    receivers = {
+        phase: [number(recording.attributes[row].get(one)) for one in (names.RECEIVER_MEDIAN, names.RECEIVER_MAX)]
+        for phase, row in zip((_name(recording, row).removeprefix(PHASES) for row in phases), phases, strict=True)
+    }
+    paused = number(own.get(names.PAUSED_SECONDS))
+    if paused is None and {"pause", "resume"} <= parts.keys():
+        paused = (ends["resume"] - starts["pause"]) / 1e9
     if paused is None and own.get(names.ENGINE) == "colocate":
         paused = seconds  # an engine in the process generates nothing meanwhile
     return {
@@ -53,6 +59,11 @@ def _sync(recording: Recording, row: int, phases: Sequence[int]) -> dict[str, An
         "bytes": sent,
         "gigabytes_per_second": sent / seconds / 1e9 if sent is not None and seconds else None,
         "paused_seconds": paused,
+        "receivers": {
+            phase: {"median": middle, "slowest": worst}
+            for phase, (middle, worst) in receivers.items()
+            if middle is not None and worst is not None
+        },
         "error": recording.failed.get(row),
     }
 

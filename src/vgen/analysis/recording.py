@@ -101,6 +101,8 @@ class Recording:
         self._numbers: dict[str, int] = {}
         self._started: dict[int, dict[str, Any]] = {}
         self._calls: dict[int, int] = {}
+        self._untimed: dict[int, list[tuple[Key, str, list[float], list[float]]]] = {}
+        """Requests of calls whose span is still to come."""
         self._starts: dict[tuple[str, str], list[float]] = {}
         self._heap: list[tuple[int, int, Process, str]] = []
         self._heaps: dict[tuple[str, str | int | None], list[tuple[int, int, Process, str]]] = {}
@@ -198,6 +200,8 @@ class Recording:
         self.process.append(len(self.processes) - 1)
         if name in (names.ENGINE_GENERATE, names.GENERATE):
             self._calls[identity] = start
+            for waiting in self._untimed.pop(identity, ()):
+                self._timed(*waiting, start)
         if self._started:
             self._started.pop(identity, None)
         return row
@@ -220,17 +224,20 @@ class Recording:
             own_values = self.values.setdefault(key, {}).setdefault(name, array("d"))
             own_values.extend(value for value in values if math.isfinite(value))
         if name == names.REQUEST_E2E.name:
-            self._timed(key, str(own.get(names.ENGINE_CALL)), str(own.get(names.SERVER, "")), values)
+            call, server = str(own.get(names.ENGINE_CALL)), str(own.get(names.SERVER, ""))
+            starts = self._starts.pop((call, server), [])
+            if starts and len(starts) == len(values):
+                identity = int(call, 16)
+                if identity in self._calls:
+                    self._timed(key, server, starts, values, self._calls[identity])
+                else:
+                    self._untimed.setdefault(identity, []).append((key, server, starts, values))
 
-    def _timed(self, key: Key, call: str, server: str, seconds: list[float]) -> None:
-        starts = self._starts.pop((call, server), [])
-        try:
-            base = self._calls[int(call, 16)]
-        except (ValueError, KeyError):
-            return
-        if len(starts) != len(seconds):
-            return
+    def _timed(self, key: Key, server: str, starts: list[float], seconds: list[float], base: int) -> None:
+        """Requests by when they were queued after their call began, and how long they took."""
         timings = self.timings.setdefault((key, len(self.processes) - 1), Timings())
+        if not math.isfinite(sum(starts) + sum(seconds)):
+            return
         began = [base + int(offset * 1e9) for offset in starts]
         ended = [start + int(took * 1e9) for start, took in zip(began, seconds, strict=True)]
         timings.starts.extend(began)

@@ -196,6 +196,13 @@ def _syncs(syncs: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
     waited = sum(sync["gather_seconds"] for sync in syncs)
     if waited:
         said.append(f"{waited:.3f} s of them waiting for the trainer's model")
+    spread = [
+        (one["slowest"] - one["median"], phase, one) for sync in syncs for phase, one in sync["receivers"].items()
+    ]
+    if spread:
+        over, phase, one = max(spread, key=lambda found: found[0])
+        if over > 0:
+            said.append(f"the slowest server took {one['slowest']:.3f} s in {phase}, the median {one['median']:.3f} s")
     failed = sum(sync["error"] is not None for sync in syncs)
     if failed:
         said.append(f"{failed} failed")

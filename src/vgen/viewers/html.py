@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from ..analysis.run import SpanRecord, children
@@ -16,7 +16,7 @@ DIGITS = 6
 
 def export(chosen: Selection) -> str:
     """The page. Whatever the spans hold is data in it, never markup or script."""
-    template = resources.files("vgen.viewers").joinpath("trace.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")
     data = json.dumps(_data(chosen), separators=(",", ":"), ensure_ascii=False)
     # JSON needs no `<` outside of strings: escaped there, nothing in it can end the script element
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..analysis.run import Process, SpanRecord
 from ..analysis.select import Selection
+from ..profiling import names
 
 
 def export(chosen: Selection) -> str:
@@ -34,7 +35,7 @@ def _trace(trace_id: str, spans: list[SpanRecord], end_ns: int) -> dict[str, Any
 def _process(process: Process | None) -> dict[str, Any]:
     tags: dict[str, Any] = {}
     if process is not None:
-        tags = {"host.name": process.host, "process.pid": process.pid, "vgen.rank": process.rank}
+        tags = {names.HOST_NAME: process.host, names.PROCESS_ID: process.pid, names.RANK: process.rank}
     return {"serviceName": "vgen", "tags": [_tag(key, value) for key, value in tags.items() if value is not None]}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..analysis.run import Process, SpanRecord
 from ..analysis.select import Selection
+from ..profiling import names
 
 _INTERNAL, _UNSET, _ERROR = 1, 0, 2
 
@@ -38,7 +39,7 @@ def export(chosen: Selection) -> str:
 def _resource(process: Process | None) -> list[dict[str, Any]]:
     own: dict[str, Any] = {"service.name": "vgen"}
     if process is not None:
-        own |= {"host.name": process.host, "process.pid": process.pid, "vgen.rank": process.rank}
+        own |= {names.HOST_NAME: process.host, names.PROCESS_ID: process.pid, names.RANK: process.rank}
     return _attributes(own)
 
 
