@@ -99,7 +99,7 @@ def test_the_first_parts_were_deleted(tmp_path, capsys):
     file.rename(file.with_name(file.name.replace("-0000", "-0003")))
     (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text().replace('"part":0', '"part":3'))
-    assert "part 3 of its process: earlier ones were deleted" in both(tmp_path, capsys)
+    assert "the first 3 files of rank 0 were deleted, and what was in them" in both(tmp_path, capsys)
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 from chromium import Chromium, executable
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Chromium]:
     if executable() is None:
         pytest.skip("no Chromium here: apt-get install chromium")

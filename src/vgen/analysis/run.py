@@ -30,6 +30,8 @@ class Process:
     """What its clock lacks to agree with the others: added to a time of its own, it gives the run's time."""
     twin: bool = False
     """Whether another process of the run has the same rank, as after a restart into the same directory."""
+    first_part: int = 0
+    """Which of its files is the first that is left: more than 0 where earlier ones were deleted, as `max_parts` has it."""
     unread: int = 0
     """Lines of the file that is being read which made no sense: whoever reads counts them here."""
 
@@ -133,7 +135,7 @@ def lines(place: str | Path, problems: list[str]) -> Iterator[tuple[Process, str
             with file.open(encoding="utf-8", errors="replace") as content:
                 for line in content:
                     if line.startswith('{"type":"header"'):
-                        _header(line, file, process, problems, whole=len(found) > 1 or file != Path(place))
+                        _header(line, file, process, problems)
                     else:
                         yield process, line
         except OSError as error:
@@ -143,7 +145,7 @@ def lines(place: str | Path, problems: list[str]) -> Iterator[tuple[Process, str
             process.unread = 0
 
 
-def _header(line: str, file: Path, process: Process, problems: list[str], whole: bool) -> None:
+def _header(line: str, file: Path, process: Process, problems: list[str]) -> None:
     try:
         header = json.loads(line)
         form, part = int(header["format"]), int(header.get("part", 0))
@@ -155,8 +157,17 @@ def _header(line: str, file: Path, process: Process, problems: list[str], whole:
         return
     if form > FORMAT:
         problems.append(f"{file.name} is of a newer vgen ({process.vgen}): read as far as known")
-    if whole and first and part:
-        problems.append(f"{file.name} is part {part} of its process: earlier ones were deleted, and what was in them")
+    if first:
+        process.first_part = part
+
+
+def deleted(place: str | Path, processes: Iterable[Process]) -> list[str]:
+    """A sentence for each process of a directory whose first files are not there any more."""
+    return [
+        f"the first {process.first_part} files of {process.label} were deleted, and what was in them"
+        for process in processes
+        if process.first_part and Path(place).is_dir()
+    ]
 
 
 def parse(line: str) -> dict[str, Any]:

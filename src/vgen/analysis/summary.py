@@ -15,7 +15,7 @@ from ..profiling.sketch import Histogram
 from . import clocks, engine
 from .phases import StepTime, step_times
 from .recording import OPEN, SHOWN, Key, Recording, Slow
-from .run import Process
+from .run import Process, deleted
 from .tail import Curve, Tail, Tails, merged
 
 BINS = 60
@@ -30,7 +30,7 @@ def summarize(place: str | Path) -> dict[str, Any]:
     What could not be read or aligned is in `problems`, a sentence each. Raises nothing for what is in the files.
     """
     recording = Recording(place)
-    problems = [*recording.problems, *clocks.align(_witnesses(recording))]
+    problems = [*recording.problems, *deleted(place, recording.processes), *clocks.align(_witnesses(recording))]
     steps = step_times(recording)
     groups = _groups(steps)
     tails = Tails()
