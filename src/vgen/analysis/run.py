@@ -31,7 +31,7 @@ class Process:
     twin: bool = False
     """Whether another process of the run has the same rank, as after a restart into the same directory."""
     first_part: int = 0
-    """Which of its files is the first that is left: more than 0 where earlier ones were deleted, as `max_parts` has it."""
+    """Which of its files is the first that is left: more than 0 where `max_parts` had earlier ones deleted."""
     unread: int = 0
     """Lines of the file that is being read which made no sense: whoever reads counts them here."""
 
