@@ -88,7 +88,7 @@ def _generation(step: dict[str, Any], others: Sequence[dict[str, Any]], excess: 
             found.append(_longest(step))
     waited = NOTABLE * excess
     for what, text, unit, least in (
-        (_tokens, "generated {times} the tokens ({own:,.0f} against {usual:,.0f})", 1.0, 1.0),
+        (_tokens, "it generated {times} the tokens ({own:,.0f} against {usual:,.0f})", 1.0, 1.0),
         (_longest_text, "its longest completion has {own:,.0f} tokens, the others' {usual:,.0f}", 1.0, 1.0),
         (_per_token, "a token took {times} as long (median {own:.1f} ms against {usual:.1f} ms)", 1e3, 0.0),
         (_queue, "requests waited {own:.2f} s in the queue (median), the others' {usual:.2f} s", 1.0, waited),
