@@ -167,8 +167,8 @@ def request_costs(folder: Path) -> dict[str, Any]:
     run = wandb.init(project="requests", dir=str(folder), settings=wandb.Settings(silent=True))
     values = [0.1 + 0.0001 * i for i in range(REQUESTS)]
     instruments = (
-        names.REQUEST_E2E, names.REQUEST_QUEUE, names.REQUEST_PREFILL, names.REQUEST_TTFT, names.REQUEST_TPOT,
-        names.COMPLETION_LENGTH,
+        names.REQUEST_START, names.REQUEST_E2E, names.REQUEST_QUEUE, names.REQUEST_PREFILL, names.REQUEST_TTFT,
+        names.REQUEST_TPOT, names.COMPLETION_LENGTH,
     )  # fmt: skip
 
     def step(profiling: ProfilingContext, number: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,10 +25,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
-    trace = commands.add_parser("trace", help="show a recorded run as a waterfall")
+    trace = commands.add_parser("trace", help="show a recorded run as a waterfall, or export it")
     trace.add_argument("run", type=Path, metavar="RUN", help="a run's directory, or one of its .jsonl files")
     trace.add_argument("--step", type=int, metavar="N", help="which training step (default: the last trace)")
-    trace.add_argument("--svg", type=Path, metavar="FILE", help="write the picture there instead")
+    for name, what in (
+        ("html", "write one HTML file that needs nothing else: zoom, search, hover"),
+        ("chrome", "write Chrome's trace format, for Perfetto"),
+        ("jaeger", "write Jaeger's JSON, to be dropped into its page"),
+        ("otlp", "write OTLP JSON, for any OpenTelemetry collector"),
+        ("svg", "write the terminal's picture"),
+    ):
+        trace.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
+    trace.add_argument("--follow", action="store_true", help="go on showing a run that is still being written")
+
+    report = commands.add_parser(
+        "report",
+        help="say where a recorded run's time went",
+        epilog="Exit status: 0; 1 where there is nothing to report on; 2 for a wrong command line; 3 where --compare "
+        "found something worse.",
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help="a run's directory, or one of its .jsonl files")
+    report.add_argument("--step", type=int, metavar="N", help="of this training step alone, and why it took that long")
+    report.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    report.add_argument(
+        "--compare", type=Path, metavar="OTHER", help="a run to compare with, or the JSON of its report"
+    )
+    report.add_argument(
+        "--threshold", type=_percent, default=10.0, metavar="PCT", help="how much worse is too much (default: 10)"
+    )
 
     serve = commands.add_parser(
         "serve",
@@ -74,7 +97,22 @@ def _run(options: argparse.Namespace) -> int:
         return demo_command.run(steps=options.steps, out=options.out, model=options.model, as_json=options.json)
     if options.command == "serve":
         return _serve(options)
-    return _trace(options.run, options.step, options.svg)
+    if options.command == "report":
+        from .analysis import command as report_command
+
+        return report_command.run(
+            options.run,
+            step=options.step,
+            as_json=options.json,
+            compare_with=options.compare,
+            threshold=options.threshold,
+        )
+    from .viewers import command as trace_command
+
+    files = {name: getattr(options, name) for name in ("html", "chrome", "jaeger", "otlp", "svg")}
+    return trace_command.run(
+        options.run, step=options.step, files={k: v for k, v in files.items() if v}, follow=options.follow
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -103,44 +141,18 @@ def _serve(options: argparse.Namespace) -> int:
     )
 
 
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a percentage of at least 0, got {text}")
+    return value
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _trace(place: Path, step: int | None, svg: Path | None) -> int:
-    from rich.console import Console
-
-    from .analysis.run import read_run
-    from .viewers.terminal import waterfall
-
-    run = read_run(place)
-    for problem in run.problems:
-        print(f"vgen trace: {problem}", file=sys.stderr)
-    trace = run.step(step) if step is not None else next(reversed(run.traces()), [])
-    if not trace:
-        print(f"vgen trace: {place} holds no {'spans' if step is None else f'step {step}'}", file=sys.stderr)
-        return 1
-    console = Console(highlight=False)
-    if svg is not None:
-        console = Console(highlight=False, record=True, file=io.StringIO(), width=100)
-    console.print(waterfall(trace, width=min(console.width, 120)))
-    if svg is not None:
-        svg.write_text(_svg(console))
-    return 0
-
-
-def _svg(console: object) -> str:
-    from rich._export_format import CONSOLE_SVG_FORMAT
-    from rich.console import Console
-
-    assert isinstance(console, Console)
-    # without the web font that rich would have the picture load
-    head, _, rest = CONSOLE_SVG_FORMAT.partition("@font-face")
-    template = head + rest[rest.rindex("@font-face") :].partition("}}")[2]
-    return console.export_svg(title="vgen trace", code_format=template)
 
 
 if __name__ == "__main__":

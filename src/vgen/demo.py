@@ -257,3 +257,4 @@ def _report(result: _Result) -> None:
     console.print(f"\nlog-probabilities of engine and trainer after the last sync: max |Δ| = {difference}")
     console.print(f"recorded in {result.trace_file}", soft_wrap=True)
     console.print(f"show it again: vgen trace {result.trace_file.parent}", soft_wrap=True)
+    console.print(f"where the time went: vgen report {result.trace_file.parent}", soft_wrap=True)

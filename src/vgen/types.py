@@ -134,6 +134,8 @@ class Completion:
     """`(version, start, end)`: which weights sampled the tokens from `start` up to `end`, in order, where the engine
     says so. More than one where the weights were replaced in flight."""
     request_id: str | None = None
+    server: str | None = None
+    """Which server answered, where there are servers: its URL, without credentials."""
     timing: RequestTiming | None = None
     error: PromptError | None = None
     """Why the prompt was refused, where it was."""

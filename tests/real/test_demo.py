@@ -88,6 +88,31 @@ def test_trace_draws_it_again(recorded, tmp_path):
     assert vgen("trace", str(tmp_path)).returncode == 1
 
 
+def test_report_adds_up(recorded, tmp_path):
+    place, done = recorded
+    printed = vgen("report", str(place), "--json")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    report, demo = json.loads(printed.stdout), json.loads(done.stdout)
+    assert [step["step"] for step in report["steps"]] == [1, 2]
+    for told, ran in zip(report["steps"], demo["steps"], strict=True):
+        assert sum(told["phases"].values()) == pytest.approx(told["seconds"])
+        assert told["phases"]["generate"] == pytest.approx(ran["generate_seconds"])
+        assert told["phases"]["sync"] == pytest.approx(ran["sync_seconds"], rel=0.02, abs=0.002)
+        assert told["phases"]["update"] == pytest.approx(ran["update_seconds"])
+        assert told["phases"]["rest"] <= 0.02 * told["seconds"] + 0.05
+        assert told["output_tokens"] == ran["output_tokens"]
+        assert told["tail"]["sequences"] == told["requests"]["e2e"]["count"] == 32
+    assert sum(sync["bytes"] for sync in report["syncs"]) == demo["sync_bytes"]
+    assert report["outside_steps"]["init"] > 0
+    shown = vgen("report", str(place), "--step", "2")
+    assert shown.returncode == 0, shown.stderr
+    assert "where the time went" in shown.stdout
+    assert vgen("report", str(place), "--compare", str(place)).returncode == 0
+    page = tmp_path / "trace.html"
+    assert vgen("trace", str(place), "--step", "2", "--html", str(page)).returncode == 0
+    assert "vgen.weight_sync.load" in page.read_text()
+
+
 def test_a_model_of_ones_own_and_the_table(recorded, tmp_path):
     place, _ = recorded
     done = vgen("demo", "--steps", "1", "--model", str(place / "model"), "--out", str(tmp_path / "own"))

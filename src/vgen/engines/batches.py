@@ -27,7 +27,7 @@ async def complete(
     ended = False
     async for frame in answers:
         if isinstance(frame, Done):
-            yield _completion(requests[frame.index], frame, f"{call}-{frame.index}")
+            yield _completion(requests[frame.index], frame, f"{call}-{frame.index}", server.name)
         elif isinstance(frame, Failed):
             retryable, problem = frame.status >= 500, f"a request failed in the engine: {frame.message}"
             yield (
@@ -78,7 +78,7 @@ def _png(image: Any) -> bytes:
     return file.getvalue()
 
 
-def _completion(request: Request, done: Done, request_id: str) -> Completion:
+def _completion(request: Request, done: Done, request_id: str, server: str) -> Completion:
     top = None
     if done.top is not None:
         top = [list(zip(frames.to_ints(ids), frames.to_floats(values), strict=True)) for ids, values in done.top]
@@ -93,6 +93,7 @@ def _completion(request: Request, done: Done, request_id: str) -> Completion:
         weight_version=done.versions[-1][0] if done.versions else None,
         weight_versions=done.versions,
         request_id=request_id,
+        server=server,
         timing=_timing(done),
     )
 

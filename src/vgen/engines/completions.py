@@ -91,7 +91,7 @@ async def complete(
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         timing = _timing(answer.metrics, now, answer.usage)
         return [
-            _completion(request, choice, f"{answer.id}-{index}", timing)
+            _completion(request, choice, f"{answer.id}-{index}", server.name, timing)
             for index, (request, choice) in enumerate(zip(requests, choices, strict=True))
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -107,7 +107,9 @@ def _decode(kind: type[Any], raw: bytes) -> Any:
         return msgspec.convert(json.loads(raw), kind)
 
 
-def _completion(request: Request, choice: Any, request_id: str, timing: RequestTiming | None) -> Completion:
+def _completion(
+    request: Request, choice: Any, request_id: str, server: str, timing: RequestTiming | None
+) -> Completion:
     found = choice.logprobs
     logprobs = top = None
     if found is not None:
@@ -128,6 +130,7 @@ def _completion(request: Request, choice: Any, request_id: str, timing: RequestT
         prompt_logprobs=_prompt_logprobs(request, choice.prompt_logprobs),
         finish_reason=choice.finish_reason,
         request_id=request_id,
+        server=server,
         timing=timing,
     )
 

@@ -130,6 +130,8 @@ TPOT_SECONDS = _attribute(
 )
 PREEMPTIONS = _attribute("vgen.request.preemptions", "int", "How often the scheduler took the request off the device.")
 CACHED_TOKENS = _attribute("vgen.request.cached_tokens", "int", "Prompt tokens found in the prefix cache.")
+ENGINE_CALL = _attribute("vgen.engine.call", "string", "The id of the span in which the engine worked on the requests.")
+SERVER = _attribute("vgen.server", "string", "Which server answered: its URL, without credentials.")
 TRANSPORT = _attribute("vgen.weight_sync.transport", "string", "How the weights travelled.", label=True)
 TRANSPORT_REASON = _attribute("vgen.weight_sync.transport.reason", "string", "Why that transport was taken.")
 SYNC_BYTES = _attribute("vgen.weight_sync.bytes", "int", "Bytes of weights sent.")
@@ -208,6 +210,7 @@ REQUEST = _span(
     OUTPUT_TOKENS,
     FINISH_REASON,
     WEIGHT_VERSION,
+    SERVER,
     QUEUE_SECONDS,
     TTFT_SECONDS,
     TPOT_SECONDS,
@@ -261,6 +264,9 @@ THROUGHPUT = _metric(
 COMPLETION_LENGTH = _metric("vgen.completion.length", "histogram", "{token}", "Tokens of a completion.", ENGINE)
 PROMPT_LENGTH = _metric(
     "vgen.prompt.length", "histogram", "{token}", "Prompt tokens of a request, once for each completion.", ENGINE
+)
+REQUEST_START = _metric(
+    "vgen.request.start", "histogram", "s", "From the start of the engine call to queueing in the engine.", ENGINE
 )
 REQUEST_E2E = _metric("vgen.request.e2e", "histogram", "s", "From queueing to the last token.", ENGINE)
 REQUEST_QUEUE = _metric("vgen.request.queue", "histogram", "s", "From queueing to the first scheduling.", ENGINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from ..types import Completion, Completions
+from ..types import Completion, Completions, RequestTiming
 from . import names
 from .content import ContentCapture
 from .context import ProfilingContext
@@ -43,7 +43,15 @@ def measure(
     profiling.record_many(names.PROMPT_LENGTH, prompt_lengths)
     timed = [(completion, completion.timing) for completion in done if completion.timing is not None]
     timings = [timing for _, timing in timed]
-    profiling.record_many(names.REQUEST_E2E, [timing.e2e for timing in timings])
+    servers: dict[str | None, list[RequestTiming]] = {}
+    for completion, timing in timed:
+        servers.setdefault(completion.server, []).append(timing)
+    for server, own in servers.items():
+        # The same requests in the same order: together they say when each of them ran.
+        where = {names.ENGINE_CALL: engine_span.span_id, names.SERVER: server}
+        starts = [(timing.queued_ns - engine_span.start_ns) / 1e9 for timing in own]
+        profiling.record_many(names.REQUEST_START, starts, **where)
+        profiling.record_many(names.REQUEST_E2E, [timing.e2e for timing in own], **where)
     profiling.record_many(names.REQUEST_QUEUE, [timing.queue for timing in timings])
     profiling.record_many(names.REQUEST_PREFILL, [timing.prefill for timing in timings])
     profiling.record_many(names.REQUEST_TTFT, [timing.time_to_first_token for timing in timings])
@@ -74,6 +82,7 @@ def request_attributes(
         names.OUTPUT_TOKENS: len(completion.token_ids),
         names.FINISH_REASON: [completion.finish_reason or "unknown"],
         names.WEIGHT_VERSION: completion.weight_version,
+        names.SERVER: completion.server,
     }
     timing = completion.timing
     if timing is not None:

@@ -10,28 +10,38 @@ from rich.text import Text
 from ..analysis.run import SpanRecord, children
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+DEEPEST = 16
+"""Levels that are indented."""
+NARROW = 36
+"""Columns below which there is no room for bars."""
 
 
-def waterfall(spans: Sequence[SpanRecord], *, width: int = 100, title: str = "") -> Table:
-    """One line for each span: name, a bar where it lay in the trace, its duration. Open and failed ones in red."""
+def waterfall(spans: Sequence[SpanRecord], *, width: int = 100, title: str = "", now_ns: int = 0) -> Table:
+    """One line for each span: name, a bar where it lay in the trace, its duration. Open and failed ones in red.
+
+    Spans that are open are drawn to `now_ns`. In fewer than `NARROW` columns there are no bars.
+    """
     begin = min(span.start_ns for span in spans)
-    end = max(max(span.end_ns or span.start_ns for span in spans), begin + 1)
+    end = max(max(span.end_ns or span.start_ns for span in spans), begin + 1, now_ns)
     tree = list(_walk(spans))
-    names = max(len(span.name) + 2 * depth for span, depth in tree) + 2
+    several = len({span.process.key for span, depth in tree if depth == 0 and span.process is not None}) > 1
+    names = max(len(_label(span, depth, several)) for span, depth in tree) + 2
     bar_width = max(10, width - min(names, width // 2) - 14)
     table = Table(
         title=title or None, box=None, padding=(0, 1, 0, 0), show_header=False, width=width, title_justify="left"
     )
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 2))
-    table.add_column(no_wrap=True, width=bar_width)
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(width - 12 if width < NARROW else width // 2, 8))
+    if width >= NARROW:
+        table.add_column(no_wrap=True, width=bar_width)
     table.add_column(no_wrap=True, justify="right", width=10)
     for span, depth in tree:
         bad = span.error is not None or span.end_ns is None
         style = "red" if bad else "magenta" if span.rebuilt else ("cyan", "green", "yellow", "blue")[depth % 4]
-        name = Text("  " * depth + span.name, style="red" if bad else "bold" if depth == 0 else "")
+        name = Text(_label(span, depth, several), style="red" if bad else "bold" if depth == 0 else "")
         last = span.end_ns if span.end_ns is not None else end
         bar = _bar(span.start_ns - begin, last - begin, end - begin, bar_width)
-        table.add_row(name, Text(bar, style=style), Text(_duration(span), style="red" if bad else ""))
+        cells = [name, Text(bar, style=style), Text(_duration(span, now_ns), style="red" if bad else "")]
+        table.add_row(*(cells if width >= NARROW else (cells[0], cells[2])))
     return table
 
 
@@ -44,6 +54,13 @@ def _walk(spans: Sequence[SpanRecord]) -> Iterator[tuple[SpanRecord, int]]:
         stack += [(child, depth + 1) for child in reversed(below.get(span.span_id, []))]
 
 
+def _label(span: SpanRecord, depth: int, several: bool) -> str:
+    """The indented name, with what went wrong, and at the top of the trees of several processes whose it is."""
+    whose = f" [{span.process.label}]" if several and depth == 0 and span.process is not None else ""
+    failed = f" ✗ {span.error}" if span.error is not None else ""
+    return "  " * min(depth, DEEPEST) + span.name + whose + failed
+
+
 def _bar(start: int, end: int, total: int, width: int) -> str:
     """A bar from `start` to `end` of `total`, to an eighth of a cell, never narrower than that."""
     eighths = max((end - start) * width * 8 // total, 1)
@@ -52,9 +69,9 @@ def _bar(start: int, end: int, total: int, width: int) -> str:
     return " " * cell + ("█" * whole + _EIGHTHS[part])[: width - cell].rstrip(" ")
 
 
-def _duration(span: SpanRecord) -> str:
+def _duration(span: SpanRecord, now_ns: int) -> str:
     if span.end_ns is None:
-        return "open"
+        return f"{(now_ns - span.start_ns) / 1e9:.0f} s …" if now_ns > span.start_ns else "open"
     seconds = (span.end_ns - span.start_ns) / 1e9
     for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
         if seconds < limit:
