@@ -95,14 +95,15 @@ def cases(
     def single() -> int:
         def one(prompt):
             return count(post(f"{url}/v1/completions", wants(model, prompt, tokens), key))
+
         return sum(pool.map(one, prompts))
 
     def token_in_token_out() -> int:
         params = {"max_tokens": tokens, "ignore_eos": True, "logprobs": 0}
+
         def one(prompt):
-            return count(
-                    post(f"{url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": params}, key)
-                )
+            return count(post(f"{url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": params}, key))
+
         return sum(pool.map(one, prompts))
 
     def ours(name: str) -> Callable[[], int]:
@@ -379,8 +380,8 @@ def page(found: dict[str, Any]) -> str:
         f"## {flight['prompts']:,} prompts in flight",
         "",
         f"{flight['tokens']:,} tokens in {flight['seconds']:.1f} s; this process grew by at most "
-        f"{flight['growth_bytes'] / 1e6:.1f} MB, {flight['of_reply']:.2f} times what the reply of `/v1/completions` would measure "
-        f"({flight['reply_as_json_bytes'] / 1e6:.1f} MB).",
+        f"{flight['growth_bytes'] / 1e6:.1f} MB, {flight['of_reply']:.2f} times what the reply of `/v1/completions` "
+        f"would measure ({flight['reply_as_json_bytes'] / 1e6:.1f} MB).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ import torch
 from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
+from vgen.engines.launch import start_server
 from vgen.profiling import names
 from vgen.testing import MemorySink
 
@@ -224,3 +227,35 @@ def test_without_the_control_key_it_generates_and_says_what_is_missing(server, c
         with pytest.raises(WeightSyncError, match="control_key"):
             reader.sync_weights()
     assert "pass control_key" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_server_that_is_killed_in_the_middle_loses_nothing_and_comes_back_only_with_the_right_weights(server, caplog):
+    sampling, prompts = Sampling(max_tokens=60, ignore_eos=True), [[i, i + 1] for i in range(1, 33)]
+    arguments = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+    settings = dict(api_key=server.api_key, control_key=server.control_key, arguments=arguments, timeout=280)
+    with start_server(server.folder, **settings) as second:
+        keys = {"api_key": server.api_key, "control_key": server.control_key, "takeover": True, "timeout": 120.0}
+        with ServerGeneration(server.model, base_urls=[server.base_url, second.url], **keys) as generation:
+            randomize(server.model)
+            generation.sync_weights(version="1")
+            seen: list[tuple[int, int]] = []
+
+            def kill(completion: Any) -> None:
+                if not seen:
+                    os.killpg(second.process.pid, signal.SIGKILL)
+                seen.append((completion.prompt_index, completion.generation_index))
+
+            rollouts = generation.generate(prompts, sampling, 2, on_completion=kill)
+            assert len(rollouts) == len(seen) == len(set(seen)) == 64
+            assert [completion.prompt_index for completion in rollouts] == [i for i in range(32) for _ in range(2)]
+            assert max_logprob_difference(server.model, rollouts) <= 1e-4
+            second.stop()
+            with start_server(server.folder, port=int(second.url.rpartition(":")[2]), **settings):
+                assert max_logprob_difference(server.model, generation.generate(prompts, sampling)) <= 1e-4
+                assert "is back with weights 'default', not '1'" in caplog.text
+                generation.sync_weights(version="2")
+                rollouts = generation.generate(prompts, sampling, 2)
+                assert max_logprob_difference(server.model, rollouts) <= 1e-4
+                assert {completion.server for completion in rollouts} == {server.base_url, second.url}

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..errors import EngineError, ServerError
-from .http import Server
+from .http import CONTROL_HEADER, Server
 
 logger = logging.getLogger("vgen.engines.server")
 
@@ -141,7 +141,7 @@ async def _features(server: Server) -> frozenset[str]:
     try:
         return frozenset((await server.get("/vgen/info", timeout=PROBE_SECONDS))["features"])
     except ServerError as error:
-        if error.status == 401 and "vgen_control_key" in error.said:
+        if error.status == 401 and CONTROL_HEADER in error.said:
             return frozenset({"batch"})  # inference needs no control key
         if error.status is None:
             raise
