@@ -23,6 +23,55 @@ STOCK_VERSION = "default"
 """What vLLM calls the weights that it has started with."""
 
 
+class LeaseHolder:
+    """Holds one server's lease, renewed in the background, until `release`."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def take(self, timeout: float, *, takeover: bool) -> None:
+        """Take it. A dead holder's is waited for until it expires; a living one's is an `EngineError`."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+        self._server.lease = None
+        holder = f"{socket.gethostname()}:{os.getpid()}"
+        wanted = {"holder": holder, "ttl_seconds": LEASE_SECONDS, "takeover": takeover}
+        give_up = time.monotonic() + min(timeout, LEASE_SECONDS + PROBE_SECONDS)
+        while True:
+            try:
+                self._server.lease = (await self._server.post("/vgen/lease", wanted, timeout=PROBE_SECONDS))["token"]
+                break
+            except ServerError as error:
+                if error.status != 409:
+                    raise
+                if time.monotonic() > give_up:
+                    raise EngineError(
+                        f"{self._server.name} serves another trainer, which is alive: {error.said or error}; "
+                        "construct with takeover=True to take it from there"
+                    ) from None
+                await asyncio.sleep(1.0)
+        self._renewing = asyncio.create_task(self._renew())
+
+    async def release(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            self._renewing = None
+            with suppress(ServerError):
+                await self._server.post("/vgen/lease/release", {}, timeout=PROBE_SECONDS)
+            self._server.lease = None
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            try:
+                await self._server.post("/vgen/lease/renew", {}, timeout=PROBE_SECONDS)
+            except ServerError as error:
+                if error.status == 409:  # another trainer has taken over; whatever this one sends is refused
+                    logger.warning("vgen: %s has been taken over: %s", self._server.name, error.said)
+                    return
+
+
 @dataclass(slots=True)
 class Peer:
     """A server, and what it has said of itself."""
@@ -45,10 +94,18 @@ class Peer:
     """It was out of reach: it may have been started anew since, with other weights."""
     speed: float | None = None
     """Completion tokens for each second, smoothed over the last calls."""
+    lease: LeaseHolder | None = None
+    """Where it knows leases, and this process may change it."""
 
     @property
     def name(self) -> str:
         return self.server.name
+
+    async def rejoin(self, timeout: float) -> None:
+        """Be again the one who may change a server that was started anew."""
+        self.adapters.clear()
+        if self.lease is not None:
+            await self.lease.take(timeout, takeover=False)
 
     def measured(self, tokens: int, seconds: float) -> None:
         """It has answered a call with so many tokens."""
@@ -148,48 +205,3 @@ async def _features(server: Server) -> frozenset[str]:
     except (KeyError, TypeError):
         pass
     return frozenset()
-
-
-class LeaseHolder:
-    """Holds one server's lease, renewed in the background, until `release`."""
-
-    def __init__(self, server: Server) -> None:
-        self._server, self._renewing = server, None
-
-    async def take(self, timeout: float, *, takeover: bool) -> None:
-        """Take it. A dead holder's is waited for until it expires; a living one's is an `EngineError`."""
-        holder = f"{socket.gethostname()}:{os.getpid()}"
-        wanted = {"holder": holder, "ttl_seconds": LEASE_SECONDS, "takeover": takeover}
-        give_up = time.monotonic() + min(timeout, LEASE_SECONDS + PROBE_SECONDS)
-        while True:
-            try:
-                self._server.lease = (await self._server.post("/vgen/lease", wanted, timeout=PROBE_SECONDS))["token"]
-                break
-            except ServerError as error:
-                if error.status != 409:
-                    raise
-                if time.monotonic() > give_up:
-                    raise EngineError(
-                        f"{self._server.name} serves another trainer, which is alive: {error.said or error}; "
-                        "construct with takeover=True to take it from there"
-                    ) from None
-                await asyncio.sleep(1.0)
-        self._renewing = asyncio.create_task(self._renew())
-
-    async def release(self) -> None:
-        if self._renewing is not None:
-            self._renewing.cancel()
-            self._renewing = None
-            with suppress(ServerError):
-                await self._server.post("/vgen/lease/release", {}, timeout=PROBE_SECONDS)
-            self._server.lease = None
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
-            try:
-                await self._server.post("/vgen/lease/renew", {}, timeout=PROBE_SECONDS)
-            except ServerError as error:
-                if error.status == 409:  # another trainer has taken over; whatever this one sends is refused
-                    logger.warning("vgen: %s has been taken over: %s", self._server.name, error.said)
-                    return

@@ -56,7 +56,7 @@ class ServerEngine:
         self._request_timing, self._timeout = request_timing, timeout
         self.pause_mode: PauseMode = pause_mode
         """What becomes of requests in flight during a sync."""
-        self._loop, self._leases = Loop(), list[LeaseHolder]()
+        self._loop = Loop()
         self._in_flight: set[Work] = set()
         self._held = False
         """Scheduling was stopped, by a pause or a sleep, and is not for a sync to start again."""
@@ -72,7 +72,9 @@ class ServerEngine:
         except BaseException:
             self.close()
             raise
-        self._updater = update.Updater(self._peers, self._loop, folder=weights_folder, bucket_bytes=bucket_bytes)
+        self._updater = update.Updater(
+            self._peers, self._loop, folder=weights_folder, bucket_bytes=bucket_bytes, timeout=timeout
+        )
         self.model: str = self._peers[0].model
         self.max_model_length: int = min(peer.max_model_length for peer in self._peers)
         self.vocabulary_size = vocabulary_size or 1 << 31
@@ -176,7 +178,8 @@ class ServerEngine:
         """Release the leases and close the connections. The servers go on."""
 
         async def end() -> None:
-            await asyncio.gather(*(lease.release() for lease in self._leases), return_exceptions=True)
+            leases = [peer.lease.release() for peer in self._peers if peer.lease is not None]
+            await asyncio.gather(*leases, return_exceptions=True)
             await asyncio.gather(*(server.close() for server in self._servers), return_exceptions=True)
 
         if hasattr(self, "_updater"):
@@ -189,9 +192,10 @@ class ServerEngine:
 
     def _take_leases(self, takeover: bool) -> None:
         """Be the one who may change the servers, where they know leases."""
-        holders = [LeaseHolder(peer.server) for peer in self._peers if peer.controlled and "lease" in peer.features]
-        self._leases = holders
-        self._gather([holder.take(self._timeout, takeover=takeover) for holder in holders])
+        for peer in self._peers:
+            if peer.controlled and "lease" in peer.features:
+                peer.lease = LeaseHolder(peer.server)
+        self._gather([peer.lease.take(self._timeout, takeover=takeover) for peer in self._peers if peer.lease])
 
     def _load_adapter(self, wanted: LoRARequest | None) -> None:
         """Have every server load a LoRA adapter that it has not yet."""

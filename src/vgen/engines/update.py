@@ -33,8 +33,11 @@ _CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
 class Updater:
     """Sends weights to `peers`, to all of them together. Nothing here is ever sent twice."""
 
-    def __init__(self, peers: Sequence[Peer], loop: Loop, *, folder: str | None, bucket_bytes: int) -> None:
+    def __init__(
+        self, peers: Sequence[Peer], loop: Loop, *, folder: str | None, bucket_bytes: int, timeout: float
+    ) -> None:
         self._peers, self._loop, self._folder, self._bucket_bytes = peers, loop, folder, bucket_bytes
+        self._timeout = timeout
         self._transfer: SharedMemoryTransfer | None = None
         self._known: tuple[str, ...] = ()
         """Whom the transfer's memory is shared with."""
