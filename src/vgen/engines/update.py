@@ -16,7 +16,7 @@ from ..weights.checkpoint import write_checkpoint
 from ..weights.shared_memory import BUCKET_BYTES, SharedMemoryTransfer, as_sync_error
 from .base import PauseMode, Source, SyncTrace
 from .http import Loop
-from .peer import Peer, held_version
+from .peer import STOCK_VERSION, Peer, held_version
 
 logger = logging.getLogger("vgen.engines.server")
 
@@ -79,7 +79,10 @@ class Updater:
 
         async def version(peer: Peer) -> str | ServerError | None:
             try:
-                return await held_version(peer.server)
+                held = await held_version(peer.server)
+                if peer.lost or held == STOCK_VERSION != peer.weight_version:
+                    await peer.rejoin(self._timeout)  # it has been started anew
+                return held
             except ServerError as error:
                 return error
 
