@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..engines.base import Batch, Request
@@ -20,6 +20,11 @@ class Options:
     lora_request: LoRARequest | None = None
     priority: int = 0
 
+    def terms(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by name."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return own | {field.name: getattr(self.sampling, field.name) for field in fields(own.pop("sampling"))}
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -31,9 +36,9 @@ class Job:
     good: list[int]
     """The places in `prompt_ids` of those that are not refused."""
     start: int
-    """Where they begin among all ranks' prompts."""
+    """Where they begin among the prompts that this rank's engine is asked for, or that it is given completions of."""
     requests: list[Request]
-    """Of all ranks."""
+    """Of all ranks; none on a rank without an engine."""
     options: Options
 
     def batch(self, headers: Mapping[tuple[int, int], Mapping[str, str]], rest: Mapping[str, str]) -> Batch:
