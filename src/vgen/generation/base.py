@@ -146,7 +146,10 @@ class Generation:
                         on_completion(job.own(completion))
                 with self._profiling.span(names.DECODE_OUTPUTS):
                     result = job.place(sampled, self._version)
-                if refused == "raise" and (error := next((c.error for c in result if c.error), call.refused)) is not None:
+                if (
+                    refused == "raise"
+                    and (error := next((c.error for c in result if c.error), call.refused)) is not None
+                ):
                     raise error  # what only the engine could tell
                 if self._profiling.enabled:
                     span.set(counts(result))

@@ -186,15 +186,16 @@ class DistributedCall:
             if not self.leading:
                 message, size = self.wait("data")
                 span.set({names.RANKS_BYTES: size})
-                self.refused = PromptError(*refused) if (refused := message.words["refused"]) else None
+                self.refused = _refused(message.words["refused"])
                 return wire.unpack_completions(message, clock_ns)
             starts = [0, *accumulate(self._counts)]
             parts: list[list[Completion]] = [[] for _ in self._counts]
             for completion in sampled:
                 parts[bisect_right(starts, completion.prompt_index, hi=len(parts)) - 1].append(completion)
-            parts = [wire.shifted(part, start) for part, start in zip(parts, starts, strict=False)]
-            self.refused = next((c.error for part in parts for c in part if c.error is not None), None)
-            refused = self.refused and [self.refused.index, self.refused.problem, self.refused.limit]
+            parts[1:] = [wire.shifted(part, start) for part, start in zip(parts[1:], starts[1:-1], strict=True)]
+            bad = ((rank, c.error) for rank, part in enumerate(parts) for c in part if c.error is not None)
+            refused = next(([rank, e.index, e.problem, e.limit] for rank, e in bad), None)
+            self.refused = _refused(refused)
             self._over, sent, lost = True, 0, list[RankError]()
             for rank in self._links:
                 message = wire.pack_completions(parts[rank], clock_ns)
@@ -288,3 +289,12 @@ class DistributedCall:
             return self._links[rank].send(whole, self._timeout)
         except OSError as error:
             raise RankError(f"rank {rank} is gone: its connection ended in {self.name}", rank=rank) from error
+
+
+def _refused(found: list[Any] | None) -> PromptError | None:
+    if found is None:
+        return None
+    rank, index, problem, limit = found
+    error = PromptError(index, problem, limit)
+    error.add_note(f"raised on rank {rank}")
+    return error

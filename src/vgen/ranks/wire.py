@@ -40,7 +40,8 @@ class Message:
     @classmethod
     def unpack(cls, raw: bytes | bytearray) -> Message:
         place = _LENGTH.size + _LENGTH.unpack_from(raw)[0]
-        words, numbers = json.loads(raw[_LENGTH.size : place]), list[array[Any]]()
+        words: dict[str, Any] = json.loads(raw[_LENGTH.size : place])
+        numbers: list[array[Any]] = []
         for typecode, count in words.pop("numbers"):
             found = array(typecode)
             found.frombytes(memoryview(raw)[place : place + count * found.itemsize])
@@ -232,7 +233,7 @@ def unpack_error(found: Mapping[str, Any], rank: int) -> Exception:
     if kind is None and found["type"] in _PLAIN:
         kind = getattr(builtins, found["type"])
     if not isinstance(kind, type) or not issubclass(kind, Exception):
-        return RankError(f"rank {rank} raised {found['type']}: {found['words']}", rank=rank)
+        return RankError(": ".join(filter(None, (f"rank {rank} raised {found['type']}", found["words"]))), rank=rank)
     error = kind.__new__(kind)
     error.args = (found["words"],)
     error.__dict__.update(found["known"])
