@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from vgen import Completion, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
 from vgen.profiling import names
-from vgen.ranks import distributed
+from vgen.ranks import call
 from vgen.testing import FaultyServer, MemorySink
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -40,15 +40,15 @@ class Sharded:
     collective = True
     bytes, tensors, seconds = 32, 8, 0.0
 
-    def __init__(self, fails_at: int | None = None, error: Exception | None = None) -> None:
-        self.seen, self._fails_at, self._error = 0, fails_at, error
+    def __init__(self, fails_at: int | None = None, error: Exception | None = None, group=None) -> None:
+        self.seen, self._fails_at, self._error, self._group = 0, fails_at, error, group
 
     def __iter__(self):
         for number in range(8):
             if number == self._fails_at and self._error is not None:
                 raise self._error
             tensor = torch.full((4,), float(RANK))
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group)
             self.seen += 1
             yield f"layer.{number}", tensor
 
@@ -174,36 +174,36 @@ def never_comes(server):
         return {"raised": raised, "after": shown(made.generate([[RANK]], Sampling(max_tokens=1)))}
 
 
-def killed(server):
-    """Rank 1 is killed while the others wait for it."""
-    made = generation(server, timeout=60.0)
-    made.generate([[1]])
-    if RANK == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.generate([[2]])
+def stand_still(seconds: float) -> None:
+    """The process stops: its connections stay open, and it says nothing."""
+    pid = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    os.kill(pid, signal.SIGSTOP)
 
 
-def leader_killed(server):
-    made = generation(server, timeout=60.0)
-    made.generate([[1]])
-    if RANK == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.generate([[2]])
-
-
-def leader_stopped(server):
-    """The leader's process stands still: connections stay open, nobody speaks."""
+def deaths(server):
+    """The leader stands still and comes back, rank 2 is killed, the leader is killed: rank 1 sees it all."""
     made = generation(server)
-    made.generate([[1]])
-    if RANK == 0:
-        pid = os.getpid()
-        if os.fork() == 0:
-            time.sleep(20)
-            os.kill(pid, signal.SIGCONT)
-            os._exit(0)
-        os.kill(pid, signal.SIGSTOP)
-        return {}
-    made.generate([[2]])
+    steps = [lambda: None, lambda: stand_still(TIMEOUT + 3), lambda: None, lambda: kill(2), lambda: kill(0)]
+
+    def kill(rank: int) -> None:
+        if rank == RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    found = []
+    for number, step in enumerate(steps):
+        if number != 1 or RANK == 0:
+            step()
+        start = time.monotonic()
+        try:
+            said = ["done", None, shown(made.generate([[RANK]], Sampling(max_tokens=1)))[0][2]]
+        except Exception as error:
+            said = [type(error).__name__, getattr(error, "rank", None), str(error)]
+        found.append([*said, time.monotonic() - start])
+    return found
 
 
 class Taking:
@@ -252,7 +252,8 @@ def receiver_fails(server):
 def source_fails(server):
     """On rank 1, between two collectives: the others are in one until the process group's timeout."""
     failing = {"fails_at": 3, "error": OSError("lost its shard")} if RANK == 1 else {}
-    return sync(server, Taking(), Sharded(**failing))
+    group = dist.new_group(timeout=timedelta(seconds=GROUP_TIMEOUT))
+    return sync(server, Taking(), Sharded(**failing, group=group))
 
 
 def source_fails_everywhere(server):
@@ -261,17 +262,23 @@ def source_fails_everywhere(server):
     return found
 
 
+class Plain(Sharded):
+    """Only one rank may iterate it: another would wait for ever."""
+
+    collective = False
+
+    def __iter__(self):
+        self.seen += 1
+        yield "a", torch.ones(1)
+
+
 def plain_sync(server):
-    """A plain module's weights: the others do not iterate."""
-    source = Sharded()
-    source.collective = False
-    source.__class__.__iter__ = lambda self: iter([("a", torch.ones(1))])
-    return sync(server, Taking(), source)
+    return sync(server, Taking(), Plain())
 
 
 def main(cases: list[str], folder: str) -> None:
-    distributed._GRACE = 1.0
-    dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT if cases == ["source_fails"] else 60))
+    call._GRACE = 1.0
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
     for case in cases:
         server, start = FaultyServer() if RANK == 0 else None, time.monotonic()

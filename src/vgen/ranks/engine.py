@@ -11,7 +11,8 @@ from ..engines.base import Batch, Engine, PauseMode, Source, SyncTrace
 from ..errors import EngineError, VgenError, WeightSyncError
 from ..profiling import Span
 from ..types import Completion, SleepReport
-from .distributed import DistributedCall, DistributedRanks
+from .call import DistributedCall
+from .distributed import DistributedRanks
 
 
 class LedEngine:
@@ -29,7 +30,11 @@ class LedEngine:
     def __init__(self, ranks: DistributedRanks, make: Callable[[], Engine]) -> None:
         self._ranks = ranks
         self._engine: Engine | None = None
-        facts = self._lead("construction", lambda: self._make(make))
+        try:
+            facts = self._lead("construction", lambda: self._make(make))
+        except BaseException:
+            ranks.close()
+            raise
         self.kind: str = facts["kind"]
         self.device_type: str = facts["device_type"]
         self.max_model_length: int = facts["max_model_length"]
@@ -70,8 +75,11 @@ class LedEngine:
                 call.share(lambda: self._send(call, passes, version, trace))
                 return
             while call.wait("pass", "data")[0].words["is"] == "pass":
-                for _ in _watched(source, call):
-                    pass
+                try:
+                    for _ in _watched(source, call):
+                        pass
+                except Exception as error:
+                    raise call.verdict(error) from error
 
     def _send(self, call: DistributedCall, source: _Passes, version: str, trace: SyncTrace) -> None:
         try:

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Any
@@ -229,15 +229,15 @@ def pack_error(error: BaseException) -> dict[str, Any]:
 
 def unpack_error(found: Mapping[str, Any], rank: int) -> Exception:
     """The error that `rank` raised, with the same type where it is vgen's or a plain one, and a note of where."""
-    kind: Callable[..., Any] | None = getattr(errors, found["type"], None)
+    kind: Any = getattr(errors, found["type"], None)
     if kind is None and found["type"] in _PLAIN:
         kind = getattr(builtins, found["type"])
     if not isinstance(kind, type) or not issubclass(kind, Exception):
         return RankError(": ".join(filter(None, (f"rank {rank} raised {found['type']}", found["words"]))), rank=rank)
-    error = kind.__new__(kind)
+    error: Any = kind.__new__(kind)
     error.args = (found["words"],)
-    error.__dict__.update(found["known"])
-    error.add_note(f"raised on rank {rank}")
+    error.__dict__.update({"raised_on": rank, **found["known"]})
+    error.add_note(f"raised on rank {error.raised_on}")
     return error
 
 
