@@ -1,7 +1,7 @@
 """Connections between the leader and the other ranks, apart from the trainer's process group.
 
 Why not collectives, or a `TCPStore`: a collective whose peer does not come waits for the process group's timeout and
-cannot be left. A `TCPStore` breaks its connection over a value above 8 MB, is slower (2.1 MB, the half of 256 replies of
+cannot be left. A `TCPStore` breaks its connection over a value above 8 MB, is slower (2.1 MB, half of 256 replies of
 2,048 tokens, takes 12 to 25 ms to set and 35 to 47 ms to get; a socket 6 to 23 ms), says nothing when a peer dies, and
 its `wait`, whatever the timeout, does not return while its host is stopped: seen with torch 2.13. A socket has
 deadlines, can be interrupted, and ends when its peer does. `benchmarks/ranks.py` compares them.
