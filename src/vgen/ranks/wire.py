@@ -235,7 +235,7 @@ def _single(exact: array[float]) -> array[float]:
 
 
 def _values(numbers: array[float]) -> list[float | None]:
-    values = numbers.tolist()
+    values: list[Any] = numbers.tolist()
     return [None if value != value else value for value in values] if math.isnan(sum(values)) else values
 
 
