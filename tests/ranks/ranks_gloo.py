@@ -174,35 +174,26 @@ def never_comes(server):
         return {"raised": raised, "after": shown(made.generate([[RANK]], Sampling(max_tokens=1)))}
 
 
-def stand_still(seconds: float) -> None:
-    """The process stops: its connections stay open, and it says nothing."""
-    pid = os.getpid()
-    if os.fork() == 0:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGCONT)
-        os._exit(0)
-    os.kill(pid, signal.SIGSTOP)
-
-
 def deaths(server):
-    """The leader stands still and comes back, rank 2 is killed, the leader is killed: rank 1 sees it all."""
-    made = generation(server)
-    steps = [lambda: None, lambda: stand_still(TIMEOUT + 3), lambda: None, lambda: kill(2), lambda: kill(0)]
+    """The leader stands still until rank 1 has given up on it, rank 2 is killed, the leader is killed."""
+    made, leader = generation(server), [os.getpid()]
+    dist.broadcast_object_list(leader, 0)
 
-    def kill(rank: int) -> None:
+    def signalled(rank: int, number: int) -> None:
         if rank == RANK:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     found = []
-    for number, step in enumerate(steps):
-        if number != 1 or RANK == 0:
-            step()
+    for rank, number in ((0, 0), (0, signal.SIGSTOP), (0, 0), (2, signal.SIGKILL), (0, signal.SIGKILL)):
+        signalled(rank, number)
         start = time.monotonic()
         try:
             said = ["done", None, shown(made.generate([[RANK]], Sampling(max_tokens=1)))[0][2]]
         except Exception as error:
             said = [type(error).__name__, getattr(error, "rank", None), str(error)]
         found.append([*said, time.monotonic() - start])
+        if RANK == 1 and number == signal.SIGSTOP:
+            os.kill(leader[0], signal.SIGCONT)
     return found
 
 
