@@ -6,7 +6,8 @@
     ├── EngineStateError (RuntimeError)     the call does not fit the engine's state; `state`
     ├── EngineError (RuntimeError)          the engine could not start, or broke while it worked
     │   └── ServerError                     a server did not answer, or refused; `url`, `status`, `retryable`
-    └── WeightSyncError (RuntimeError)      weights did not arrive whole; `phase`, `parameter`, `receiver`
+    ├── WeightSyncError (RuntimeError)      weights did not arrive whole; `phase`, `parameter`, `receiver`
+    └── RankError (RuntimeError)            another trainer rank failed, went away or did not come in time; `rank`
 
 A value of `Sampling` outside its range is a plain `ValueError` that names the field. No message ever
 holds the text or the tokens of a prompt or a completion.
@@ -66,6 +67,17 @@ class WeightSyncError(VgenError, RuntimeError):
         self.phase = phase
         self.parameter = parameter
         self.receiver = receiver
+
+
+class RankError(VgenError, RuntimeError):
+    """A trainer rank that shares the engine failed, went away, or did not come to the call in time; `rank` says which.
+
+    What another rank raised on purpose is raised here as what it was.
+    """
+
+    def __init__(self, problem: str, *, rank: int) -> None:
+        super().__init__(problem)
+        self.rank = rank
 
 
 class ServerError(EngineError):

@@ -17,7 +17,7 @@ from ..errors import EngineError, EngineStateError, PromptError, VgenError
 from ..profiling import ProfilingContext, Span, names
 from ..profiling.device import DeviceTimer, memory
 from ..profiling.rollouts import counts, measure
-from ..ranks import Ranks, SingleRank
+from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
 from .job import Job, Options, make_requests
 from .progress import progress_bar
@@ -123,11 +123,16 @@ class Generation:
         one for each placeholder in the prompt. Completions come back in prompt order; `on_completion` is called,
         in this thread, with each as it is done.
 
+        Several ranks that share engines generate together: all call it, each with prompts of its own or none, with
+        the same options, and get their own completions; where a rank has no engine, all at once. What one raises is
+        raised on all.
+
         Raises:
             PromptError: A prompt is empty, too long, holds an unknown id, or was refused by the engine. With
                 `refused="mark"` the others are generated, and its completions carry the error.
             EngineStateError: The engine is asleep, failed or closed.
             EngineError: The engine broke; it is `failed` now.
+            RankError: Another rank went away, or did not come in time.
         """
         return self._generate(
             Cancellation(),
@@ -155,19 +160,26 @@ class Generation:
         on_completion: Callable[[Completion], None] | None = None,
     ) -> Completions:
         options = Options(sampling, num_generations, lora_request, priority, cancellation)
-        with self._generating("generate"):
+        with self._ranks.call("generate") as call, self._generating("generate"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
             with self._profiling.span(names.GENERATE, own) as span:
-                job = self._prepare(prompts, images, options, refused)
+                job = self._prepare(call, prompts, images, options, refused)
                 span.set({names.WEIGHT_VERSION: self._version, names.REFUSED: len(job.errors) or None})
                 with (
                     self._profiling.span(names.ENGINE_GENERATE) as engine_span,
                     self._traced(job, engine_span) as traced,
                 ):
-                    sampled = self._sample(job, traced, on_completion)
+                    sampled = self._sample(call, job, traced, on_completion)
+                sampled = call.scatter(sampled)
+                if on_completion is not None and not self._ranks.leading:
+                    for completion in sampled:
+                        on_completion(job.own(completion))
                 with self._profiling.span(names.DECODE_OUTPUTS):
                     result = job.place(sampled, self._version)
-                if refused == "raise" and (error := next((c.error for c in result if c.error is not None), None)):
+                if (
+                    refused == "raise"
+                    and (error := next((c.error for c in result if c.error), call.refused)) is not None
+                ):
                     raise error  # what only the engine could tell
                 if self._profiling.enabled:
                     span.set(counts(result))
@@ -185,7 +197,8 @@ class Generation:
     ) -> Completions:
         """`generate` for asynchronous trainers, with the same options: on a thread of its own, beneath the open span.
 
-        `on_completion` is called on that thread. Cancelling aborts what is not done yet.
+        `on_completion` is called on that thread. Cancelling aborts what is not done yet. Ranks that share engines
+        begin such calls in the same order.
         """
         import asyncio
 
@@ -222,14 +235,14 @@ class Generation:
         what the caller did between two completions.
         """
         if not isinstance(self._ranks, SingleRank):
-            raise ValueError("stream() serves one rank; ranks that share an engine generate together")
+            raise ValueError("stream() serves one rank; ranks that share an engine call generate() together")
         profiling, options = self._profiling, Options(sampling, num_generations, lora_request, priority)
         with self._generating("stream"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
             span, done, error = profiling.detached(names.GENERATE, own), dict[tuple[int, int], Completion](), None
             job, own_traced = None, set[tuple[int | None, int]]()
             try:
-                job = self._prepare(prompts, images, options, refused)
+                job = self._prepare(self._ranks, prompts, images, options, refused)
                 yield from (completion for completion in job.place([], self._version) if completion.error is not None)
                 with self._traced(job, span) as traced, closing(self._engine.stream(traced.batch())) as stream:
                     own_traced = traced.own
@@ -456,6 +469,7 @@ class Generation:
 
     def _prepare(
         self,
+        call: Call,
         prompts: Sequence[Prompt],
         images: Sequence[Sequence[Any] | None] | None,
         options: Options,
@@ -471,19 +485,14 @@ class Generation:
             options = replace(options, sampling=sampling)
         encoded = [self._ids(index, prompt) for index, prompt in enumerate(prompts)]
         errors = self._refuse(encoded)
-        # A rank that raised alone would leave the others waiting for it.
-        raising: list[tuple[int, str, int | None]] = []
         if refused == "raise":
-            raising = [(error.index, error.problem, error.limit) for error in errors.values()]
-        everyones, _ = self._ranks.gather(raising)
-        if everyones:
-            index, problem, bound = (raising or everyones)[0]
-            raise PromptError(index, problem, bound)
-        if self._stale:
-            self._sync(self._version)
+            for error in errors.values():
+                raise error
         good = [index for index in range(len(prompts)) if index not in errors]
         mine = [(encoded[index], tuple(images[index] or ()) if images is not None else ()) for index in good]
-        gathered, start = self._ranks.gather(mine)
+        gathered, start = call.gather(mine, options.terms())
+        if self._stale:
+            self._sync(self._version)
         requests = make_requests(gathered, options.num_generations, options.sampling.seed)
         prompt_ids = [[] if index in errors else ids for index, ids in enumerate(encoded)]
         return Job(prompt_ids, errors, good, start, requests, options)
@@ -503,22 +512,29 @@ class Generation:
                 errors[index] = PromptError(index, problem, vocabulary)
         return errors
 
-    def _sample(self, job: Job, traced: Traced, on_completion: Callable[[Completion], None] | None) -> list[Completion]:
-        """All that the engine samples for `job`, other ranks' too, in any order."""
-        done: list[Completion] = []
-        with ExitStack() as stack:
-            advance = stack.enter_context(progress_bar(len(job.requests), enabled=self._show_progress))
-            try:
+    def _sample(
+        self, call: Call, job: Job, traced: Traced, on_completion: Callable[[Completion], None] | None
+    ) -> list[Completion]:
+        """All that this rank's engine samples for `job`, other ranks' too, in any order."""
+
+        def work() -> list[Completion]:
+            done: list[Completion] = []
+            with ExitStack() as stack:
+                advance = stack.enter_context(progress_bar(len(job.requests), enabled=self._show_progress))
                 for completion in stack.enter_context(closing(self._engine.stream(traced.batch()))):
                     done.append(completion)
                     traced.finish(completion)
                     advance(len(completion.token_ids))
+                    call.alive()
                     if on_completion is not None and job.owns(completion):
                         on_completion(job.own(completion))
-            except EngineError as error:
-                self._broken("generate", error)
-                raise
-        return done
+            return done
+
+        try:
+            return call.lead(work)
+        except EngineError as error:
+            self._broken("generate", error)
+            raise
 
     def _broken(self, call: str, error: EngineError) -> None:
         """An engine in this process that broke is failed; servers are known one by one, and some may still be well."""
@@ -544,13 +560,15 @@ class Generation:
             trace = _SyncTrace(profiling, self._device, span)
             self._engine.sync(source, version, trace)
             seconds = time.monotonic() - start
-            report = SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=seconds)
+            sent, tensors = (source.bytes, source.tensors) if self._ranks.leading else (0, 0)
+            report = SyncReport(version=version, bytes=sent, tensors=tensors, seconds=seconds)
             own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}
             span.set({**own, names.SYNC_RATE: report.bandwidth, **self._memory()})
             self._version, self._stale = version, False
-        transport = {names.TRANSPORT: span.attributes.get(names.TRANSPORT)}
-        profiling.record(names.SYNCED_BYTES, report.bytes, **transport)
-        profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **transport)
+        if self._ranks.leading:
+            transport = {names.TRANSPORT: span.attributes.get(names.TRANSPORT)}
+            profiling.record(names.SYNCED_BYTES, report.bytes, **transport)
+            profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **transport)
         return report
 
     def _memory(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..engines.base import Batch, Cancellation, Request
@@ -21,6 +21,11 @@ class Options:
     priority: int = 0
     cancellation: Cancellation = field(default_factory=Cancellation)
 
+    def terms(self) -> dict[str, Any]:
+        """What must be the same on all ranks, by name."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "cancellation"}
+        return own | {each.name: getattr(self.sampling, each.name) for each in fields(own.pop("sampling"))}
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -32,9 +37,9 @@ class Job:
     good: list[int]
     """The places in `prompt_ids` of those that are not refused."""
     start: int
-    """Where they begin among all ranks' prompts."""
+    """Where they begin among the prompts that this rank's engine is asked for, or that it is given completions of."""
     requests: list[Request]
-    """Of all ranks."""
+    """Of all ranks; none on a rank without an engine."""
     options: Options
 
     def batch(self, headers: Mapping[tuple[int, int], Mapping[str, str]], rest: Mapping[str, str]) -> Batch:

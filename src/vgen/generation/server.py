@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.base import PauseMode
 from ..profiling import ProfilingContext, names
+from ..ranks import DistributedRanks, LedEngine, ranks_of
 from ..weights.source import ModuleSource
 from .base import Generation
 
@@ -24,13 +25,20 @@ class ServerGeneration(Generation):
     Requests are spread over the servers by how fast they answer; what a lost server has not answered goes
     to the others. Closing ends the connections; the servers go on.
 
+    Under accelerate or torch.distributed all ranks construct it and make the same calls. Rank 0 alone talks to the
+    servers: it is given all ranks' prompts, each rank's own completions come back, and what fails on one rank raises
+    on all.
+
     Args:
         model: The trainer's model. It is read at every sync and never written.
+        accelerator: An `accelerate.Accelerator`, for the ranks; else torch.distributed is asked, where initialized.
         base_urls: Where the servers are; one may be a router in front of many. `host` and `port` name a single one.
         processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
-        timeout: Seconds in which every call must be answered, a whole generation among them.
+        timeout: Seconds in which every call must be answered, a whole generation among them, and in which all ranks
+            must come to a call.
         connect_timeout: Seconds in which a server must accept a connection.
         ssl: An `ssl.SSLContext` for `https` addresses whose certificates the system does not know.
+        group_port: Where rank 0 listens for the others; any free port by default. On one machine it is only there.
         api_key: What guards the servers' inference routes.
         control_key: What guards all others, where `vgen serve` started them.
         pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
@@ -50,12 +58,14 @@ class ServerGeneration(Generation):
     Raises:
         ServerError: A server cannot be reached, or refuses the keys.
         EngineError: It is no vLLM server, or holds another model.
+        RankError: Another rank did not come.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
+        accelerator: Any = None,
         base_urls: Sequence[str] = (),
         host: str = "127.0.0.1",
         port: int = 8000,
@@ -64,6 +74,7 @@ class ServerGeneration(Generation):
         timeout: float = 600.0,
         connect_timeout: float = 10.0,
         ssl: Any = None,
+        group_port: int = 0,
         api_key: str | None = None,
         control_key: str | None = None,
         pause_mode: PauseMode = "keep",
@@ -81,12 +92,12 @@ class ServerGeneration(Generation):
         from ..engines.peer import STOCK_VERSION
         from ..engines.server import ServerEngine
 
-        urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
-        own = dict(api_key=api_key, control_key=control_key, timeout=timeout, connect_timeout=connect_timeout, ssl=ssl)
-        servers = [Server(url, **own) for url in urls]
-        config: Any = model.config
-        with profiling.span(names.ENGINE_INIT, {names.ENGINE: ServerEngine.kind}) as span:
-            engine = ServerEngine(
+        def connect() -> ServerEngine:
+            urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
+            own = dict(api_key=api_key, control_key=control_key, timeout=timeout, connect_timeout=connect_timeout)
+            servers = [Server(url, **own, ssl=ssl) for url in urls]
+            config: Any = model.config
+            return ServerEngine(
                 servers,
                 vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
                 request_timing=request_timing,
@@ -95,6 +106,11 @@ class ServerGeneration(Generation):
                 timeout=timeout,
                 takeover=takeover,
             )
+
+        ranks = ranks_of(accelerator, timeout=timeout, group_port=group_port, profiling=profiling)
+        profiling = profiling.bind({names.RANK: ranks.index})
+        with profiling.span(names.ENGINE_INIT, {names.ENGINE: ServerEngine.kind}) as span:
+            engine = LedEngine(ranks, connect) if isinstance(ranks, DistributedRanks) else connect()
             span.set({names.DEVICE: engine.device_type, names.MODEL: engine.model})
             held = engine.weight_version
         super().__init__(
@@ -103,6 +119,7 @@ class ServerGeneration(Generation):
             tokenizer=processing_class or tokenizer,
             # Another trainer has been here, or this one goes on elsewhere: its weights are not the trainer's.
             stale=held not in (None, weight_version) and (held, weight_version) != (STOCK_VERSION, "0"),
+            ranks=ranks,
             structured_outputs_regex=structured_outputs_regex,
             request_spans=request_spans,
             traced_requests=traced_requests,

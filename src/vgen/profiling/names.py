@@ -134,6 +134,9 @@ ENGINE_CALL = _attribute("vgen.engine.call", "string", "The id of the span in wh
 SERVER = _attribute("vgen.server", "string", "Which server answered: its URL, without credentials.")
 TRANSPORT = _attribute("vgen.weight_sync.transport", "string", "How the weights travelled.", label=True)
 TRANSPORT_REASON = _attribute("vgen.weight_sync.transport.reason", "string", "Why that transport was taken.")
+RANKS_BYTES = _attribute(
+    "vgen.ranks.bytes", "int", "What this rank sent to or received from the others, headers and all."
+)
 SYNC_BYTES = _attribute("vgen.weight_sync.bytes", "int", "Bytes of weights sent.")
 SYNC_TENSORS = _attribute("vgen.weight_sync.tensors", "int", "Tensors sent.")
 SYNC_RATE = _attribute("vgen.weight_sync.bandwidth", "double", "Bytes sent for each second of the whole sync.")
@@ -199,7 +202,13 @@ GENERATE = _span(
     WEIGHT_VERSION,
     ENGINE,
 )
-ENGINE_GENERATE = _span("vgen.engine.generate", "The engine call alone.")
+RANKS_GATHER = _span(
+    "vgen.ranks.gather", "All ranks come to a call; their prompts go to the rank that has the engine.", RANKS_BYTES
+)
+RANKS_SCATTER = _span("vgen.ranks.scatter", "Each rank is sent its own completions.", RANKS_BYTES)
+ENGINE_GENERATE = _span(
+    "vgen.engine.generate", "The engine call alone; on a rank without the engine, waiting for the rank that has it."
+)
 REQUEST = _span(
     "vgen.request",
     "One completion, as the engine timed it.",
