@@ -181,6 +181,7 @@ def test_what_cannot_work_is_said_before_the_engine_starts(tmp_path, json_too):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_is_none_is_said_on_standard_error_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = vgen("demo", "--out", str(tmp_path / "run"), "--model", str(tmp_path), "--json")
