@@ -127,7 +127,7 @@ def run_the_page() -> None:
         port = str(probe.getsockname()[1])
     namespace: dict[str, Any] = {"__name__": "docs"}
     for line, code in blocks(PAGE, "python"):
-        exec(compile("\n" * line + code.replace(PORT, port), str(PAGE), "exec"), namespace)  # noqa: S102
+        exec(compile("\n" * line + code.replace(PORT, port), str(PAGE), "exec"), namespace)
         if "start_http_server" in code:
             with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5) as answer:
                 Path("scraped.txt").write_bytes(answer.read())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from collectors import HttpCollector, refusing
+from collectors import GrpcCollector, HttpCollector, refusing
 
 from vgen.profiling import ProfilingContext, names
 from vgen.profiling.sinks.memory import MemorySink
@@ -76,6 +76,20 @@ def loop(profiling: ProfilingContext, steps: int = 20) -> float:
 
 
 def test_the_end_comes_in_time_and_says_what_was_lost(faulty: Any, caplog: Any):
+    check_the_end(caplog)
+
+
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_the_end_comes_in_time_over_grpc_too(fault: str, caplog: Any, monkeypatch: pytest.MonkeyPatch):
+    collector = Refusing() if fault == "refuses" else GrpcCollector(hang=True)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    check_the_end(caplog)
+    collector.close()
+
+
+def check_the_end(caplog: Any) -> None:
+    """A loop, then the three ends in turn, each within its own deadline."""
     providers, profiling = made()
     loop(profiling)
     time.sleep(0.1)  # it has been tried
