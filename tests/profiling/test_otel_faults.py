@@ -174,6 +174,26 @@ def test_spans_that_failed_show_up_in_the_contexts_own_count(monkeypatch: pytest
     collector.close()
 
 
+def test_what_a_full_queue_refuses_is_counted_at_once_and_logged_by_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
+    collector = HttpCollector(hang=True)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "50")
+    providers, profiling = made()
+    loop(profiling, 30)
+    assert profiling.dropped() == {"OTelSink": 230}
+    with profiling.step(30):
+        pass
+    assert profiling.summary()[names.DROPPED.name] == 230
+    assert not providers.close(DEADLINE)
+    assert providers.lost == 331
+    assert "Queue full" not in caplog.text
+    collector.close()
+
+
 def spans(profiling: ProfilingContext) -> tuple[float, float]:
     """Seconds of a thousand spans, and the 99th percentile of one."""
     taken: list[float] = []
