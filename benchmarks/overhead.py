@@ -422,8 +422,8 @@ def page(result: dict[str, Any]) -> str:
         "## Beside a backend that is dead or frozen",
         "",
         f"A span each millisecond for {PACED_SECONDS:.0f} seconds, longer than the queue for spans lasts, then "
-        f"`close({DEADLINE:g})` of the context and of the providers; medians of {FAULT_ROUNDS} rounds, and the longest of "
-        f"the ends. Budget: p99 ≤ 2 × the healthy one's, each end ≤ {DEADLINE + 0.2:.1f} s.",
+        f"`close({DEADLINE:g})` of the context and of the providers; medians of {FAULT_ROUNDS} rounds, and the longest "
+        f"of the ends. Budget: p99 ≤ 2 × the healthy one's, each end ≤ {DEADLINE + 0.2:.1f} s.",
         "",
         "| | p50 µs | p99 µs | × healthy p99 | context's end s | providers' end s |",
         "|---|---:|---:|---:|---:|---:|",

@@ -13,7 +13,6 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from ..ids import new_span_id, new_trace_id
 
-
 QUEUE = 2048
 """Spans that may wait for the collector, where `OTEL_BSP_MAX_QUEUE_SIZE` says nothing. The newest are dropped."""
 
