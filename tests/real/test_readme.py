@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -15,6 +16,7 @@ from vgen.analysis.run import read_run
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.slow
 def test_what_a_trainer_author_writes(real, tmp_path, monkeypatch):
     code = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)[0]
     assert "max_tokens=512" in code
