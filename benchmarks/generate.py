@@ -95,14 +95,15 @@ def cases(
     def single() -> int:
         def one(prompt):
             return count(post(f"{url}/v1/completions", wants(model, prompt, tokens), key))
+
         return sum(pool.map(one, prompts))
 
     def token_in_token_out() -> int:
         params = {"max_tokens": tokens, "ignore_eos": True, "logprobs": 0}
+
         def one(prompt):
-            return count(
-                    post(f"{url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": params}, key)
-                )
+            return count(post(f"{url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": params}, key))
+
         return sum(pool.map(one, prompts))
 
     def ours(name: str) -> Callable[[], int]:
