@@ -254,8 +254,8 @@ print(time.time(), flush=True)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     ended = time.time()
     assert run.returncode == 0, run.stderr
-    # the context's deadline and the providers', 2 s each
-    assert ended - float(run.stdout) < 2 * 2.0 + 2 * SLACK + 0.5
+    # the context's deadline and the providers', 2 s each, and the interpreter's own end on a busy machine
+    assert ended - float(run.stdout) < 2 * 2.0 + 2 * SLACK + 2.0
     assert "1 spans were not delivered" in run.stderr
 
 
