@@ -1,12 +1,13 @@
 """What telemetry costs the thread that does the work, side by side with what one would use instead.
 
-    python benchmarks/overhead.py            # a table
-    python benchmarks/overhead.py --json     # one JSON object
-    python benchmarks/overhead.py --markdown # the page docs/overhead.md
+    python benchmarks/overhead.py                          # a page of tables
+    python benchmarks/overhead.py --json                   # one JSON object
+    python benchmarks/overhead.py --from result.json       # the page of what was measured before: docs/overhead.md
 
 A span is an empty block with three attributes. JSON lines run long enough for the worker thread, which shares the
 interpreter lock, to be at work meanwhile. Every case runs `ROUNDS` times, the cases in turn, so that a machine
-that slows down slows all of them; quoted are the median of the rounds and their extremes.
+that slows down slows all of them; quoted are the median of the rounds and their extremes. Ratios are medians of the
+ratios within a round.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import sys
 import tempfile
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,13 @@ from vgen.profiling.sinks.memory import MemorySink
 from vgen.profiling.sinks.otel import OTelSink
 from vgen.profiling.sinks.wandb import WandbSink
 
-ROUNDS = 7
+ROUNDS, FAULT_ROUNDS = 7, 3
 REQUESTS, STEP_SECONDS = 10_000, 30.0
-DEADLINE = 2.0
+DEADLINE, PACED_SECONDS = 2.0, 5.0
+FAULTS = {
+    "otlp": {"refuses": "nobody listens", "hangs": "takes connections and never answers"},
+    "wandb": {"frozen": "its service is stopped with SIGSTOP", "killed": "its service is killed"},
+}
 
 
 def microseconds(run: Callable[[int], None], count: int) -> float:
@@ -117,8 +121,8 @@ def null_exporter() -> Any:
     return Nowhere()
 
 
-def span_costs(folder: Path) -> dict[str, dict[str, float]]:
-    """Microseconds of one span, by case."""
+def span_costs(folder: Path) -> dict[str, list[float]]:
+    """Microseconds of one span in each round, by case."""
     import wandb
     from opentelemetry import trace
 
@@ -151,7 +155,12 @@ def span_costs(folder: Path) -> dict[str, dict[str, float]]:
     for profiling in open_contexts:
         profiling.close()
     run.finish()
-    return {name: spread(values) for name, values in found.items()}
+    return found
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """The median of the ratios within each round."""
+    return statistics.median(one / other for one, other in zip(of, to, strict=True))
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -189,18 +198,18 @@ def request_costs(folder: Path) -> dict[str, Any]:
         seconds["JSONL, summary, W&B"].append(step(usual, number))
         seconds["the same and OpenTelemetry histograms"].append(step(metered, number))
     small = ProfilingContext([JsonlSink(folder / "flat", max_bytes=1 << 20, max_parts=2), WandbSink(run)])
-    sizes: list[int] = []
-    tracemalloc.start()
+    blocks: list[int] = []
+    resident: list[int] = []
     for number in range(200):
         with small.step(number):
-            small.record_many(names.REQUEST_E2E, values[:1000])
+            small.record_many(names.REQUEST_E2E, values)
             with small.span("x"):
                 pass
         if number % 50 == 49:
             small.flush(10.0)
             gc.collect()
-            sizes.append(tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
+            blocks.append(sys.getallocatedblocks())
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     for profiling in (usual, metered, small):
         profiling.close()
     run.finish()
@@ -209,16 +218,20 @@ def request_costs(folder: Path) -> dict[str, Any]:
         "step_seconds": STEP_SECONDS,
         "cpu_seconds": {name: spread(found) for name, found in seconds.items()},
         "share_of_step": {name: statistics.median(found) / STEP_SECONDS for name, found in seconds.items()},
-        "traced_bytes_after_50_100_150_200_steps": sizes,
+        "blocks_after_50_100_150_200_steps": blocks,
+        "resident_bytes_after_50_100_150_200_steps": resident,
     }
 
 
 @contextlib.contextmanager
-def collector(answers: bool) -> Iterator[str]:
-    """An OTLP/HTTP endpoint that answers, or one that takes connections and never says a word."""
-    if not answers:
+def collector(fault: str) -> Iterator[str]:
+    """An OTLP/HTTP endpoint that answers, or one that has the fault."""
+    if fault:
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            yield f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
+            port = silent.getsockname()[1]
+            if fault == "refuses":
+                silent.close()
+            yield f"http://127.0.0.1:{port}"
         return
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -235,11 +248,11 @@ def collector(answers: bool) -> Iterator[str]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1/traces"
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
-def paced(profiling: ProfilingContext, seconds: float = 8.0) -> list[float]:
+def paced(profiling: ProfilingContext, seconds: float = PACED_SECONDS) -> list[float]:
     """Microseconds of each of many spans, one every millisecond, as a loop under load would open them."""
     found: list[float] = []
     until = time.perf_counter() + seconds
@@ -256,38 +269,65 @@ def paced(profiling: ProfilingContext, seconds: float = 8.0) -> list[float]:
     return found
 
 
-def faulty(kind: str, broken: bool) -> dict[str, float]:
-    """p50 and p99 of a span and the seconds of `close()`, beside a backend that is well or not; in its own process."""
-    command = [sys.executable, __file__, "--fault", kind, *(["--broken"] if broken else [])]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def faulty(kind: str, fault: str) -> dict[str, float]:
+    """p50 and p99 of a span and the seconds of the ends, beside a backend with that fault, in its own process."""
+    command = [sys.executable, __file__, "--kind", kind, "--fault", fault]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def fault(kind: str, broken: bool) -> dict[str, float]:
+def in_faulty_process(kind: str, fault: str) -> None:
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        stopped: list[int] = []
+        ends: dict[str, Callable[[], object]] = {}
         if kind == "otlp":
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from vgen.profiling.sinks.otel_sdk import otlp_providers
 
-            url = stack.enter_context(collector(answers=not broken))
-            profiling = ProfilingContext([OTelSink(provider(OTLPSpanExporter(endpoint=url)))])
+            os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = url = stack.enter_context(collector(fault))
+            otlp = otlp_providers()
+            profiling = ProfilingContext([OTelSink(otlp.tracer_provider, otlp.meter_provider)])
+            ends["providers_close_seconds"] = lambda: otlp.close(DEADLINE)
+            if fault:
+                ends["sdk_shutdown_seconds"] = bare_sdk(url + "/v1/traces").shutdown
         else:
             import psutil
             import wandb
 
             run = wandb.init(project="fault", dir=folder, settings=wandb.Settings(silent=True))
             profiling = ProfilingContext([WandbSink(run)])
-            stopped = [child.pid for child in psutil.Process().children(recursive=True)] if broken else []
-            for process in stopped:
-                os.kill(process, signal.SIGSTOP)
+            for process in psutil.Process().children(recursive=True) if fault else ():
+                process.send_signal(signal.SIGSTOP if fault == "frozen" else signal.SIGKILL)
+                stack.callback(process.kill)
         found = sorted(paced(profiling))
-        start = time.perf_counter()
-        profiling.close(DEADLINE)
-        closed = time.perf_counter() - start
-        result = {"p50": found[len(found) // 2], "p99": found[len(found) * 99 // 100], "close_seconds": closed}
+        result = {"p50": found[len(found) // 2], "p99": found[len(found) * 99 // 100]}
+        for name, end in {"close_seconds": lambda: profiling.close(DEADLINE), **ends}.items():
+            start = time.perf_counter()
+            end()
+            result[name] = time.perf_counter() - start
         print(json.dumps(result), flush=True)
-        for process in stopped:
-            os.kill(process, signal.SIGKILL)
-        os._exit(0)  # W&B's own exit would wait for the service that was stopped
+    os._exit(0)  # W&B's own exit would wait for the service that was stopped
+
+
+def bare_sdk(url: str) -> Any:
+    """What one would have without vgen, with a span to deliver."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    made = provider(OTLPSpanExporter(endpoint=url))
+    made.get_tracer("bare").start_span("x").end()
+    return made
+
+
+def faults() -> dict[str, dict[str, float]]:
+    """By backend and fault, medians of the rounds; `p99_ratio` is to the healthy one of the same round."""
+    cases = [(kind, fault) for kind, known in FAULTS.items() for fault in ("", *known)]
+    rounds = [{case: faulty(*case) for case in cases} for _ in range(FAULT_ROUNDS)]
+    result: dict[str, dict[str, float]] = {}
+    for kind, fault in cases:
+        found = [each[kind, fault] for each in rounds]
+        made = {name: statistics.median(each[name] for each in found) for name in found[0]}
+        made["p99_ratio"] = ratio([each["p99"] for each in found], [each[kind, ""]["p99"] for each in rounds])
+        made |= {f"longest_{name}": max(each[name] for each in found) for name in made if "close" in name}
+        result[f"{kind}, {fault or 'well'}"] = made
+    return result
 
 
 def machine() -> dict[str, Any]:
@@ -299,6 +339,8 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
+        "gigabytes": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "system": platform.platform(),
         **{package: version(package) for package in packages},
@@ -306,21 +348,17 @@ def machine() -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
+    host = machine()
     with tempfile.TemporaryDirectory() as folder:
         costs = span_costs(Path(folder))
         requests = request_costs(Path(folder))
-    faults = {
-        f"{kind}, {'broken' if broken else 'well'}": faulty(kind, broken)
-        for kind in ("otlp", "wandb")
-        for broken in (False, True)
-    }
-    sdk = costs["OpenTelemetry SDK, batch processor"]["median"]
+    otel = "OpenTelemetry SDK, batch processor"
     return {
-        "machine": machine(),
-        "span_microseconds": costs,
-        "otel_ratio": costs["vgen, OpenTelemetry SDK, batch processor"]["median"] / sdk,
+        "machine": host,
+        "span_microseconds": {name: spread(values) for name, values in costs.items()},
+        "otel_ratio": ratio(costs[f"vgen, {otel}"], costs[otel]),
         "requests": requests,
-        "faults": faults,
+        "faults": faults(),
     }
 
 
@@ -339,8 +377,11 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# What telemetry costs",
         "",
-        "Made by `python benchmarks/overhead.py --markdown > docs/overhead.md`; nothing here was typed in. "
-        f"Measured on {host['cores']} cores of {host['cpu']}, Python {host['python']}, "
+        "Made by `python benchmarks/overhead.py --json > docs/results/overhead.json` and "
+        "`python benchmarks/overhead.py --from docs/results/overhead.json > docs/overhead.md`; nothing was typed in.",
+        "",
+        f"Measured on {host['cores']} cores of {host['cpu']} with {host['gigabytes']} GiB, {host['system']}, "
+        f"at a load of {host['load']:.1f} before it began. Python {host['python']}, "
         f"OpenTelemetry SDK {host['opentelemetry-sdk']}, W&B {host['wandb']}, TRL {host['trl']}.",
         "",
         "## One span with three attributes, on the thread that opens it",
@@ -365,37 +406,55 @@ def page(result: dict[str, Any]) -> str:
     for (name, share), budget in zip(result["requests"]["share_of_step"].items(), ("≤ 1 %", "≤ 3 %"), strict=True):
         seconds = result["requests"]["cpu_seconds"][name]["median"]
         lines.append(f"| {name} | {seconds:.3f} | {share:.2%} | {budget} |")
-    sizes = ", ".join(f"{size / 1e6:.2f}" for size in result["requests"]["traced_bytes_after_50_100_150_200_steps"])
+    of_requests = result["requests"]
+    blocks = ", ".join(f"{count:,}" for count in of_requests["blocks_after_50_100_150_200_steps"])
+    resident = ", ".join(f"{size / 1e6:.0f}" for size in of_requests["resident_bytes_after_50_100_150_200_steps"])
+    shutdowns = [f["sdk_shutdown_seconds"] for f in result["faults"].values() if "sdk_shutdown_seconds" in f]
     lines += [
         "",
-        f"Python memory after 50, 100, 150 and 200 steps of 1,000 requests: {sizes} MB.",
+        f"After 50, 100, 150 and 200 steps of {REQUESTS:,} requests each, with JSONL, summary and W&B: {blocks} "
+        f"blocks of memory that Python holds, {resident} MB resident in the whole process.",
         "",
         "## Beside a backend that is dead or frozen",
         "",
-        f"A span each millisecond for eight seconds; `close({DEADLINE:g})` at the end. Broken OTLP: a collector that "
-        "accepts and never answers. Broken W&B: its service stopped with SIGSTOP.",
+        f"A span each millisecond for {PACED_SECONDS:.0f} seconds, longer than the queue for spans lasts, then "
+        f"`close({DEADLINE:g})` of the context and of the providers; medians of {FAULT_ROUNDS} rounds, and the longest "
+        f"of the ends. Budget: p99 ≤ 2 × the healthy one's, each end ≤ {DEADLINE + 0.2:.1f} s.",
         "",
-        "| | p50 µs | p99 µs | close() s |",
-        "|---|---:|---:|---:|",
+        "| | p50 µs | p99 µs | × healthy p99 | context's end s | providers' end s |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in result["faults"].items():
-        lines.append(f"| {name} | {found['p50']:.1f} | {found['p99']:.1f} | {found['close_seconds']:.2f} |")
+        kind, _, fault = name.partition(", ")
+        shown = f"{name}: {FAULTS[kind][fault]}" if fault in FAULTS[kind] else name
+        providers = f"{found['longest_providers_close_seconds']:.2f}" if kind == "otlp" else ""
+        lines.append(
+            f"| {shown} | {found['p50']:.1f} | {found['p99']:.1f} | {found['p99_ratio']:.2f} "
+            f"| {found['longest_close_seconds']:.2f} | {providers} |"
+        )
+    took = " and ".join(f"{seconds:.1f} s" for seconds in shutdowns)
+    lines += ["", f"The SDK's own `shutdown()` of a provider with one span took {took} beside the same collectors."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--fault", choices=("otlp", "wandb"), help=argparse.SUPPRESS)
-    parser.add_argument("--broken", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--from", dest="result", type=Path, metavar="FILE", help="measure nothing, show what --json gave"
+    )
+    parser.add_argument("--kind", choices=FAULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--fault", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.fault:
-        fault(options.fault, options.broken)
+    if options.kind:
+        in_faulty_process(options.kind, options.fault)
+        return
+    if options.result is not None:
+        print(page(json.loads(options.result.read_text())), end="")
         return
     with contextlib.redirect_stdout(sys.stderr):  # libraries have their say there
         result = measure()
-    print(json.dumps(result, indent=2) if options.json else page(result), end="\n" if options.json else "")
+    print(json.dumps(result, indent=1) if options.json else page(result), end="\n" if options.json else "")
 
 
 if __name__ == "__main__":

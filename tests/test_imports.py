@@ -58,6 +58,8 @@ def test_profiling_works_without_anything_heavy():
     ("module", "line", "says"),
     [
         ("opentelemetry", "import vgen.profiling.sinks.otel", "vgen[otel]"),
+        ("opentelemetry.sdk", "import vgen.profiling.sinks.otel_sdk", "vgen[otlp]"),
+        ("opentelemetry.exporter.prometheus", "import vgen.profiling.sinks.prometheus", "vgen[otlp]"),
         ("vllm", "from vgen.engines.colocate import ColocateEngine; ColocateEngine('x')", "vgen[cpu]"),
     ],
 )

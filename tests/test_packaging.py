@@ -98,6 +98,22 @@ def test_version_is_one(wheel: Path, metadata: Message) -> None:
     assert metadata["Version"] == PROJECT["version"] == vgen.__version__
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_sdist_works_in_an_empty_environment(dist: Path, tmp_path: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv/bin/python"
+    run(python, "-m", "pip", "install", "--quiet", sdist)
+    run(python, "-m", "pip", "check")
+    code = "import vgen; from vgen import ProfilingContext; print(vgen.__version__, vgen.__file__)"
+    version, where = run(python, "-I", "-c", code).stdout.split()
+    assert version == PROJECT["version"]
+    assert Path(where).is_relative_to(tmp_path)
+    assert Path(where).with_name("py.typed").is_file()
+    assert "demo" in run(tmp_path / "venv/bin/vgen", "--help").stdout
+
+
 @pytest.mark.timeout(180)
 def test_wheel_works_in_an_empty_environment(wheel: Path, metadata: Message, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv")

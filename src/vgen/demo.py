@@ -82,7 +82,9 @@ def _loop(steps: int, place: Path, path: Path | None, terminal: IO[str]) -> _Res
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=terminal), transient=True) as progress:
+    # Without rich's stand-ins for the standard streams: vLLM's log would keep one, and write into the terminal.
+    ours = dict(console=Console(file=terminal), transient=True, redirect_stdout=False, redirect_stderr=False)
+    with Progress(*columns, **ours) as progress:  # pyright: ignore[reportArgumentType]
         bar = progress.add_task("starting vLLM", total=None)
         import torch
 

@@ -92,24 +92,29 @@ class HttpCollector(Received):
 
 
 class GrpcCollector(Received):
-    """The same over gRPC."""
+    """The same over gRPC. With `hang` it takes every call and never answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, hang: bool = False) -> None:
         import grpc
 
         super().__init__()
+        self._release = threading.Event()
+        if not hang:
+            self._release.set()
         self._server = grpc.server(futures.ThreadPoolExecutor(2))
         self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         collector = self
 
         class Traces(trace_service_pb2_grpc.TraceServiceServicer):
             def Export(self, request: Any, context: Any) -> Any:
+                collector._release.wait(60)
                 collector.headers.append(dict(context.invocation_metadata()))
                 collector.traces(request)
                 return trace_service_pb2.ExportTraceServiceResponse()
 
         class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
             def Export(self, request: Any, context: Any) -> Any:
+                collector._release.wait(60)
                 collector.measured(request)
                 return metrics_service_pb2.ExportMetricsServiceResponse()
 
@@ -118,6 +123,7 @@ class GrpcCollector(Received):
         self._server.start()
 
     def close(self) -> None:
+        self._release.set()
         self._server.stop(None)
 
 

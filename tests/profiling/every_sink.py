@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from wandb_runs import MemoryRun
+import wandb_runs
 
 from vgen.profiling import Sink
 from vgen.profiling.sinks.jsonl import JsonlSink
@@ -30,7 +30,7 @@ def _otel(folder: Path) -> Sink:
 def _wandb(folder: Path) -> Sink:
     from vgen.profiling.sinks.wandb import WandbSink
 
-    return WandbSink(MemoryRun())
+    return WandbSink(wandb_runs.start(folder))
 
 
 def _mlflow(folder: Path) -> Sink:
@@ -46,15 +46,12 @@ def _mlflow(folder: Path) -> Sink:
 
 
 def _trackio(folder: Path) -> Sink:
+    os.environ.setdefault("TRACKIO_DIR", str(folder.parent / "trackio"))  # it looks there once, when it is imported
+    import trackio
+
     from vgen.profiling.sinks.trackio import TrackioSink
 
-    class Run:
-        """Takes what a Trackio run takes. The real one is in test_trackio.py: it fixes its folder at import."""
-
-        def log(self, metrics: dict[str, object], step: int | None = None) -> None:
-            pass
-
-    return TrackioSink(Run())
+    return TrackioSink(trackio.init(project="contract", auto_log_cpu=False, auto_log_gpu=False))
 
 
 def _nvtx(folder: Path) -> Sink:

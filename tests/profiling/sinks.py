@@ -1,17 +1,14 @@
-"""Sinks for tests: one of each kind for the contract, and those that misbehave."""
+"""Sinks for tests: as a user writes one, and such as misbehave."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vgen.profiling import Measurement, Sink, Span, Step
 from vgen.profiling.records import Attributes
-from vgen.profiling.sinks.jsonl import JsonlSink
-from vgen.profiling.sinks.memory import MemorySink
 
 RECORDS = ("on_start", "on_end", "on_measurement", "on_step")
 COMMANDS = ("flush", "close")
@@ -90,11 +87,3 @@ def eventually(condition: Callable[[], object], seconds: float = 5.0) -> bool:
             return False
         time.sleep(0.005)
     return True
-
-
-FACTORIES: dict[str, Callable[[Path], Sink]] = {
-    "memory": lambda folder: MemorySink(),
-    "jsonl": JsonlSink,
-    "custom": lambda folder: Recorder(),
-}
-"""A sink of each kind, given a folder of its own. What any sink must stand is in `test_contract.py`."""

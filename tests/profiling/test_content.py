@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from vgen import ProfilingContext
+from vgen import Instrument, ProfilingContext, PromptError, Sink
 from vgen.generation import Generation
 from vgen.profiling import names
 from vgen.profiling.content import ContentCapture, public_url
 from vgen.profiling.sinks.jsonl import JsonlSink
+from vgen.profiling.sinks.otel import OTelSink
 from vgen.testing import FakeEngine, MemorySink
 
 SECRET = [61, 62, 63, 64]
@@ -26,21 +32,47 @@ class Words:
         return "secret words " * len(ids)
 
 
+class Talkative(Sink):
+    """Repeats in its errors what it was to hand on, as backends' clients do."""
+
+    inline = True
+
+    def on_end(self, span):
+        raise ValueError(f"cannot send secret {span.attributes}")
+
+    def close(self, timeout):
+        raise ValueError("cannot send a secret")
+
+
 def recorded(tmp_path, capture):
-    sink = MemorySink()
-    with ProfilingContext([sink, JsonlSink(tmp_path)], capture=capture) as profiling:
+    """All that came out: the memory sink, and as text the file, OpenTelemetry's spans and its metrics."""
+    sink, exporter, reader = MemorySink(), InMemorySpanExporter(), InMemoryMetricReader()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    otel = OTelSink(provider, MeterProvider([reader], shutdown_on_exit=False))
+    with ProfilingContext([sink, JsonlSink(tmp_path), otel, Talkative()], capture=capture) as profiling:
         generation = Generation(FakeEngine(), source=[], tokenizer=Words(), profiling=profiling)
-        generation.generate(["a secret"])
-        with pytest.raises(ValueError, match="secret"), profiling.span("reward"):
+        for _ in range(3):
+            generation.generate(["a secret"])
+        with pytest.raises(PromptError) as refused:
+            generation.generate(["a secret", SECRET * 100])
+        assert str(refused.value) == "prompt 1 has 400 tokens; at most 63 leave room for a completion"
+        profiling.observe(Instrument("x", "gauge"), lambda: [][len("a secret")])
+        with pytest.raises(ValueError, match="secret"), profiling.step(1), profiling.span("reward"):
             raise ValueError("the secret words were wrong")
     (file,) = tmp_path.glob("*.jsonl")
-    return sink, file.read_text()
+    metrics = reader.get_metrics_data()
+    assert metrics is not None
+    return sink, file.read_text() + "".join(s.to_json() for s in exporter.get_finished_spans()) + metrics.to_json()
 
 
-def test_by_default_nothing_that_was_said_is_recorded(tmp_path):
+def test_by_default_nothing_that_was_said_is_recorded(tmp_path, caplog):
     sink, text = recorded(tmp_path, None)
-    assert "secret" not in text
-    assert json.dumps(SECRET, separators=(",", ":")) not in text
+    assert "vgen.generate.duration" in text
+    assert "secret" not in text + caplog.text
+    assert "Talkative" in caplog.text
+    for spelled in (json.dumps(SECRET, separators=(",", ":")), json.dumps(SECRET), str(SECRET)[1:-1]):
+        assert spelled not in text + caplog.text
     assert sink.named("reward")[0].error == "ValueError"
     for span in sink.spans:
         assert not {names.INPUT_CONTENT, names.OUTPUT_CONTENT, names.EXCEPTION_MESSAGE} & span.attributes.keys()
@@ -49,7 +81,7 @@ def test_by_default_nothing_that_was_said_is_recorded(tmp_path):
 def test_the_switch_records_it_redacted_and_cut(tmp_path):
     capture = ContentCapture(max_length=10, redact=lambda text: text.replace("secret", "***"))
     sink, text = recorded(tmp_path, capture)
-    (request,) = sink.named(names.REQUEST)
+    request = sink.named(names.REQUEST)[0]
     assert request.attributes[names.INPUT_CONTENT] == "*** words …"
     assert request.attributes[names.OUTPUT_CONTENT] == "*** words …"
     assert sink.named("reward")[0].attributes[names.EXCEPTION_MESSAGE] == "the *** wo…"

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -413,6 +414,33 @@ def test_the_dict_way(run: Any) -> None:
     assert [row["_step"] for row in rows] == [0, 1]
     assert [row["vgen.request.e2e.max"] for row in rows] == [0.75, 1.75]
     assert [row["vgen.generate.output_tokens"] for row in rows] == [10, 11]
+
+
+SHORT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import wandb_runs
+from vgen.profiling import ProfilingContext, names
+from vgen.profiling.sinks.wandb import WandbSink
+
+run = wandb_runs.start(Path("."))
+profiling = ProfilingContext([WandbSink(run)])
+before = set(sys.modules)
+with profiling.step(0):
+    profiling.record_many(names.REQUEST_E2E, [0.25, 0.5])
+assert profiling.close(), profiling.dropped()
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+run.finish()
+"""
+
+
+def test_a_run_that_is_over_at_once_does_not_spend_its_last_seconds_on_imports(tmp_path: Path) -> None:
+    """W&B imports pandas with its first histogram. `close()` gives the sink two seconds, and that would take them."""
+    command = [sys.executable, "-c", SHORT, str(Path(__file__).parent)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not {"numpy", "pandas", "pyarrow"} & set(done.stdout.split())
 
 
 def test_a_disabled_run_takes_everything() -> None:

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from vgen import demo
 from vgen.analysis.run import children, read_run
 
 HUSH = {**os.environ, "PYTHONHASHSEED": "0"}
+# random.seed(0) before anything else: ids drawn from `random` would collide between runs and ranks
+CODE = "import random, sys; random.seed(0); from vgen.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def vgen(*arguments: str, **more) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vgen.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=HUSH, **more)
+    command = [sys.executable, "-c", CODE, *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    return subprocess.run(command, text=True, timeout=240, env=HUSH, **streams)
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     place = tmp_path_factory.mktemp("demo") / "run"
-    # random.seed(0) before anything else: ids drawn from `random` would collide between runs and ranks
-    code = "import random, sys; random.seed(0); from vgen.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "demo", "--steps", "2", "--out", str(place), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = vgen("demo", "--steps", "2", "--out", str(place), "--json")
     assert done.returncode == 0, done.stderr
     return place, done
+
+
+@pytest.fixture(scope="module")
+def watched(recorded, tmp_path_factory):
+    """A run of that run's model, seen on a terminal: its folder, its table, and what the terminal showed meanwhile."""
+    place = tmp_path_factory.mktemp("demo") / "own"
+    terminal, process = pty.openpty()
+    shown: list[bytes] = []
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):  # how a terminal ends that no process has open any more
+            while some := os.read(terminal, 1 << 16):
+                shown.append(some)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = str(recorded[0] / "model")
+    done = vgen("demo", "--steps", "1", "--model", model, "--out", str(place), stderr=process)
+    os.close(process)
+    watcher.join(10)
+    os.close(terminal)
+    return place, done, b"".join(shown).decode(errors="replace")
 
 
 def test_json_is_one_object_and_nothing_else(recorded):
@@ -66,10 +92,12 @@ def test_the_record_reads_back_as_whole_traces(recorded):
     assert [link["span_id"] for link in second.links] == [run.step(1)[0].span_id]
 
 
-def test_two_runs_with_the_same_seed_share_no_id(recorded, tmp_path):
-    code = "import random; random.seed(0); from vgen.profiling.ids import new_span_id; print(new_span_id())"
-    first, second = (subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2))
-    assert first != second
+def test_two_runs_with_the_same_seed_share_no_id(recorded, watched):
+    first, second = (read_run(place).spans for place, *_ in (recorded, watched))
+    assert first
+    assert second
+    for kind in ("span_id", "trace_id"):
+        assert not {getattr(span, kind) for span in first} & {getattr(span, kind) for span in second}
 
 
 def test_trace_draws_it_again(recorded, tmp_path):
@@ -113,16 +141,32 @@ def test_report_adds_up(recorded, tmp_path):
     assert "vgen.weight_sync.load" in page.read_text()
 
 
-def test_a_model_of_ones_own_and_the_table(recorded, tmp_path):
-    place, _ = recorded
-    done = vgen("demo", "--steps", "1", "--model", str(place / "model"), "--out", str(tmp_path / "own"))
-    assert done.returncode == 0, done.stderr
-    for expected in ("tokens/s", "GB/s", "train.step", "max |Δ| = ", "recorded in "):
+def test_a_model_of_ones_own_the_table_and_the_progress_bar(watched):
+    place, done, terminal = watched
+    assert done.returncode == 0, terminal
+    for expected in ("tokens/s", "GB/s", "train.step", "max |Δ| = ", f"recorded in {place}"):
         assert expected in done.stdout
     assert float(done.stdout.partition("max |Δ| = ")[2].split()[0]) <= 1e-4
+    for expected in ("starting vLLM", "step 1/1 generate", "step 1/1 update", "step 1/1 sync", "32/32"):
+        assert expected in terminal
+    assert "WARNING" not in terminal, "what vLLM has to say is in engine.log"
 
 
-def test_what_cannot_work_is_said_before_the_engine_starts(tmp_path):
+def test_on_a_gpu_the_table_has_the_memory_that_sleeping_freed(recorded, capsys):
+    place, done = recorded
+    fields = demo.StepNumbers.__dataclass_fields__
+    rows = [
+        demo.StepNumbers(**{name: value for name, value in step.items() if name in fields} | {"freed_bytes": 5 << 30})
+        for step in json.loads(done.stdout)["steps"]
+    ]
+    demo._report(demo._Result("vLLM on cuda", rows, 1e-6, next(place.glob("*.jsonl"))))
+    heading, *table = capsys.readouterr().out.splitlines()[1:4]
+    assert heading.rstrip().endswith("freed GiB")
+    assert [line.split()[-1] for line in table] == ["5.00", "5.00"]
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_what_cannot_work_is_said_before_the_engine_starts(tmp_path, json_too):
     file = tmp_path / "file"
     file.write_text("")
     for arguments, said in (
@@ -130,7 +174,17 @@ def test_what_cannot_work_is_said_before_the_engine_starts(tmp_path):
         (("--out", str(tmp_path / "run"), "--model", str(tmp_path)), "no config.json"),
         (("--steps", "0"), "at least 1"),
     ):
-        done = vgen("demo", *arguments)
+        done = vgen("demo", *arguments, *json_too)
         assert done.returncode == 2
+        assert done.stdout == ""
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_that_is_none_is_said_on_standard_error_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = vgen("demo", "--out", str(tmp_path / "run"), "--model", str(tmp_path), "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert "engine.log" in done.stderr

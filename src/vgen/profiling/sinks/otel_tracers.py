@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 
+from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from ..ids import new_span_id, new_trace_id
+
+QUEUE = 2048
+"""Spans that may wait for the collector, where `OTEL_BSP_MAX_QUEUE_SIZE` says nothing. The newest are dropped."""
 
 
 class RandomIds(IdGenerator):
@@ -40,7 +45,7 @@ class Tracers(TracerProvider):
         counts = self._counts
         if counts is None:
             return 0
-        return counts.accepted - counts.delivered if self.closed else counts.failed
+        return counts.accepted - counts.delivered if self.closed else counts.failed + counts.refused
 
     def deliver(self, exporter: SpanExporter) -> None:
         """Have ended spans handed to `exporter` in batches."""
@@ -51,7 +56,7 @@ class Tracers(TracerProvider):
 class _Counts:
     """Spans that were to be delivered, were, and were not."""
 
-    accepted = delivered = failed = 0
+    accepted = delivered = failed = refused = 0
 
 
 class _CountingExporter(SpanExporter):
@@ -72,12 +77,20 @@ class _CountingExporter(SpanExporter):
 
 
 class _CountingProcessor(BatchSpanProcessor):
+    """Its queue never runs over: of that the SDK keeps no count, and it logs each span, at half the span's cost."""
+
     def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
-        super().__init__(exporter)
+        self._limit = int(os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE) or QUEUE)
+        super().__init__(exporter, max_queue_size=self._limit)
         self._counts, self._counting = counts, threading.Lock()
 
     def on_end(self, span: ReadableSpan) -> None:
-        if span.context is not None and span.context.trace_flags.sampled:
-            with self._counting:  # several threads end spans, but one exports
-                self._counts.accepted += 1
+        if span.context is None or not span.context.trace_flags.sampled:
+            return
+        counts = self._counts
+        with self._counting:  # several threads end spans, but one exports
+            counts.accepted += 1
+            if counts.accepted - counts.delivered - counts.failed - counts.refused > self._limit:
+                counts.refused += 1
+                return
         super().on_end(span)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from ...errors import MissingExtraError
@@ -177,4 +179,7 @@ def _histogram_class() -> Any:
         from wandb import Histogram as found
     except ImportError as error:
         raise MissingExtraError("WandbSink", "W&B", "wandb") from error
+    # W&B imports it with the first histogram that it is given: two seconds, in which a short run would be over.
+    with suppress(Exception):
+        import_module("pandas")
     return found
