@@ -54,7 +54,7 @@ class Traced:
             span, request = found
             capture = self._profiling.capture
             span.set(request_attributes(completion, request.token_ids, capture, self._decode))
-            self._profiling.finish(span)
+            self._profiling.finish(span, None if completion.error is None else type(completion.error).__name__)
 
     def __enter__(self) -> Traced:
         return self
