@@ -101,7 +101,7 @@ def test_prompts_with_expanded_placeholders_are_as_good(vision):
         (completion,) = rollouts = vision.generation.generate([ids], SAMPLING, images=[own])
         assert vision.difference(completion, text, *images) < 1e-4
         assert rollouts.prompt_ids == [ids]
-        swapped = [picture("small"), *own[1:]]  # expands to fewer tokens than are there
+        swapped = [picture("wide" if images[0] == "noise" else "noise"), *own[1:]]  # expands to other tokens
         with pytest.raises(PromptError, match=r"prompt 0 has \d+ tokens in the place of images"):
             vision.generation.generate([ids], SAMPLING, images=[swapped])
 
@@ -122,11 +122,11 @@ def test_after_a_sync_an_image_is_not_answered_from_the_old_weights(vision):
 @pytest.mark.parametrize(
     ("prompt", "images", "problem"),
     [
-        ("a<image>", None, "1 tokens in the place of images, which do not fit 0 images"),
-        ("a<image>b<image>", ["noise"], "2 tokens in the place of images, which do not fit 1 images"),
-        ("a<image>", ["noise", "wide"], "1 tokens in the place of images, which do not fit 2 images"),
+        ("a<image>", None, "1 tokens in the place of images, which do not fit its 0 images"),
+        ("a<image>b<image>", ["noise"], "2 tokens in the place of images, which do not fit its 1 images"),
+        ("a<image>", ["noise", "wide"], "1 tokens in the place of images, which do not fit its 2 images"),
         ("a", ["noise"], "images that vLLM could not put in their places"),
-        ("a<image>" + "b" * 230, ["noise"], "267 tokens with its images; at most 255 leave room"),
+        ("a<image>" + "b" * 230, ["noise"], "265 tokens with its images; at most 255 leave room"),
         ("a" + "<image>" * 4, ["small"] * 4, "images that vLLM could not put in their places.*At most 3"),
         ("a<image>", ["a path"], "an image that is not a PIL.Image.Image"),
     ],
