@@ -230,7 +230,9 @@ class FaultyServer:
             ServerGeneration(model, base_urls=[server.url], timeout=1.0).generate([[1, 2]])   # ServerError
     """
 
-    def __init__(self, *, model: str = "tiny", max_model_len: int = 64, features: Sequence[str] = ()) -> None:
+    def __init__(
+        self, *, model: str = "tiny", max_model_len: int = 64, features: Sequence[str] = (), port: int = 0
+    ) -> None:
         self.faults: dict[str, list[Fault]] = {}
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.answers: dict[str, Any] = {
@@ -267,7 +269,7 @@ class FaultyServer:
             daemon_threads = True
             request_queue_size = 1024  # of five, the standard library's, a burst of requests overflows
 
-        self._server = Threads(("127.0.0.1", 0), Handler)
+        self._server = Threads(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 

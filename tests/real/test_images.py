@@ -155,7 +155,9 @@ def test_images_without_a_processor_have_one_placeholder_each(vision, monkeypatc
     monkeypatch.setattr(vision.generation, "_processor", None)
     own = [picture("noise")]
     ids = vision.ids("ab<image>cd")
-    assert vision.difference(vision.generation.generate([ids], SAMPLING, images=[own])[0], "ab<image>cd", "noise") < 1e-4
+    assert (
+        vision.difference(vision.generation.generate([ids], SAMPLING, images=[own])[0], "ab<image>cd", "noise") < 1e-4
+    )
     for prompt, images in ((vision.expanded("ab<image>cd", own), own), (ids, None)):
         with pytest.raises(PromptError, match=r"has \d+ placeholders for images and \d images"):
             vision.generation.generate([prompt], SAMPLING, images=[images])
