@@ -60,6 +60,6 @@ class Traced:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for span, _ in self._open.values():
+        for span, _request in self._open.values():
             self._profiling.finish(span, "aborted" if kind is None else kind.__name__)
         self._open.clear()

@@ -178,13 +178,14 @@ class _Client:
     """What TRL's trainers ask of TRL's own client."""
 
     def __init__(self, url: str, api_key: str | None, control_key: str | None) -> None:
-        self._url, self._keys = url, {"api_key": api_key, "control_key": control_key}
+        self._url, self._api_key, self._control_key = url, api_key, control_key
 
     def get_server_info(self) -> dict[str, Any]:
         """The server's configuration, as vLLM's `/server_info` gives it. Raises `ServerError`."""
         from ..engines.http import Loop, Server
 
-        loop, server = Loop(), Server(self._url, **self._keys, timeout=60.0)
+        server = Server(self._url, api_key=self._api_key, control_key=self._control_key, timeout=60.0)
+        loop = Loop()
         try:
             return loop.run(server.get("/server_info?config_format=json"))["vllm_config"]
         finally:
