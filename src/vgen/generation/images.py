@@ -63,28 +63,43 @@ class Placeholders:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._token: int | None = getattr(processor, "image_token_id", None)
+        self._once: bool | None = None
         self._expansions: dict[int, tuple[Any, list[tuple[list[int], list[int]]]]] = {}
 
     def one_each(self, index: int, ids: list[int], images: Sequence[Any]) -> list[int]:
         """`ids` with one placeholder for each image, in order. Raises `PromptError` where they do not match."""
         count = 0 if self._token is None else ids.count(self._token)
-        if count in (0, len(images)):  # none: what the processor knows may not be what the engine looks for
+        # None: what the processor knows may not be what the engine looks for.
+        if count == 0 or (count == len(images) and not self._kept_in_expansion()):
             return ids
+        collapsed = self._collapsed(ids, images) if images else None
+        if collapsed is None and count != len(images):
+            raise PromptError(
+                index, f"has {count} tokens in the place of images, which do not fit its {len(images)} images"
+            )
+        return ids if collapsed is None else collapsed
+
+    def _collapsed(self, ids: list[int], images: Sequence[Any]) -> list[int] | None:
+        """`ids` with what each image expands to made its placeholder again; None where they hold something else."""
         collapsed: list[int] = []
         start = 0
         for image in images:
             found = [(at, *pair) for pair in self._expanded(image) if (at := _find(ids, pair[1], start)) is not None]
             if not found:
-                break
+                return None
             at, placeholder, expanded = min(found)
             collapsed += ids[start:at] + placeholder
             start = at + len(expanded)
-        else:
-            if self._token not in ids[start:] and images:
-                return collapsed + ids[start:]
-        raise PromptError(
-            index, f"has {count} tokens in the place of images, which do not fit its {len(images)} images"
-        )
+        return None if self._token in ids[start:] else collapsed + ids[start:]
+
+    def _kept_in_expansion(self) -> bool:
+        """Whether an expanded placeholder holds the token once, among others: then counting it tells nothing."""
+        if self._once is None:
+            from PIL import Image
+
+            pairs = self._expand(Image.new("RGB", (64, 64)))
+            self._once = any(len(ids) > 1 and ids.count(self._token or 0) == 1 for _, ids in pairs)
+        return self._once
 
     def _expanded(self, image: Any) -> list[tuple[list[int], list[int]]]:
         """A placeholder's tokens and what the processor makes of them, for each way to write one."""
