@@ -10,6 +10,8 @@ from vgen import PromptError
 from vgen.generation.images import Placeholders, take_images
 from vgen.testing import byte_tokenizer, tiny_vision_model
 
+pytest.importorskip("transformers", reason="transformers is not installed: it comes with the engine")
+
 SIZES = {"wide": (20, 64), "high": (64, 20)}
 
 
