@@ -28,10 +28,10 @@ class MissingExtraError(VgenError, ImportError):
 
 
 class PromptError(VgenError, ValueError):
-    """A prompt was refused before the engine saw it.
+    """A prompt was refused, by vgen or by the engine. Others of the same call are not touched by it.
 
     `index` is its place in the list that was passed to `generate`; `limit` is the bound that it broke
-    (the longest prompt in tokens, or the size of the vocabulary), or None for an empty prompt.
+    (the longest prompt in tokens, or the size of the vocabulary), or None where it broke none.
     """
 
     def __init__(self, index: int, problem: str, limit: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""For tests, yours too: a model small enough to make on the spot, an engine without a model, a server
+"""For tests, yours too: models small enough to make on the spot, an engine without a model, a server
 that goes wrong, a sink that remembers."""
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .types import Completion, RequestTiming, Sampling, SleepReport
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-__all__ = ["FakeEngine", "Fault", "FaultyServer", "MemorySink", "byte_tokenizer", "tiny_model"]
+__all__ = ["FakeEngine", "Fault", "FaultyServer", "MemorySink", "byte_tokenizer", "tiny_model", "tiny_vision_model"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,6 +70,62 @@ def tiny_model(
     tokenizer.save_pretrained(directory)
     model.config._name_or_path = str(directory)
     return model, tokenizer
+
+
+VISION_TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:"
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text if p.type == 'text' else '<image>' }}{% endfor %}{% endif %};"
+    "{% endfor %}{% if tools %}T{{ tools|length }}{% endif %}a:"
+)
+
+
+def tiny_vision_model(directory: str | Path, *, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """An Idefics3 with random float32 weights, saved with its processor so that vLLM can load it.
+
+    Its placeholder is `<image>` (token id 259). Images are tiles of 32 × 32 pixels, of 4 tokens each: one, or with
+    more pixels up to 2 × 2 and the whole. It is the kind of model that vLLM runs where there is no torchvision.
+    """
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    tokenizer = byte_tokenizer()
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    marks += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=VISION_TEMPLATE)
+    text = dict(
+        model_type="llama",
+        vocab_size=304,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    vision = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = Idefics3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=processor.image_token_id,
+        pad_token_id=257,
+        architectures=["Idefics3ForConditionalGeneration"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Idefics3ForConditionalGeneration(config).float().eval()
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    model.config._name_or_path = str(directory)
+    return model, processor
 
 
 class FakeEngine:
@@ -174,7 +230,9 @@ class FaultyServer:
             ServerGeneration(model, base_urls=[server.url], timeout=1.0).generate([[1, 2]])   # ServerError
     """
 
-    def __init__(self, *, model: str = "tiny", max_model_len: int = 64, features: Sequence[str] = ()) -> None:
+    def __init__(
+        self, *, model: str = "tiny", max_model_len: int = 64, features: Sequence[str] = (), port: int = 0
+    ) -> None:
         self.faults: dict[str, list[Fault]] = {}
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.answers: dict[str, Any] = {
@@ -211,7 +269,7 @@ class FaultyServer:
             daemon_threads = True
             request_queue_size = 1024  # of five, the standard library's, a burst of requests overflows
 
-        self._server = Threads(("127.0.0.1", 0), Handler)
+        self._server = Threads(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 

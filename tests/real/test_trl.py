@@ -61,3 +61,50 @@ def test_grpo_trainer_takes_two_steps(tmp_path, monkeypatch, sleep):
     trainer.vllm_generation.generation.close()
     del trainer
     gc.collect()
+
+
+def test_grpo_trainer_takes_steps_with_images(tmp_path, monkeypatch):
+    import numpy as np
+    import trl.trainer.grpo_trainer
+    from datasets import Dataset
+    from PIL import Image
+    from trl import GRPOConfig, GRPOTrainer
+
+    from vgen.integrations.trl import TRLGeneration
+    from vgen.testing import tiny_vision_model
+
+    model, processor = tiny_vision_model(tmp_path / "model")
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 255, (40, 50, 3), dtype=np.uint8)) for _ in range(4)]
+    rows = [[{"role": "user", "content": text}] for text in ("hello", "once upon", "abc", "the end")]
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", TRLGeneration)
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=processor,
+        reward_funcs=lambda completions, **_: [float(len(str(completion))) for completion in completions],
+        train_dataset=Dataset.from_dict({"prompt": rows, "image": images}),
+        args=GRPOConfig(
+            output_dir=str(tmp_path / "out"),
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_max_model_length=256,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=8,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+        ),
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "sampling/sampling_logp_difference/max" in row]
+    assert len(logged) == 2
+    # TRL's prompts hold expanded placeholders: expanded once more, the engine's log-probabilities would be others
+    assert max(float(row["sampling/sampling_logp_difference/max"]) for row in logged) < 1e-4
+    trainer.vllm_generation.generation.close()
+    del trainer
+    gc.collect()

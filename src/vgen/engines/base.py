@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from ..errors import EngineStateError
+from ..errors import EngineStateError, PromptError
 from ..profiling import Span
 from ..types import Completion, LoRARequest, Sampling, SleepReport
 
@@ -143,6 +143,17 @@ class Cancellation:
             call()
 
 
+def refusal(request: Request, error: PromptError) -> Completion:
+    """What takes the place of a completion whose prompt the engine did not take."""
+    return Completion(
+        prompt_index=request.prompt_index,
+        generation_index=request.generation_index,
+        token_ids=[],
+        finish_reason="error",
+        error=error,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What an engine is asked for in one call."""
@@ -195,7 +206,7 @@ class Engine(Protocol):
     """Whether `stream` may be called by several threads at once, and any other method meanwhile."""
 
     def stream(self, batch: Batch) -> Generator[Completion]:
-        """Sample all requests, yielding each completion as it is done.
+        """Sample all requests, yielding each completion as it is done; one whose prompt is refused with its `error`.
 
         However the iteration ends, nothing stays behind in the engine. `EngineError` means that it broke,
         `ValueError` that it refused a parameter.

@@ -13,12 +13,13 @@ import torch
 
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
-from ..types import Completion, LoRARequest, RequestTiming, Sampling, SleepReport
+from ..types import Completion, RequestTiming, Sampling, SleepReport
+from .adapters import Adapters
+from .admission import Admission
 from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
 from .logprobs import number
 from .preserve import Randomness, process_group, unchanged_process
 from .reload import NamedStream, reload
-from .sampling import sampling_params
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
@@ -64,8 +65,7 @@ class ColocateEngine:
         config = self._engine.model_config
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
-        self._count = 0
-        self._adapters: dict[str, int] = {}
+        self._adapters, self._admission = Adapters(self._llm), Admission(self._engine)
         self._engine.set_weight_version(weight_version)
 
     @contextmanager
@@ -87,26 +87,10 @@ class ColocateEngine:
     def stream(self, batch: Batch) -> Generator[Completion]:
         """Yield each completion as it is done. The scheduler stands still while the caller has one in hand."""
         waiting: dict[str, Request] = {}
-        lora = self._adapter(batch.lora_request)
         try:
             with self._at_work():
-                for request in batch.requests:
-                    self._count += 1
-                    request_id = f"vgen-{self._count}"
-                    parameters = sampling_params(batch.sampling, request.seed)
-                    prompt: Any = {"prompt_token_ids": list(request.token_ids)}
-                    if request.images:
-                        prompt["multi_modal_data"] = {"image": list(request.images)}
-                    headers = request.headers or None
-                    self._engine.add_request(
-                        request_id,
-                        prompt,
-                        parameters,
-                        lora_request=lora,
-                        trace_headers=headers,
-                        priority=batch.priority,
-                    )
-                    waiting[request_id] = request
+                refused = self._admission.admit(batch, self._adapters.load(batch.lora_request), waiting)
+            yield from refused
             while waiting:
                 for output in self._next_finished(batch.cancellation):
                     yield _completion(waiting.pop(output.request_id), output, batch.sampling)
@@ -114,19 +98,6 @@ class ColocateEngine:
             if waiting:
                 with self._at_work():
                     self._engine.abort_request(list(waiting))
-
-    def _adapter(self, wanted: LoRARequest | None) -> Any:
-        """vLLM's own request for an adapter; the same name gets the same number."""
-        if wanted is None:
-            return None
-        from vllm.lora.request import LoRARequest as EngineLoRARequest
-
-        adapter_id = self._adapters.setdefault(wanted.lora_name, len(self._adapters) + 1)
-        if not wanted.lora_path:
-            raise ValueError(
-                f"LoRA adapter {wanted.lora_name!r} has no lora_path, from which this engine would load it"
-            )
-        return EngineLoRARequest(wanted.lora_name, adapter_id, wanted.lora_path)
 
     def _next_finished(self, cancellation: Cancellation) -> list[Any]:
         """Run the scheduler until a request is done; returns the outputs of those that are."""
@@ -218,7 +189,7 @@ class ColocateEngine:
         """Shut the engine core down and let go of its memory."""
         engine = self._engine
         process_group.shut_down(engine.engine_core)
-        del engine, self._llm, self._engine
+        del engine, self._llm, self._engine, self._adapters, self._admission
         gc.collect()
         if self.device_type != "cpu":
             torch.accelerator.empty_cache()

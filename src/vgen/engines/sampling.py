@@ -9,7 +9,7 @@ from ..types import Sampling
 
 
 def sampling_params(sampling: Sampling, seed: int | None) -> Any:
-    """vLLM's `SamplingParams` of one request."""
+    """vLLM's `SamplingParams` of one request. Raises `ValueError` or `TypeError` for what makes no sense."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -35,5 +35,8 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
         kwargs["structured_outputs"] = sampling.structured_outputs
     kwargs.update(sampling.extra)
     if isinstance(structured := kwargs.get("structured_outputs"), Mapping):
-        kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
+        try:
+            kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Sampling.structured_outputs was refused by vLLM: {error}") from error
     return SamplingParams(**kwargs)

@@ -19,6 +19,8 @@ from ..profiling.device import DeviceTimer, memory
 from ..profiling.rollouts import counts, measure
 from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
+from .chat import Chat
+from .images import Placeholders
 from .job import Job, Options, make_requests
 from .progress import progress_bar
 from .traced import Traced
@@ -120,7 +122,8 @@ class Generation:
         """Sample `num_generations` completions of each prompt.
 
         Prompts are token ids, or text where a tokenizer was given. `images` holds each prompt's, as `PIL.Image`s,
-        one for each placeholder in the prompt. Completions come back in prompt order; `on_completion` is called,
+        one for each placeholder in the prompt; where a processor was given, ids with its expanded placeholders are
+        as good. Completions come back in prompt order; `on_completion` is called,
         in this thread, with each as it is done.
 
         Several ranks that share engines generate together: all call it, each with prompts of its own or none, with
@@ -249,6 +252,8 @@ class Generation:
                     for completion in stream:
                         done[completion.prompt_index, completion.generation_index] = completion
                         traced.finish(completion)
+                        if completion.error is not None and refused == "raise":
+                            raise job.error_of(completion)
                         yield job.own(completion)
             except BaseException as raised:
                 error = type(raised).__name__
@@ -274,32 +279,46 @@ class Generation:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Completions:
-        """`generate` for conversations of `{"role", "content"}` messages, through the tokenizer's chat template.
+        """`generate` for conversations of `{"role", "content"}` messages, through the chat template.
 
-        `tools`, `chat_template` and `chat_template_kwargs` go to the tokenizer's `apply_chat_template`, `options`
-        to `generate`.
+        `tools`, `chat_template` and `chat_template_kwargs` go to the `apply_chat_template` of the processor or
+        tokenizer, `options` to `generate`. A message's content may be a list of parts, images among them, each a
+        `PIL.Image` or a `data:` URI; or they stand in `images`, one for each part of type `image`.
         """
-        if self._tokenizer is None:
+        if self._processor is None:
             raise TypeError("conversations need a tokenizer: construct with processing_class")
-        settings = dict(tools=tools, chat_template=chat_template, add_generation_prompt=True, tokenize=True)
-        settings |= {"return_dict": True, **(chat_template_kwargs or {})}
-        rendered = [
-            self._tokenizer.apply_chat_template(list(conversation), **settings)["input_ids"]
-            for conversation in conversations
-        ]
-        return self.generate(rendered, sampling, num_generations, **options)
+        settings: dict[str, Any] = {"chat_template": chat_template, "tools": tools, **(chat_template_kwargs or {})}
+        chat = Chat(self._processor, {name: value for name, value in settings.items() if value is not None})
+        prompts: list[Any] = []
+        images: list[list[Any]] = []
+        for index, conversation in enumerate(conversations):
+            try:
+                ids, found = chat.render(index, conversation)
+            except PromptError as error:  # of this one alone: `generate` raises or marks it
+                ids, found = error, []
+            prompts.append(ids)
+            images.append(found)
+        if any(images):
+            if options.get("images") is not None:
+                raise ValueError("images are in the conversations and in images=: pass them one way")
+            options["images"] = images
+        return self.generate(prompts, sampling, num_generations, **options)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float | None]]:
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], **options: Any
+    ) -> list[list[float | None]]:
         """The log-probabilities that the engine's weights give to the tokens of each completion after its prompt.
 
-        They are the model's own, at temperature 1: for distillation and for reference models.
+        They are the model's own, at temperature 1: for distillation and for reference models. None for a NaN.
+        `options` go to `generate`: `images`, `lora_request`, `priority`.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: there must be one for each")
-        starts = [self._ids(index, prompt) for index, prompt in enumerate(prompts)]
-        whole = [[*start, *completion] for start, completion in zip(starts, completions, strict=True)]
-        scored = self.generate(whole, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0))
-        return [(found.prompt_logprobs or [])[len(start) :] for start, found in zip(starts, scored, strict=True)]
+        whole = [[*self._ids(i, prompt), *completions[i]] for i, prompt in enumerate(prompts)]
+        scored = self.generate(whole, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0), **options)
+        # From the end: images have made the prompt longer.
+        found = [completion.prompt_logprobs or [] for completion in scored]
+        return [own[len(own) - len(ids) :] for own, ids in zip(found, completions, strict=True)]
 
     def sync_weights(self, version: str | None = None) -> SyncReport:
         """Replace the engine's weights by the trainer model's, and label what is sampled from then on.
@@ -460,7 +479,9 @@ class Generation:
     def _decode(self, ids: list[int]) -> str:
         return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
 
-    def _ids(self, index: int, prompt: Prompt) -> list[int]:
+    def _ids(self, index: int, prompt: Prompt | PromptError) -> list[int]:
+        if isinstance(prompt, PromptError):
+            raise prompt
         if not isinstance(prompt, str):
             return list(prompt)
         if self._tokenizer is None:
@@ -483,13 +504,12 @@ class Generation:
         if options.sampling.structured_outputs is None and self._regex is not None:
             sampling = replace(options.sampling, structured_outputs={"regex": self._regex})
             options = replace(options, sampling=sampling)
-        encoded = [self._ids(index, prompt) for index, prompt in enumerate(prompts)]
-        errors = self._refuse(encoded)
+        encoded, placed, errors = self._encode(prompts, images)
         if refused == "raise":
             for error in errors.values():
                 raise error
         good = [index for index in range(len(prompts)) if index not in errors]
-        mine = [(encoded[index], tuple(images[index] or ()) if images is not None else ()) for index in good]
+        mine = [(placed[index], tuple(images[index] or ()) if images is not None else ()) for index in good]
         gathered, start = call.gather(mine, options.terms())
         if self._stale:
             self._sync(self._version)
@@ -497,20 +517,32 @@ class Generation:
         prompt_ids = [[] if index in errors else ids for index, ids in enumerate(encoded)]
         return Job(prompt_ids, errors, good, start, requests, options)
 
-    def _refuse(self, encoded: Sequence[Sequence[int]]) -> dict[int, PromptError]:
-        """The prompts that the engine could not take, by their place."""
+    def _encode(
+        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any] | None] | None
+    ) -> tuple[list[list[int]], list[list[int]], dict[int, PromptError]]:
+        """The prompts as token ids, as the engine takes them, and what it could not take, by their place."""
+        placeholders = Placeholders(self._processor)
+        encoded: list[list[int]] = [[] for _ in prompts]
+        placed, errors = list(encoded), dict[int, PromptError]()
+        for index, prompt in enumerate(prompts):
+            try:
+                encoded[index] = self._ids(index, prompt)
+                self._check(index, encoded[index])
+                own = (images[index] or ()) if images is not None else ()
+                placed[index] = placeholders.one_each(index, encoded[index], own)
+            except PromptError as error:
+                errors[index] = error
+        return encoded, placed, errors
+
+    def _check(self, index: int, ids: Sequence[int]) -> None:
+        """Raise for a prompt that the engine could not take."""
         limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size
-        errors: dict[int, PromptError] = {}
-        for index, ids in enumerate(encoded):
-            if not ids:
-                errors[index] = PromptError(index, "is empty")
-            elif len(ids) > limit:
-                problem = f"has {len(ids)} tokens; at most {limit} leave room for a completion"
-                errors[index] = PromptError(index, problem, limit)
-            elif min(ids) < 0 or max(ids) >= vocabulary:
-                problem = f"holds a token id outside the vocabulary of {vocabulary}"
-                errors[index] = PromptError(index, problem, vocabulary)
-        return errors
+        if not ids:
+            raise PromptError(index, "is empty")
+        if len(ids) > limit:
+            raise PromptError(index, f"has {len(ids)} tokens; at most {limit} leave room for a completion", limit)
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
 
     def _sample(
         self, call: Call, job: Job, traced: Traced, on_completion: Callable[[Completion], None] | None
@@ -526,7 +558,7 @@ class Generation:
                     traced.finish(completion)
                     advance(len(completion.token_ids))
                     call.alive()
-                    if on_completion is not None and job.owns(completion):
+                    if on_completion is not None and completion.error is None and job.owns(completion):
                         on_completion(job.own(completion))
             return done
 

@@ -63,11 +63,17 @@ class Job:
     def own(self, completion: Completion) -> Completion:
         """What the engine has sampled, under its prompt's place in the caller's list."""
         index = self.good[completion.prompt_index - self.start]
-        error = completion.error
-        if error is not None:
-            cause, error = error.__cause__, PromptError(index, error.problem, error.limit)
-            error.__cause__ = cause
+        error = self.error_of(completion) if completion.error is not None else None
         return replace(completion, prompt_index=index, error=error)
+
+    def error_of(self, completion: Completion) -> PromptError:
+        """Why the engine refused it, under its prompt's place in the caller's list; another rank's under its place
+        among all ranks' prompts."""
+        error, index = completion.error, self.own_index(completion.prompt_index)
+        assert error is not None
+        own = PromptError(completion.prompt_index if index is None else index, error.problem, error.limit)
+        own.__cause__ = error.__cause__
+        return own
 
     def place(self, sampled: Iterable[Completion], version: str) -> Completions:
         """This rank's completions in prompt order, refused prompts marked; what has not been sampled is missing."""
@@ -87,7 +93,9 @@ class Job:
                     )
                 elif (found := arrived.get((index, generation))) is not None:
                     placed.append(found)
-        return Completions(self.prompt_ids, placed, self.options.num_generations, version)
+        refused = {completion.prompt_index for completion in placed if completion.error is not None}
+        prompt_ids = [[] if index in refused else ids for index, ids in enumerate(self.prompt_ids)]
+        return Completions(prompt_ids, placed, self.options.num_generations, version)
 
 
 def make_requests(

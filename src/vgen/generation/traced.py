@@ -54,12 +54,12 @@ class Traced:
             span, request = found
             capture = self._profiling.capture
             span.set(request_attributes(completion, request.token_ids, capture, self._decode))
-            self._profiling.finish(span)
+            self._profiling.finish(span, None if completion.error is None else type(completion.error).__name__)
 
     def __enter__(self) -> Traced:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for span, _ in self._open.values():
+        for span, _request in self._open.values():
             self._profiling.finish(span, "aborted" if kind is None else kind.__name__)
         self._open.clear()

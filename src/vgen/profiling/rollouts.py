@@ -11,11 +11,13 @@ from .context import ProfilingContext
 from .records import Span
 
 
-def counts(result: Completions) -> dict[str, int]:
+def counts(result: Completions) -> dict[str, int | None]:
     """What a call moved, as attributes of its span."""
     done = [completion for completion in result if completion.error is None]
     tokens_in = sum(len(result.prompt_ids[completion.prompt_index]) for completion in done)
-    return {names.COMPLETIONS: len(done), names.INPUT_TOKENS: tokens_in, names.OUTPUT_TOKENS: result.output_tokens}
+    refused = len({completion.prompt_index for completion in result if completion.error is not None}) or None
+    own = {names.COMPLETIONS: len(done), names.INPUT_TOKENS: tokens_in, names.OUTPUT_TOKENS: result.output_tokens}
+    return {**own, names.REFUSED: refused}
 
 
 def measure(
