@@ -327,7 +327,8 @@ class FaultyServer:
             times = (now - 0.004, now - 0.003, now - 0.002, now)
             own = frames.ints(ids), frames.floats(0.0 for _ in ids), None, None, [("default", 0, len(ids))], times
             sent.append(frames.Done(index, "length", *own, now, 0, 0))
-        content = b"".join(frames.pack(fault(frame) if callable(fault) else frame) for frame in (*sent, frames.End()))
+        change: Any = fault if callable(fault) else lambda frame: frame
+        content = b"".join(frames.pack(change(frame)) for frame in (*sent, frames.End()))
         if fault in ("not json", "not vllm"):
             content = b"<html>a proxy's page</html>"
         self._send(handler, 200, content, cut=fault == "truncated")

@@ -86,7 +86,7 @@ class Server:
         self._connect_timeout, self._ssl = connect_timeout, ssl
         self._control = {CONTROL_HEADER: control_key} if control_key else {}
         self.lease: str | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
         """The JSON that `path` answers with; an empty body gives None."""
@@ -108,7 +108,7 @@ class Server:
         self, path: str, body: bytes, headers: Mapping[str, str], decode: Callable[[bytes], T], timeout: float
     ) -> T:
         """Post to an inference route, which the API key guards, and decode what it answers."""
-        raw = await self._call("POST", path, body, timeout, headers)
+        raw = await self._call("POST", path, body, timeout, headers, once=False)
         try:
             return decode(raw)
         except (ValueError, TypeError, KeyError) as error:
@@ -140,14 +140,21 @@ class Server:
 
     async def close(self) -> None:
         """Close the pooled connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
 
     async def _call(
-        self, method: str, path: str, body: bytes | None, timeout: float | None, headers: Mapping[str, str]
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        timeout: float | None,
+        headers: Mapping[str, str],
+        *,
+        once: bool = True,
     ) -> bytes:
         limit = self.timeout if timeout is None else timeout
-        async with self._request(method, path, body, limit, headers) as response:
+        async with self._request(method, path, body, limit, headers, once=once) as response:
             raw = await response.read()
             if response.status >= 300:
                 raise self._refusal(method, path, response.status, raw)
@@ -161,6 +168,8 @@ class Server:
         body: bytes | None,
         limit: float,
         headers: Mapping[str, str],
+        *,
+        once: bool = False,
         silence: float | None = None,
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """The answer's head; whatever goes wrong within is a `ServerError`."""
@@ -168,7 +177,7 @@ class Server:
             total=limit, sock_connect=min(self._connect_timeout, limit), sock_read=min(silence or limit, limit)
         )
         try:
-            async with self._open().request(
+            async with self._open(once).request(
                 method,
                 self.name + path,
                 data=body,
@@ -195,11 +204,17 @@ class Server:
         except ValueError:
             raise self._error(f"{method} {path} answered something that is not JSON", retryable=True) from None
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
+    def _open(self, once: bool) -> aiohttp.ClientSession:
+        """The pool of connections, or `once`, what opens one for a call that must not be sent twice.
+
+        A server closes an idle connection (vLLM after five seconds), perhaps just as the next call is sent on it; then
+        nobody knows whether that call has arrived.
+        """
+        if once not in self._sessions:
             # No limit on connections: the engine's scheduler is the place where requests wait.
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=75))
-        return self._session
+            connector = aiohttp.TCPConnector(limit=0, **({"force_close": True} if once else {"keepalive_timeout": 2}))
+            self._sessions[once] = aiohttp.ClientSession(connector=connector)
+        return self._sessions[once]
 
     def _error(self, problem: str, *, retryable: bool = False) -> ServerError:
         return ServerError(problem, url=self.name, retryable=retryable)

@@ -94,8 +94,8 @@ class ServerGeneration(Generation):
 
         def connect() -> ServerEngine:
             urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
-            own = dict(api_key=api_key, control_key=control_key, timeout=timeout, connect_timeout=connect_timeout)
-            servers = [Server(url, **own, ssl=ssl) for url in urls]
+            keys: dict[str, Any] = dict(api_key=api_key, control_key=control_key, ssl=ssl)
+            servers = [Server(url, timeout=timeout, connect_timeout=connect_timeout, **keys) for url in urls]
             config: Any = model.config
             return ServerEngine(
                 servers,

@@ -90,7 +90,7 @@ def unpack_prompts(message: Message) -> list[Asked]:
 def _image(mode: str, size: Sequence[int], palette: list[int] | None, pixels: array[Any]) -> Any:
     from PIL import Image
 
-    image = Image.frombytes(mode, tuple(size), pixels.tobytes())
+    image = Image.frombytes(mode, (size[0], size[1]), pixels.tobytes())
     if palette is not None:
         image.putpalette(palette)
     return image
