@@ -132,6 +132,13 @@ PREEMPTIONS = _attribute("vgen.request.preemptions", "int", "How often the sched
 CACHED_TOKENS = _attribute("vgen.request.cached_tokens", "int", "Prompt tokens found in the prefix cache.")
 TRANSPORT = _attribute("vgen.weight_sync.transport", "string", "How the weights travelled.", label=True)
 TRANSPORT_REASON = _attribute("vgen.weight_sync.transport.reason", "string", "Why that transport was taken.")
+PLAN_MODULES = _attribute("vgen.weight_sync.plan.modules", "int", "The engine's modules that have weights.")
+PLAN_RELOADED = _attribute(
+    "vgen.weight_sync.plan.reload_modules", "int", "Of these, how many went through the engine's own reload."
+)
+PLAN_WAY = _attribute(
+    "vgen.weight_sync.plan.way", "string", "How they were copied: `kernel`, `graph`, `foreach` or `reload`.", label=True
+)
 SYNC_BYTES = _attribute("vgen.weight_sync.bytes", "int", "Bytes of weights sent.")
 SYNC_TENSORS = _attribute("vgen.weight_sync.tensors", "int", "Tensors sent.")
 SYNC_RATE = _attribute("vgen.weight_sync.bandwidth", "double", "Bytes sent for each second of the whole sync.")
@@ -229,6 +236,9 @@ WEIGHT_SYNC = _span(
     SYNC_RECEIVERS,
     PAUSED_SECONDS,
     FOREIGN_VERSION,
+    PLAN_MODULES,
+    PLAN_RELOADED,
+    PLAN_WAY,
     ENGINE,
 )
 _RECEIVERS = (RECEIVER_MIN, RECEIVER_MEDIAN, RECEIVER_MAX)
