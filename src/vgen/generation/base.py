@@ -20,6 +20,7 @@ from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, Slee
 from .job import Job, Options, make_requests
 from .progress import progress_bar
 from .traced import Traced
+from .verified import Verify, verified
 
 TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
@@ -52,6 +53,9 @@ class Generation:
         profiling: Where spans and measurements go.
     """
 
+    _verifies = False
+    """Whether the first sync is verified end to end unless told otherwise."""
+
     def __init__(
         self,
         engine: Engine,
@@ -78,6 +82,7 @@ class Generation:
         self._owner: int | None = None
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, weight_version
+        self._verified = False
         self._states.move("construction", EngineState.AWAKE)
 
     @property
@@ -500,7 +505,7 @@ class Generation:
             count = count(None if parent.step is None else parent.step.number)
         return Traced(self._profiling, parent, job, count, self._decode)
 
-    def _sync(self, version: str) -> SyncReport:
+    def _sync(self, version: str, verify: Verify | None = None) -> SyncReport:
         source, profiling, start = self._source, self._profiling, time.monotonic()
         then, detail = (EngineState.ASLEEP, self._level) if self._asleep else (EngineState.AWAKE, "")
         if self._states.state is EngineState.PAUSED:
@@ -510,7 +515,10 @@ class Generation:
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
             trace = _SyncTrace(profiling, self._device, span)
-            self._engine.sync(source, version, trace)
+            bits = {"verify": True} if verify == "bits" else {}
+            self._engine.sync(source, version, trace, **bits)
+            if verify == "logprobs" or (verify is None and self._verifies and not self._verified):
+                self._verified = verified(self._engine, source, trace, then is EngineState.AWAKE, verify is not None)
             seconds = time.monotonic() - start
             report = SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=seconds)
             own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +115,8 @@ class RecordedCopy:
         if first:
             self._decide(runner, source)
         if self._record is None:
+            if first:
+                _spoil(runner, source)
             return self._reload(runner, source)
         self._restore()
         self._replay(source, verify or first)
@@ -349,6 +352,8 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
     Afterwards the engine holds these random weights: they are replaced at once.
     """
     device = next(iter(made.copies.values()))[0].place.device if made.copies else torch.device("cpu")
+    # A name that the loader skips may be a tied weight's other name, which the reload, having untied it, would take.
+    metadata = [entry for entry in metadata if entry[0] in made.copies or entry[0] in made.twins]
     seeds = _seeds(made, metadata)
     try:
         missing = reload(runner, NamedStream(_random(metadata, seeds, device)))
@@ -370,6 +375,18 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
         differences.compare("a tensor that is not loaded", tensor, content)
     if names := differences.names():
         raise Distrusted({name: "the engine's reload leaves something else than the record" for name in names})
+
+
+def _spoil(runner: Any, source: Any) -> None:
+    """Fill the engine with random weights: whatever its reload then fails to replace, a probe cannot miss.
+
+    Before a first sync both sides often hold the same checkpoint, and a stale weight would look right.
+    """
+    metadata = metadata_of(source)
+    device = next(runner.get_model().parameters()).device
+    seeds = {name: index for index, (name, *_) in enumerate(metadata)}
+    with suppress(Exception):  # what it fails at, the reload of the true weights will fail at too
+        reload(runner, NamedStream(_random(metadata, seeds, device)))
 
 
 def _random(metadata: Metadata, seeds: dict[str, int], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,11 @@ ATTENTION = frozenset({"Attention", "MMEncoderAttention"})
 
 def distrust(module: torch.nn.Module) -> str | None:
     """Why the weights of this module alone may be kept in another form than they are loaded in; None when not."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
     kind, method = type(module).__name__, getattr(module, "quant_method", None)
+    if isinstance(module, QuantizeMethodBase):
+        return None  # judged with its layer
     if method is not None and type(method).__name__ not in METHODS:
         return f"quantization method {type(method).__name__}"
     backend = getattr(method, "unquantized_backend", None)
