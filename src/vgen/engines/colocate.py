@@ -156,6 +156,7 @@ class ColocateEngine:
                         names.PLAN_MODULES: weights.modules,
                         names.PLAN_RELOADED: 0 if weights.trusted else weights.modules,
                         names.PLAN_WAY: weights.way,
+                        names.VERIFY: "bits" if verify and weights.trusted else None,
                     }
                 )
             span.set({names.GATHER_SECONDS: source.seconds})
@@ -176,9 +177,7 @@ class ColocateEngine:
             except WeightSyncError:
                 raise
             except Exception as error:
-                raise WeightSyncError(
-                    f"{type(error).__name__}: {error}", phase="load", receiver=self.kind
-                ) from error
+                raise WeightSyncError(f"{type(error).__name__}: {error}", phase="load", receiver=self.kind) from error
         if missing:
             raise WeightSyncError(
                 f"the trainer's model does not provide it ({len(missing)} such)",

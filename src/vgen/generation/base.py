@@ -517,7 +517,9 @@ class Generation:
             trace = _SyncTrace(profiling, self._device, span)
             bits = {"verify": True} if verify == "bits" else {}
             self._engine.sync(source, version, trace, **bits)
-            if verify == "logprobs" or (verify is None and self._verifies and not self._verified):
+            compared = trace.said.get(names.VERIFY) == "bits"  # repacked weights cannot be
+            first = verify is None and self._verifies and not self._verified
+            if first or verify == "logprobs" or (verify == "bits" and not compared):
                 self._verified = verified(self._engine, source, trace, then is EngineState.AWAKE, verify is not None)
             seconds = time.monotonic() - start
             report = SyncReport(version=version, bytes=source.bytes, tensors=source.tensors, seconds=seconds)
@@ -538,6 +540,8 @@ class _SyncTrace:
 
     def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span) -> None:
         self._profiling, self._device, self._span = profiling, device, span
+        self.said = dict[str, Any]()
+        """What was set, also where profiling is off."""
 
     @contextmanager
     def phase(self, name: str, /) -> Generator[Span]:
@@ -545,4 +549,5 @@ class _SyncTrace:
             yield span
 
     def set(self, attributes: Mapping[str, Any], /) -> None:
+        self.said |= attributes
         self._span.set(attributes)

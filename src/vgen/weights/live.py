@@ -74,5 +74,6 @@ def _special(module: torch.nn.Module) -> bool:
     plain = (torch.nn.Parameter, torch.Tensor)
     held = [*module._parameters.values(), *module._buffers.values()]
     return any(
-        tensor is not None and (type(tensor) not in plain or tensor.is_meta or hasattr(tensor, "ds_id")) for tensor in held
+        tensor is not None and (type(tensor) not in plain or tensor.is_meta or hasattr(tensor, "ds_id"))
+        for tensor in held
     )

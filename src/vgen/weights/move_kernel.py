@@ -30,7 +30,9 @@ class Table:
     def move(self) -> None:
         """Launch it on the current stream."""
         for table, word in self._tables:
-            _move[(len(table),)](table, CHUNK_BYTES // word, BLOCK, word, num_warps=WARPS)
+            _move[(len(table),)](  # pyright: ignore[reportIndexIssue]
+                table, CHUNK_BYTES // word, BLOCK, word, num_warps=WARPS
+            )
 
 
 def _chunks(moves: Sequence[tuple[int, int, int]], word: int, device: torch.device) -> torch.Tensor:

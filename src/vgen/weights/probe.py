@@ -17,6 +17,8 @@ from ..types import Sampling
 
 TOKENS = 256
 """Of the probe, drawn from the whole vocabulary: with 8 of 128 experts a token, each is asked 16 times."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""How configurations call their number."""
 ROWS = 32
 """Of logits that are taken to float32 at a time."""
 FLOAT32 = {"dense": 1e-4, "experts": 1e-3}
@@ -150,12 +152,14 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _vocabulary(model: Any) -> int:
-    config = getattr(model, "config", None)
-    return getattr(config, "vocab_size", None) or getattr(config.get_text_config(), "vocab_size")
+    return _text_config(model).vocab_size
 
 
 def _has_experts(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    counts = (getattr(_text_config(model), name, None) for name in EXPERTS)
     return any(count for count in counts)
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

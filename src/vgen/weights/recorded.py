@@ -29,7 +29,11 @@ MOST_KEPT_BYTES = 256 << 20
 
 
 class Distrusted(Exception):
-    """The record cannot be used; says why."""
+    """The record cannot be used; says why, of the model as a whole or by the name of a module or tensor."""
+
+    def __init__(self, why: str | dict[str, str]) -> None:
+        self.reasons = why if isinstance(why, dict) else {"": why}
+        super().__init__("; ".join(f"{name}: {said}" if name else said for name, said in self.reasons.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class Record:
     def in_place(self) -> bool:
         """Whether the model still has its tensors where they were recorded."""
         return all(
-            (tensor := held.get(name)) is not None and tensor.data_ptr() == address for held, name, address in self.tensors
+            (tensor := held.get(name)) is not None and tensor.data_ptr() == address
+            for held, name, address in self.tensors
         )
 
 
@@ -161,7 +166,7 @@ class RecordedCopy:
             check(made, runner, metadata)
             self._record = made
         except Distrusted as error:
-            self.reasons = error.args[0] if isinstance(error.args[0], dict) else {"": str(error)}
+            self.reasons = error.reasons
         except torch.OutOfMemoryError:
             gc.collect()
             torch.cuda.empty_cache()
@@ -177,11 +182,11 @@ class RecordedCopy:
         assert record is not None
         for fill in record.fills:
             fill.place.fill_(fill.value)
-        known = self._mover is not None and self._live is not None and self._source is source and not verify
-        if known and self._live.near():
-            self._mover.run()
-            if self._live.whole():
-                self.way = self._mover.how
+        mover, live = self._mover, self._live
+        if mover is not None and live is not None and self._source is source and not verify and live.near():
+            mover.run()
+            if live.whole():
+                self.way = mover.how
                 _count(source)
                 return
         self._mover = None
@@ -236,7 +241,7 @@ class RecordedCopy:
         self._judge(twins.names(), "two sources with different content are loaded into it")
 
     def _together(self, waiting: list[tuple[torch.Tensor, torch.Tensor]], live: Live | None) -> None:
-        """Copy the parts of a plain model; from the second time that they lie in the same places on, in the best way."""
+        """Copy the parts of a plain model; once they lie where they lay the last time, in the best way."""
         again = live is not None and live.same_as(self._live)
         self._live = live
         if again and waiting and (mover := mover_of(waiting, self._how)) is not None:
@@ -290,7 +295,9 @@ def make_record(model: torch.nn.Module, metadata: Metadata) -> Record:
         replaced = [entry for entry in held if entry[1].get(entry[2].rpartition(".")[2]) is not entry[3]]
         for _, where, name, tensor in held:
             where[name.rpartition(".")[2]] = tensor
-    moved = [name for (name, address, shape), (*_, now) in zip(before, held, strict=True) if _moved(now, address, shape)]
+    moved = [
+        name for (name, address, shape), (*_, now) in zip(before, held, strict=True) if _moved(now, address, shape)
+    ]
     if replaced or moved or len(list(_registered(model))) != len(held):
         raise Distrusted("its loader replaces tensors")
     after = _attributes(model)
@@ -316,7 +323,7 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
             why.setdefault(name, f"{operation} on it while it is loaded")
     fills = {target: [fill for fill in recorder.fills if fill.target == target] for target in range(len(held))}
     same: dict[tuple[int, int], int] = {}
-    for target, (_, where, name, tensor) in enumerate(held):
+    for target, (*_, name, tensor) in enumerate(held):
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         alias = same.setdefault((tensor.data_ptr(), tensor.numel()), target)
         if alias != target:
@@ -445,9 +452,9 @@ def _attributes_rest(held: list[tuple[Any, Any, str, torch.Tensor]]) -> Iterable
     modules = dict.fromkeys(module for module, *_ in held)
     for module in modules:
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and name != "kv_cache" and not value.is_meta:
-                if value.numel() and value.untyped_storage().data_ptr() not in own:
-                    yield value.data
+            tensor = isinstance(value, torch.Tensor) and name != "kv_cache" and not value.is_meta
+            if tensor and value.numel() and value.untyped_storage().data_ptr() not in own:
+                yield value.data
 
 
 def _covered(tensor: torch.Tensor, held: list[tuple[Any, Any, str, torch.Tensor]], written: set[int]) -> bool:

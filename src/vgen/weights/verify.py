@@ -12,7 +12,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differs(place: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Whether any bit of `place` is not that of `value` in its dtype: one bool on the device, which nothing waits for."""
+    """Whether any bit of `place` is not that of `value` in its dtype: one bool on the device, not waited for."""
     if place.dim() and place.numel() > MOST_ELEMENTS and len(place) > 1:
         parts = -(-place.numel() // MOST_ELEMENTS)
         pairs = zip(place.chunk(parts), value.chunk(parts), strict=True)
