@@ -104,23 +104,20 @@ def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path,
 
 
 def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout, monkeypatch):
-    """vLLM's CPU kernels repack experts into the same shape, so only bytes are compared here."""
+    """vLLM's CPU kernels may repack experts into the same shape, so only bytes are compared here."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     from vgen.weights import trusted
 
     model, sink = MODELS["experts"](tmp_path), MemorySink()
-    with made(model, sink) as generation:
-        three_times(model, generation, 1e-3)
-    assert "expert backend CPU" in syncs(sink)[0][names.TRANSPORT_REASON]
-
+    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
     monkeypatch.setattr(trusted, "EXPERT_BACKENDS", trusted.EXPERT_BACKENDS | {"CPU"})
-    with made(model, sink) as generation:  # the list is not all that guards: the reload's bytes are other ones
+    monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight.flip(0))
+    with made(model, sink) as generation:  # the list is not all that guards: the reload leaves other bytes
         generation.sync_weights()
         assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
 
     monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight)
-    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
     with made(model, sink) as generation:
         for _ in range(2):
             randomize(model)
