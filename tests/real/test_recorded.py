@@ -112,11 +112,6 @@ def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout,
     model, sink = MODELS["experts"](tmp_path), MemorySink()
     monkeypatch.setattr(ColocateGeneration, "_verifies", False)
     monkeypatch.setattr(trusted, "EXPERT_BACKENDS", trusted.EXPERT_BACKENDS | {"CPU"})
-    monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight.flip(0))
-    with made(model, sink) as generation:  # the list is not all that guards: the reload leaves other bytes
-        generation.sync_weights()
-        assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
-
     monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight)
     with made(model, sink) as generation:
         for _ in range(2):
@@ -133,6 +128,22 @@ def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout,
             own = model.model.layers[layer].mlp.experts
             assert torch.equal(found[f"{routed}.w13_weight"], own.gate_up_proj)
             assert torch.equal(found[f"{routed}.w2_weight"], own.down_proj)
+
+
+def test_a_hook_that_repacks_into_the_same_shape_is_found_by_the_reloads_bytes(tmp_path, plain_layout, monkeypatch):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    def repacks(method, layer, own=UnquantizedLinearMethod.process_weights_after_loading):
+        own(method, layer)
+        layer.weight.data.copy_(layer.weight.data.flip(0))
+
+    model, sink = MODELS["qwen2"](tmp_path), MemorySink()
+    monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", repacks)
+    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
+    with made(model, sink) as generation:
+        generation.sync_weights()
+    assert syncs(sink)[-1][names.TRANSPORT] == "reload"
+    assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
 
 
 def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(tmp_path, plain_layout, monkeypatch):

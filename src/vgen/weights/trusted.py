@@ -1,7 +1,8 @@
 """Which of an engine's modules keep their weights as the loader leaves them.
 
 vLLM repacks weights after loading in many places, some of them into the same shape. What is not on the lists here
-is not trusted: it takes the engine's own reload.
+is not trusted: it takes the engine's own reload. Comparing with that reload cannot replace the lists: vLLM repacks
+experts when they are first loaded and on some backends not again, so that its reload may be as wrong as the record.
 """
 
 from __future__ import annotations
