@@ -14,12 +14,12 @@ import torch
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
+from ..weights.recorded import RecordedCopy
 from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
 from .logprobs import number
 from .preserve import Randomness, process_group, unchanged_process
-from .reload import NamedStream, reload
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
@@ -66,6 +66,7 @@ class ColocateEngine:
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
         self._adapters, self._admission = Adapters(self._llm), Admission(self._engine)
+        self._weights = RecordedCopy(receiver=self.kind)
         self._engine.set_weight_version(weight_version)
 
     @contextmanager
@@ -112,24 +113,37 @@ class ColocateEngine:
                 if finished := [output for output in outputs if output.finished]:
                     return finished
 
-    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
-        """Run vLLM's own reload over the stream, then reset the caches. Nothing is in flight meanwhile."""
-        trace.set({names.TRANSPORT: "reload", names.TRANSPORT_REASON: "in process"})
+    def sync(self, source: Source, version: str, trace: SyncTrace, *, verify: bool = False) -> None:
+        """Copy the weights by a record of the loader, or run vLLM's own reload; then reset the caches.
+
+        Nothing is in flight meanwhile. With `verify` every bit is compared, where the weights can be read.
+        """
+        weights = self._weights
         with trace.phase("load") as span:
-            self._load(source)
+            try:
+                self._load(source, verify)
+            finally:
+                trace.set(
+                    {
+                        names.TRANSPORT: "recorded" if weights.trusted else "reload",
+                        names.TRANSPORT_REASON: weights.reason or "in process",
+                        names.PLAN_MODULES: weights.modules,
+                        names.PLAN_RELOADED: 0 if weights.trusted else weights.modules,
+                        names.PLAN_WAY: weights.way,
+                        names.VERIFY: "bits" if verify and weights.trusted else None,
+                    }
+                )
             span.set({names.GATHER_SECONDS: source.seconds})
         with trace.phase("reset_cache"):
             self._reset_caches()
             self._engine.set_weight_version(version)
 
-    def _load(self, source: Source) -> None:
-        stream = NamedStream(source)
-
+    def _load(self, source: Source, verify: bool) -> None:
         def load(worker: Any) -> tuple[str, ...]:
             from vllm.config import set_current_vllm_config
 
             with set_current_vllm_config(worker.vllm_config):
-                return reload(worker.model_runner, stream)
+                return self._weights.load(worker.model_runner, source, verify=verify)
 
         with self._at_work():
             try:
@@ -137,9 +151,7 @@ class ColocateEngine:
             except WeightSyncError:
                 raise
             except Exception as error:
-                raise WeightSyncError(
-                    f"{type(error).__name__}: {error}", phase="load", parameter=stream.last, receiver=self.kind
-                ) from error
+                raise WeightSyncError(f"{type(error).__name__}: {error}", phase="load", receiver=self.kind) from error
         if missing:
             raise WeightSyncError(
                 f"the trainer's model does not provide it ({len(missing)} such)",
@@ -171,6 +183,8 @@ class ColocateEngine:
                 return SleepReport(memory_freed=False)
             before = _free_bytes()
             self._llm.sleep(level=level)
+            if level == 2:
+                self._weights.forget()
             freed = _free_bytes() - before
             return SleepReport(memory_freed=freed > 0, device_bytes=freed)
 
@@ -188,6 +202,7 @@ class ColocateEngine:
     def close(self) -> None:
         """Shut the engine core down and let go of its memory."""
         engine = self._engine
+        self._weights = RecordedCopy()
         process_group.shut_down(engine.engine_core)
         del engine, self._llm, self._engine, self._adapters, self._admission
         gc.collect()

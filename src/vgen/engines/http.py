@@ -212,7 +212,7 @@ class Server:
         """
         if once not in self._sessions:
             # No limit on connections: the engine's scheduler is the place where requests wait.
-            connector = aiohttp.TCPConnector(limit=0, **({"force_close": True} if once else {"keepalive_timeout": 2}))
+            connector = aiohttp.TCPConnector(limit=0, force_close=once, keepalive_timeout=None if once else 2.0)
             self._sessions[once] = aiohttp.ClientSession(connector=connector)
         return self._sessions[once]
 

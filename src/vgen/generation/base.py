@@ -24,6 +24,7 @@ from .images import Placeholders
 from .job import Job, Options, make_requests
 from .progress import progress_bar
 from .traced import Traced
+from .verified import Verify, verified
 
 TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
@@ -58,6 +59,9 @@ class Generation:
         profiling: Where spans and measurements go.
     """
 
+    _verifies = False
+    """Whether the first sync is verified end to end unless told otherwise."""
+
     def __init__(
         self,
         engine: Engine,
@@ -85,6 +89,7 @@ class Generation:
         self._executor: ThreadPoolExecutor | None = None
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, weight_version
+        self._verified = False
         self._states.move("construction", EngineState.AWAKE)
 
     @property
@@ -580,7 +585,7 @@ class Generation:
             count = count(None if parent.step is None else parent.step.number)
         return Traced(self._profiling, parent, job, count, self._decode)
 
-    def _sync(self, version: str) -> SyncReport:
+    def _sync(self, version: str, verify: Verify | None = None) -> SyncReport:
         source, profiling, start = self._source, self._profiling, time.monotonic()
         then, detail = (EngineState.ASLEEP, self._level) if self._asleep else (EngineState.AWAKE, "")
         if self._states.state is EngineState.PAUSED:
@@ -590,7 +595,12 @@ class Generation:
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
             trace = _SyncTrace(profiling, self._device, span)
-            self._engine.sync(source, version, trace)
+            bits = {"verify": True} if verify == "bits" else {}
+            self._engine.sync(source, version, trace, **bits)
+            compared = trace.said.get(names.VERIFY) == "bits"  # repacked weights cannot be
+            first = verify is None and self._verifies and not self._verified
+            if first or verify == "logprobs" or (verify == "bits" and not compared):
+                self._verified = verified(self._engine, source, trace, then is EngineState.AWAKE, verify is not None)
             seconds = time.monotonic() - start
             sent, tensors = (source.bytes, source.tensors) if self._ranks.leading else (0, 0)
             report = SyncReport(version=version, bytes=sent, tensors=tensors, seconds=seconds)
@@ -612,6 +622,8 @@ class _SyncTrace:
 
     def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span) -> None:
         self._profiling, self._device, self._span = profiling, device, span
+        self.said = dict[str, Any]()
+        """What was set, also where profiling is off."""
 
     @contextmanager
     def phase(self, name: str, /) -> Generator[Span]:
@@ -619,4 +631,5 @@ class _SyncTrace:
             yield span
 
     def set(self, attributes: Mapping[str, Any], /) -> None:
+        self.said |= attributes
         self._span.set(attributes)

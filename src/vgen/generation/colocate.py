@@ -53,6 +53,8 @@ class ColocateGeneration(Generation):
         MissingExtraError: It is not installed.
     """
 
+    _verifies = True
+
     def __init__(
         self,
         model: torch.nn.Module,

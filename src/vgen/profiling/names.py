@@ -137,6 +137,22 @@ TRANSPORT_REASON = _attribute("vgen.weight_sync.transport.reason", "string", "Wh
 RANKS_BYTES = _attribute(
     "vgen.ranks.bytes", "int", "What this rank sent to or received from the others, headers and all."
 )
+PLAN_MODULES = _attribute("vgen.weight_sync.plan.modules", "int", "The engine's modules that have weights.")
+PLAN_RELOADED = _attribute(
+    "vgen.weight_sync.plan.reload_modules", "int", "Of these, how many went through the engine's own reload."
+)
+PLAN_WAY = _attribute(
+    "vgen.weight_sync.plan.way", "string", "How they were copied: `kernel`, `graph`, `foreach` or `reload`.", label=True
+)
+VERIFY = _attribute(
+    "vgen.weight_sync.verify.how", "string", "How the sync was verified: `bits`, `logprobs` or `skipped`.", label=True
+)
+VERIFY_REASON = _attribute("vgen.weight_sync.verify.reason", "string", "Why verification was skipped.")
+VERIFY_DIFFERENCE = _attribute(
+    "vgen.weight_sync.verify.difference",
+    "double",
+    "Between the log-probabilities of engine and trainer: the largest in float32, the mean otherwise.",
+)
 SYNC_BYTES = _attribute("vgen.weight_sync.bytes", "int", "Bytes of weights sent.")
 SYNC_TENSORS = _attribute("vgen.weight_sync.tensors", "int", "Tensors sent.")
 SYNC_RATE = _attribute("vgen.weight_sync.bandwidth", "double", "Bytes sent for each second of the whole sync.")
@@ -241,6 +257,12 @@ WEIGHT_SYNC = _span(
     SYNC_RECEIVERS,
     PAUSED_SECONDS,
     FOREIGN_VERSION,
+    PLAN_MODULES,
+    PLAN_RELOADED,
+    PLAN_WAY,
+    VERIFY,
+    VERIFY_REASON,
+    VERIFY_DIFFERENCE,
     ENGINE,
 )
 _RECEIVERS = (RECEIVER_MIN, RECEIVER_MEDIAN, RECEIVER_MAX)
@@ -255,6 +277,13 @@ SYNC_TRANSFER = _span(
 SYNC_PAUSE = _span("vgen.weight_sync.pause", "Servers stop scheduling.")
 SYNC_RESUME = _span("vgen.weight_sync.resume", "Servers schedule again.")
 SYNC_LOAD = _span("vgen.weight_sync.load", "The engine takes the weights in.", GATHER_SECONDS, *_RECEIVERS)
+SYNC_VERIFY = _span(
+    "vgen.weight_sync.verify",
+    "The engine's log-probabilities are compared with the trainer model's.",
+    VERIFY,
+    VERIFY_REASON,
+    VERIFY_DIFFERENCE,
+)
 SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weights computed are emptied.")
 PAUSE = _span("vgen.pause", "The engine stops scheduling.", PAUSE_MODE, ENGINE)
 RESUME = _span("vgen.resume", "It schedules again.", ENGINE)

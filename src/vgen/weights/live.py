@@ -1,0 +1,79 @@
+"""Where the weights of a trainer's model lie, and whether they still do."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+from weakref import ref
+
+import torch
+
+
+class Live:
+    """The addresses of a plain model's parameters and buffers: those that a stream of its weights consists of views of.
+
+    Nothing is kept alive: a trainer may move its model to the host and back. `near` is checked before memory at the
+    old addresses is read, `whole` may be checked after.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._places: list[tuple[Any, str, int]] = []
+        self._forms: list[tuple[torch.Size, torch.dtype]] = []
+        self._modules = [(ref(module), [id(child) for child in module._modules.values()]) for module in model.modules()]
+        self.storages = set[int]()
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        self._places.append((held, name, tensor.data_ptr()))
+                        self._forms.append((tensor.shape, tensor.dtype))
+                        self.storages.add(tensor.untyped_storage().data_ptr())
+        self.storages.discard(0)
+
+    @classmethod
+    def of(cls, model: torch.nn.Module | None) -> Self | None:
+        """None for a model whose weights may come otherwise than as views: sharded, adapted or quantized."""
+        if model is None or any(_special(module) for module in model.modules()):
+            return None
+        return cls(model)
+
+    def near(self) -> bool:
+        """Whether every parameter that was there still is, where it was."""
+        try:
+            return all(held[name].data_ptr() == address for held, name, address in self._places)
+        except (AttributeError, KeyError):
+            return False
+
+    def whole(self) -> bool:
+        """Whether no module has been put in, taken out or exchanged since, and no parameter added or reshaped."""
+        forms = ((held[name].shape, held[name].dtype) for held, name, _ in self._places)
+        if any(now != then for now, then in zip(forms, self._forms, strict=True)):
+            return False
+        seen = 0
+        for module, children in self._modules:
+            found = module()
+            if found is None or [id(child) for child in found._modules.values()] != children:
+                return False
+            seen += sum(tensor is not None for tensor in found._parameters.values())
+            seen += sum(tensor is not None for tensor in found._buffers.values())
+        return seen == len(self._places)
+
+    def same_as(self, other: Live | None) -> bool:
+        """Whether the model is the same, its modules too, and everything lies where it lay then."""
+        addresses = [address for *_, address in self._places]
+        return other is not None and addresses == [address for *_, address in other._places] and other.whole()
+
+    def hold(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a part of the model itself, and no copy."""
+        return tensor.untyped_storage().data_ptr() in self.storages
+
+
+def _special(module: torch.nn.Module) -> bool:
+    kind = type(module).__name__
+    if hasattr(module, "base_layer") or hasattr(module, "peft_config") or "FSDP" in kind or "FullySharded" in kind:
+        return True
+    plain = (torch.nn.Parameter, torch.Tensor)
+    held = [*module._parameters.values(), *module._buffers.values()]
+    return any(
+        tensor is not None and (type(tensor) not in plain or tensor.is_meta or hasattr(tensor, "ds_id"))
+        for tensor in held
+    )

@@ -1,0 +1,166 @@
+"""Whether an engine computes what the trainer's model does: the same prompt through both, by log-probabilities."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+
+from ..engines.base import Batch, Engine, Request
+from ..errors import WeightSyncError
+from ..types import Sampling
+
+TOKENS = 256
+"""Of the probe, drawn from the whole vocabulary: with 8 of 128 experts a token, each is asked 16 times."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""How configurations call their number."""
+ROWS = 32
+"""Of logits that are taken to float32 at a time."""
+FLOAT32 = {"dense": 1e-4, "experts": 1e-3}
+"""Tolerance of the largest difference in float32."""
+TF32 = 5e-3
+"""The same on a CUDA device, whose attention kernels multiply with ten bits of the mantissa."""
+ROUNDED = {"dense": 0.1, "experts": 0.2}
+"""Tolerance of the mean difference in 16 bits.
+
+The largest says little there: a router that rounds otherwise sends one token to another expert. A first sync starts
+from random weights of unit variance in the engine, so a module that it misses does not hide behind this.
+`benchmarks/weight_sync.py` prints the differences of right engines, of a stale layer and of stale models.
+"""
+
+
+class CannotProbe(Exception):
+    """The trainer's model cannot be run here by this rank alone; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Differences between the log-probabilities of a probe's tokens, in nats, and how they were judged."""
+
+    largest: float
+    mean: float
+    tolerance: float
+    rounded: bool
+    """Whether the mean is judged, as in 16 bits, and not the largest."""
+
+    @property
+    def difference(self) -> float:
+        """The one that is judged."""
+        return self.mean if self.rounded else self.largest
+
+    @property
+    def right(self) -> bool:
+        return isfinite(self.difference) and self.difference <= self.tolerance
+
+
+def verify_logprobs(engine: Engine, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
+    """Run one prompt of some hundred tokens through the engine, which must be awake, and through the trainer's model.
+
+    Any engine will do, a server too. Every layer, the normalizations and the output head take part in every token,
+    each expert with near certainty, the embeddings of the probe's tokens only: `verify="bits"` sees all of them.
+
+    Raises:
+        CannotProbe: The model is sharded, elsewhere or cannot compute; nothing was found out.
+        WeightSyncError: In phase `verify`: they differ by more than `tolerance`, by default what the dtype allows.
+    """
+    found = compare(engine, model, tolerance=tolerance)
+    if not found.right:
+        which = "mean" if found.rounded else "largest"
+        raise WeightSyncError(
+            f"the {which} difference between its log-probabilities and the trainer model's is {found.difference:.2g}, "
+            f"where {found.tolerance:g} is expected at most",
+            phase="verify",
+            receiver=engine.kind,
+        )
+    return found
+
+
+def compare(engine: Engine, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
+    """As `verify_logprobs`, without judging."""
+    if (why := obstacle(model, engine.device_type)) is not None:
+        raise CannotProbe(why)
+    ids = probe(min(engine.vocabulary_size, _vocabulary(model)), min(TOKENS, engine.max_model_length - 1))
+    try:
+        own = token_logprobs(model, ids)
+    except torch.OutOfMemoryError as error:
+        raise CannotProbe("no memory for the trainer model's own forward pass") from error
+    except Exception as error:
+        raise CannotProbe(f"the trainer model's own forward pass fails with {type(error).__name__}") from error
+    differences = (own - torch.tensor(_engine_logprobs(engine, ids))).abs()
+    kind = "experts" if _has_experts(model) else "dense"
+    rounded = next(model.parameters()).dtype != torch.float32
+    if tolerance is None:
+        tolerance = ROUNDED[kind] if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
+    return Comparison(float(differences.max()), float(differences.mean()), tolerance, rounded)
+
+
+def obstacle(model: torch.nn.Module, device_type: str) -> str | None:
+    """Why the model cannot be run on this rank alone; None when it can."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if "FSDP" in kind or "FullySharded" in kind:
+            return "the trainer's model is sharded"
+    for parameter in model.parameters():
+        if parameter.is_meta or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+            return "the trainer's model is sharded"
+        if parameter.device.type != device_type:
+            return "the trainer's model is on another device"
+    return None
+
+
+def probe(vocabulary: int, length: int) -> list[int]:
+    """The same random tokens each time, as different ones as there are."""
+    dice = random.Random(vocabulary)
+    return dice.sample(range(vocabulary), length) if vocabulary >= length else dice.choices(range(vocabulary), k=length)
+
+
+def token_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """The model's log-probabilities of each token but the first, in float32 on the host."""
+    with torch.no_grad(), _evaluating(model):
+        given = torch.tensor([ids], device=next(model.parameters()).device)
+        logits = model(input_ids=given, use_cache=False).logits[0, :-1]
+        rows = []
+        for part, wanted in zip(logits.split(ROWS), given[0, 1:].split(ROWS), strict=True):
+            rows.append(part.float().log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1))
+        return torch.cat(rows).cpu()
+
+
+def _engine_logprobs(engine: Engine, ids: list[int]) -> list[float]:
+    sampling = Sampling(max_tokens=1, temperature=1.0, logprobs=None, prompt_logprobs=0)
+    with closing(engine.stream(Batch([Request(0, 0, ids, 0)], sampling))) as stream:
+        answers = list(stream)
+    scored = (answers[0].prompt_logprobs or [])[1:] if answers else []
+    if len(scored) != len(ids) - 1:
+        raise CannotProbe("the engine gives no log-probabilities of prompts")
+    return [float("nan") if value is None else value for value in scored]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout; each module is in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _vocabulary(model: Any) -> int:
+    return _text_config(model).vocab_size
+
+
+def _has_experts(model: Any) -> bool:
+    counts = (getattr(_text_config(model), name, None) for name in EXPERTS)
+    return any(count for count in counts)
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

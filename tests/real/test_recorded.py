@@ -1,0 +1,166 @@
+"""The recorded copy on real vLLM on a CPU: used where parameters stay as loaded, refused and said so where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vgen import ColocateGeneration, ProfilingContext, Sampling, WeightSyncError
+from vgen.demo import max_logprob_difference
+from vgen.profiling import names
+from vgen.testing import MemorySink, byte_tokenizer, tiny_model
+
+PROMPTS = [[1, 2, 3], list(range(60)), [7] * 30]
+
+
+def _llama(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _saved(LlamaForCausalLM(LlamaConfig(**_fields(LlamaForCausalLM))), folder)
+
+
+def _experts(folder):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    own = dict(head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64)
+    return _saved(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_fields(Qwen3MoeForCausalLM), **own)), folder)
+
+
+def _fields(kind):
+    fields = dict(vocab_size=272, hidden_size=128, intermediate_size=256, num_hidden_layers=2, eos_token_id=256)
+    fields |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None)
+    return fields | dict(pad_token_id=257, tie_word_embeddings=False, architectures=[kind.__name__])
+
+
+def _saved(model, folder):
+    model = model.float()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    model.config._name_or_path = str(folder)
+    return model
+
+
+MODELS = {
+    "qwen2": lambda folder: tiny_model(folder)[0],
+    "tied": lambda folder: tiny_model(folder, tie_word_embeddings=True)[0],
+    "padded": lambda folder: tiny_model(folder, vocab_size=270)[0],
+    "llama": _llama,
+    "experts": _experts,
+}
+
+
+def randomize(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+
+
+def made(model, sink):
+    settings = dict(max_model_length=256, engine_kwargs={"kv_cache_memory_bytes": 16 << 20})
+    return ColocateGeneration(model, profiling=ProfilingContext([sink]), **settings)
+
+
+@pytest.fixture
+def plain_layout(monkeypatch):
+    """As on a GPU: linear layers keep their weights as they are loaded."""
+    import vllm._custom_ops as ops
+
+    monkeypatch.setattr(ops, "_supports_onednn", False)
+
+
+def syncs(sink):
+    return [span.attributes for span in sink.named(names.WEIGHT_SYNC)]
+
+
+def three_times(model, generation, tolerance=1e-4):
+    for _ in range(3):
+        warm = generation.generate(PROMPTS, Sampling(max_tokens=8))  # fills the prefix cache from the old weights
+        randomize(model)
+        assert max_logprob_difference(model, warm) > 10 * tolerance
+        generation.sync_weights()
+        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "tied", "padded", "llama"])
+def test_the_record_brings_fresh_weights_three_times(tmp_path, plain_layout, kind):
+    model, sink = MODELS[kind](tmp_path), MemorySink()
+    with made(model, sink) as generation:
+        three_times(model, generation)
+    assert {attributes[names.TRANSPORT] for attributes in syncs(sink)} == {"recorded"}
+    assert {attributes[names.PLAN_RELOADED] for attributes in syncs(sink)} == {0}
+    assert [attributes.get(names.VERIFY) for attributes in syncs(sink)] == ["logprobs", None, None]
+
+
+@pytest.mark.parametrize("kind", ["tied", "experts"])
+def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path, kind):
+    model, sink = MODELS[kind](tmp_path), MemorySink()
+    with made(model, sink) as generation:
+        three_times(model, generation, 1e-3 if kind == "experts" else 1e-4)
+    for attributes in syncs(sink):
+        assert attributes[names.TRANSPORT] == attributes[names.PLAN_WAY] == "reload"
+        assert attributes[names.PLAN_RELOADED] == attributes[names.PLAN_MODULES] > 10
+        assert "the engine has repacked it" in attributes[names.TRANSPORT_REASON]
+    assert syncs(sink)[0][names.VERIFY] == "logprobs"
+
+
+def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout, monkeypatch):
+    """vLLM's CPU kernels may repack experts into the same shape, so only bytes are compared here."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    from vgen.weights import trusted
+
+    model, sink = MODELS["experts"](tmp_path), MemorySink()
+    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
+    monkeypatch.setattr(trusted, "EXPERT_BACKENDS", trusted.EXPERT_BACKENDS | {"CPU"})
+    monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight)
+    with made(model, sink) as generation:
+        for _ in range(2):
+            randomize(model)
+            generation.sync_weights()
+            assert syncs(sink)[-1][names.TRANSPORT] == "recorded"
+
+        def experts(worker):
+            return dict(worker.model_runner.get_model().named_parameters())
+
+        (found,) = generation.engine.llm.collective_rpc(experts)
+        for layer in range(2):
+            routed = f"model.layers.{layer}.mlp.experts.routed_experts"
+            own = model.model.layers[layer].mlp.experts
+            assert torch.equal(found[f"{routed}.w13_weight"], own.gate_up_proj)
+            assert torch.equal(found[f"{routed}.w2_weight"], own.down_proj)
+
+
+def test_a_hook_that_repacks_into_the_same_shape_is_found_by_the_reloads_bytes(tmp_path, plain_layout, monkeypatch):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    def repacks(method, layer, own=UnquantizedLinearMethod.process_weights_after_loading):
+        own(method, layer)
+        layer.weight.data.copy_(layer.weight.data.flip(0))
+
+    model, sink = MODELS["qwen2"](tmp_path), MemorySink()
+    monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", repacks)
+    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
+    with made(model, sink) as generation:
+        generation.sync_weights()
+    assert syncs(sink)[-1][names.TRANSPORT] == "reload"
+    assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
+
+
+def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(tmp_path, plain_layout, monkeypatch):
+    from vgen.weights import recorded
+
+    model, sink = MODELS["qwen2"](tmp_path), MemorySink()
+    with made(model, sink) as generation:
+        generation.sync_weights()
+        randomize(model)
+        monkeypatch.setattr(recorded, "copy_together", lambda pairs: [p.copy_(v) for p, v in pairs[:-4]])
+        with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
+            generation._sync("1", "logprobs")
+        assert caught.value.phase == "verify"
+        assert generation.state == "failed"
+        with pytest.raises(WeightSyncError, match="differs from its source") as caught:
+            generation._sync("2", "bits")
+        assert caught.value.parameter.startswith("model.layers.1")
+        generation.sync_weights()  # by the engine's reload from now on
+        assert syncs(sink)[-1][names.TRANSPORT] == "reload"
+        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
