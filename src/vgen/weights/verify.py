@@ -38,10 +38,14 @@ class Differences:
 
     def names(self) -> tuple[str, ...]:
         """What differs, each once."""
-        if not self._found:
-            return ()
-        answers = torch.stack(self._found).tolist()
-        return tuple(dict.fromkeys(name for name, answer in zip(self._names, answers, strict=True) if answer))
+        by_device: dict[torch.device, list[int]] = {}
+        for index, found in enumerate(self._found):
+            by_device.setdefault(found.device, []).append(index)
+        wrong: list[int] = []
+        for indices in by_device.values():  # one wait for each device
+            answers = torch.stack([self._found[index] for index in indices]).tolist()
+            wrong += [index for index, answer in zip(indices, answers, strict=True) if answer]
+        return tuple(dict.fromkeys(self._names[index] for index in sorted(wrong)))
 
 
 def verify_bits(pairs: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> tuple[str, ...]:
