@@ -25,8 +25,9 @@ def python(code: str) -> str:
 
 def test_import_loads_the_standard_library_alone_and_takes_under_50_ms():
     code = (
-        "import sys, time; before = set(sys.modules); start = time.perf_counter(); import vgen;"
-        "took = time.perf_counter() - start; new = {n.partition('.')[0] for n in set(sys.modules) - before};"
+        # processor time: what other processes take of the machine is not the import's
+        "import sys, time; before = set(sys.modules); start = time.process_time(); import vgen;"
+        "took = time.process_time() - start; new = {n.partition('.')[0] for n in set(sys.modules) - before};"
         "print(took); print(*sorted(new - set(sys.stdlib_module_names) - {'vgen'}))"
     )
     runs = [python(code).split("\n") for _ in range(5)]
