@@ -5,9 +5,11 @@ A case returns what the test compares. Each rank writes those, or what was raise
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 from vgen import Completion, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
 from vgen.profiling import names
-from vgen.ranks import call
+from vgen.ranks import call, links
 from vgen.testing import FaultyServer, MemorySink
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -76,7 +78,7 @@ def ragged(server):
         prompts = [[[1, 2, 3], [], [4, 5]], [], [[9, 8, 7, 6], [70] * 20]][RANK]
         options = Sampling(max_tokens=3, seed=40)
         first = made.generate(prompts, options, 2, refused="mark", on_completion=lambda c: done.append(c.prompt_index))
-        second = made.generate([[RANK + 1]], Sampling(max_tokens=3))
+        second = asyncio.run(made.agenerate([[RANK + 1]], Sampling(max_tokens=3)))
         made.pause()
         made.resume()
         report = made.sleep()
@@ -136,6 +138,31 @@ def engine_refuses(server):
         made.generate(prompts, Sampling(max_tokens=1))
     except Exception as error:
         return {"marked": [str(c.error) for c in marked], "raised": [type(error).__name__, str(error)]}
+
+
+def several_hosts(server):
+    """As if each rank were on a machine of its own: they meet at MASTER_ADDR, at a port that was chosen for them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = [free.getsockname()[1]]
+    dist.broadcast_object_list(port, 0)
+    place, links._place = links._place, lambda: (str(RANK), "")
+    try:
+        with generation(server, group_port=port[0]) as made:
+            return {"second": shown(made.generate([[RANK]], Sampling(max_tokens=1)))}
+    finally:
+        links._place = place
+
+
+def port_taken(server):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = [other.getsockname()[1]]
+        dist.broadcast_object_list(port, 0)
+        generation(server, group_port=port[0])
+
+
+def streams(server):
+    with generation(server) as made:
+        list(made.stream([[1]]))
 
 
 def leader_fails(server):

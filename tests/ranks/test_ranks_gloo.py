@@ -24,6 +24,7 @@ SLACK = 8.0
 TOGETHER = (
     *("ragged", "refused", "engine_refuses", "leader_interrupted", "construction_fails", "never_comes"),
     *("sync_together", "receiver_fails", "source_fails_everywhere", "plain_sync", "leader_fails", "source_fails"),
+    *("several_hosts", "port_taken", "streams"),
 )
 
 
@@ -139,6 +140,20 @@ def test_what_the_leaders_server_does_is_raised_on_every_rank(three):
 def test_a_leader_that_cannot_start_is_raised_on_every_rank(three):
     assert same([of["error"] for of in three["construction_fails"]]) == "ServerError"
     assert "/v1/models" in same([of["words"] for of in three["construction_fails"]])
+
+
+def test_ranks_of_several_hosts_meet_at_the_masters_address_and_the_given_port(three):
+    assert [of["found"]["second"][0][2] for of in three["several_hosts"]] == [[0], [1], [2]]
+
+
+def test_a_port_that_is_taken_is_said_on_every_rank(three):
+    assert same([of["error"] for of in three["port_taken"]]) == "RankError"
+    assert "choose another group_port" in same([of["words"] for of in three["port_taken"]])
+
+
+def test_a_stream_is_refused_on_every_rank(three):
+    assert same([of["error"] for of in three["streams"]]) == "ValueError"
+    assert "generate()" in same([of["words"] for of in three["streams"]])
 
 
 def test_an_interrupted_leader_is_told_to_the_others(three):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -9,31 +10,52 @@ import sys
 from pathlib import Path
 
 from vgen import Sampling, ServerGeneration
+from vgen.demo import max_logprob_difference
+
+
+def difference(model, completions: list[dict]) -> float:
+    """From the model's own log-probabilities, over what a worker has shown."""
+    from vgen import Completion, Completions
+
+    made = [
+        Completion(prompt_index=index, generation_index=0, token_ids=c["tokens"], logprobs=c["logprobs"])
+        for index, c in enumerate(completions)
+    ]
+    return max_logprob_difference(model, Completions([c["prompt"] for c in completions], made, 1, None))
 
 
 def test_ranks_share_a_server(server, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    fresh = copy.deepcopy(server.model)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+    save_file({name: parameter.detach() for name, parameter in fresh.named_parameters()}, tmp_path / "fresh")
     worker = str(Path(__file__).with_name("ranks_server.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker]
-    command += [server.folder, server.base_url, str(tmp_path)]
+    command += [server.folder, str(tmp_path / "fresh"), server.base_url, str(tmp_path)]
     keys = {"API_KEY": server.api_key, "CONTROL_KEY": server.control_key}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **keys})
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert zero["prompts"] == [[1, 2, 3], [], [4, 5]]
-    assert one["prompts"] == [[9, 8, 7, 6]]
-    assert [len(tokens) for tokens in zero["tokens"]] == [8, 8, 0, 0, 8, 8]
-    assert [len(tokens) for tokens in one["tokens"]] == [8, 8]
-    assert zero["timed"] == [True, True, False, False, True, True]
-    assert one["timed"] == [True, True]
-    assert (zero["after"], one["after"]) == (0, 1)
-    assert one["versions"] == ["fresh"]
-    assert zero["score"] == one["score"] == [2]
+    assert [len(c["tokens"]) for c in zero["first"]] == [8, 8, 0, 0, 8, 8]
+    assert [c["error"] for c in zero["first"]] == [None, None, "prompt 1 is empty", "prompt 1 is empty", None, None]
+    assert [(c["prompt"], len(c["tokens"])) for c in one["first"]] == [([9, 8, 7, 6], 8)] * 2
+    drawn = [c for c in zero["first"] + one["first"] if c["error"] is None]
+    assert all(c["timed"] for c in drawn)
+    assert difference(server.model, drawn) <= 1e-4
+    assert zero["after"] == []
+    assert [c["version"] for c in one["after"]] == ["fresh"]
+    assert difference(fresh, one["after"]) <= 1e-4
+    assert difference(server.model, one["after"]) > 1e-2
+    for rank, found in enumerate((zero, one)):
+        assert difference(fresh, [{"prompt": [5, 6], "tokens": [7, 8 + rank], "logprobs": found["score"][0]}]) <= 1e-4
     assert (zero["links"], one["links"]) == (0, 1)
     assert zero["bytes"] == one["bytes"]
-    for found in (zero, one):
-        assert found["difference"] <= 1e-4
     # One process with all prompts samples the same: seeds are numbered over all ranks.
     keys = {"api_key": server.api_key, "control_key": server.control_key}
     with ServerGeneration(server.model, base_urls=[server.base_url], timeout=120.0, **keys) as alone:
         found = alone.generate([[1, 2, 3], [4, 5], [9, 8, 7, 6]], Sampling(max_tokens=8, ignore_eos=True, seed=3), 2)
-    assert [c.token_ids for c in found] == [tokens for tokens in zero["tokens"] + one["tokens"] if tokens]
+    assert [c.token_ids for c in found] == [c["tokens"] for c in drawn]

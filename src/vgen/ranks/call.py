@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _GRACE = 5.0
 """Seconds that the others wait beyond the leader's own deadline, for its words."""
+_VERDICT_SECONDS = 5.0
+"""How long a rank whose source has failed waits to be told whether another's failed first."""
 _SIGN_SECONDS = 1.0
 """How often the leader says, at most, that it is at work."""
 
@@ -180,7 +182,7 @@ class DistributedCall:
         self._told = True
         self.tell("error", error=wire.pack_error(error), at=time.time())
         try:
-            self.wait(seconds=_GRACE)
+            self.wait(seconds=_VERDICT_SECONDS)
         except (RankError, OSError):
             return error
         except Exception as leaders:
