@@ -87,6 +87,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     command = [sys.executable, "-m", "vgen.cli", "serve", str(place / "model"), "--port", "0", "--json"]
     command += ["--api-key-file", str(place / "api-key"), "--otlp-traces-endpoint", f"{collector.endpoint}/v1/traces"]
     command += ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+    command += [
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+        "--max-loras",
+        "2",
+        "--max-cpu-loras",
+        "2",
+        "--max-logprobs",
+        "20",
+    ]
+    command += ["--max-logprobs", "20", "--scheduling-policy", "priority"]
     with (place / "stderr").open("w") as stderr:
         process = subprocess.Popen(
             command,

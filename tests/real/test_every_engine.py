@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from vgen import ColocateGeneration, LoRARequest, PromptError, Sampling
+from vgen import ColocateGeneration, LoRARequest, PromptError, Sampling, ServerGeneration
 from vgen.engines.base import EngineState
 from vgen.testing import tiny_model
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install 'vgen[peft]'")
 
-ENGINES = ["colocate"]
+ENGINES = ["colocate", "server"]
 """Each names a fixture `every_<name>` that yields a `Subject`."""
 
 
@@ -63,6 +63,14 @@ def every_colocate(tmp_path_factory) -> Iterator[Subject]:
     )
     yield Subject(model, tokenizer, generation)
     generation.close()
+
+
+@pytest.fixture(scope="module")
+def every_server(server) -> Iterator[Subject]:
+    keys = {"api_key": server.api_key, "control_key": server.control_key, "processing_class": server.tokenizer}
+    with ServerGeneration(server.model, base_urls=[server.base_url], timeout=120.0, **keys) as generation:
+        generation.sync_weights()  # other tests have changed the model
+        yield Subject(server.model, server.tokenizer, generation)
 
 
 @pytest.fixture(params=ENGINES)

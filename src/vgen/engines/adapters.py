@@ -36,9 +36,9 @@ class Adapters:
                 f"LoRA adapter {name!r} needs an engine with LoRA: construct with "
                 "engine_kwargs={'enable_lora': True, 'max_lora_rank': ...}"
             )
-        fingerprint = _fingerprint(path)
+        found = fingerprint(path)
         known, adapter_id = self._known.get(name, (None, 0))
-        if known != fingerprint:
+        if known != found:
             self._count += 1
             old, adapter_id = adapter_id, self._count
         else:
@@ -51,11 +51,11 @@ class Adapters:
         if old:
             self._engine.remove_lora(old)
             self._llm.reset_prefix_cache()  # its entries go by name and path
-        self._known[name] = fingerprint, adapter_id
+        self._known[name] = found, adapter_id
         return request
 
 
-def _fingerprint(path: str) -> Fingerprint:
+def fingerprint(path: str) -> Fingerprint:
     """Tells a folder's adapter from another and from what it was before; of a hub name, the name alone."""
     files = sorted(Path(path).glob("adapter_*")) if Path(path).is_dir() else []
     stats = [(file.name, file.stat()) for file in files]

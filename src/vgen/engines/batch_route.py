@@ -58,6 +58,7 @@ class _Work:
         from .sampling import sampling_params
 
         sampling = Sampling(**batch.sampling)
+        _verify(sampling, state)
         parameters = [_final(sampling_params(sampling, wanted.seed)) for wanted in batch.wanted]
         lora = None
         if batch.lora_name is not None:
@@ -107,6 +108,32 @@ class _Work:
         except Exception as error:
             status = 400 if isinstance(error, _refusals()) else 503
             self._done.put_nowait(Failed(index, status, f"{type(error).__name__}: {error}"))
+
+
+def _verify(sampling: Any, state: Any) -> None:
+    """Raise for what the engine would take of no prompt, and name the parameter."""
+    from dataclasses import replace
+
+    problem = _problem(sampling, state)
+    if problem is None:
+        return
+    if sampling.structured_outputs is not None and not _problem(replace(sampling, structured_outputs=None), state):
+        raise ValueError(f"Sampling.structured_outputs was refused by vLLM: {problem}")
+    raise ValueError(f"vLLM refused the sampling parameters: {problem}")
+
+
+def _problem(sampling: Any, state: Any) -> str | None:
+    from .sampling import sampling_params
+
+    config, engine = state.vllm_config, state.engine_client
+    try:
+        parameters = sampling_params(sampling, None)
+        parameters.verify(
+            config.model_config, config.speculative_config, config.structured_outputs_config, engine.get_tokenizer()
+        )
+    except _refusals() as error:
+        return str(error)
+    return None
 
 
 async def _input(batch: BatchRequest, index: int, state: Any) -> Any:

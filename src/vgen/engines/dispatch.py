@@ -224,6 +224,8 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
         load.peer.measured(tokens, time.monotonic() - start)
     except ServerError as error:
         load.outstanding -= len(waiting)
+        if error.status == 400 and "batch" in load.peer.features:
+            raise ValueError(error.said) from error  # of all: a prompt that it refuses is answered by itself
         if error.status in REFUSALS:
             if len(requests) == 1:
                 work.answer(refused(requests[0], error))

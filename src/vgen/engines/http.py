@@ -104,6 +104,11 @@ class Server:
         content = None if body is None else msgspec.json.encode(body)
         return self._json("POST", path, await self._call("POST", path, content, timeout, {**self._control, **lease}))
 
+    async def tell(self, path: str, body: Mapping[str, Any]) -> None:
+        """`post` where the answer says nothing, and need not be JSON."""
+        lease = {LEASE_HEADER: self.lease} if self.lease else {}
+        await self._call("POST", path, msgspec.json.encode(body), None, {**self._control, **lease})
+
     async def infer(
         self, path: str, body: bytes, headers: Mapping[str, str], decode: Callable[[bytes], T], timeout: float
     ) -> T:

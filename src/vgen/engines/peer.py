@@ -9,6 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import EngineError, ServerError
 from .http import CONTROL_HEADER, Server
@@ -88,8 +89,8 @@ class Peer:
     max_num_seqs: int = 256
     weight_version: str | None = None
     """What it should hold; None where it cannot say."""
-    adapters: dict[str, str] = field(default_factory=dict[str, str])
-    """LoRA adapters that were loaded here, and from where."""
+    adapters: dict[str, Any] = field(default_factory=dict[str, Any])
+    """LoRA adapters that were loaded here, and what tells each from what it was before."""
     lost: bool = False
     """It was out of reach: it may have been started anew since, with other weights."""
     speed: float | None = None

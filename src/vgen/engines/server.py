@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..errors import EngineError, EngineStateError, ServerError, WeightSyncError
 from ..types import Completion, LoRARequest, SleepReport
 from . import update
+from .adapters import fingerprint
 from .base import Batch, PauseMode, Source, SyncTrace
 from .dispatch import Work, serve
 from .http import Loop, Server
@@ -198,21 +199,25 @@ class ServerEngine:
         self._gather([peer.lease.take(self._timeout, takeover=takeover) for peer in self._peers if peer.lease])
 
     def _load_adapter(self, wanted: LoRARequest | None) -> None:
-        """Have every server load a LoRA adapter that it has not yet."""
+        """Have every server load a LoRA adapter that it has not yet, or that has changed since."""
         if wanted is None or not wanted.lora_path:
             return
         with self._adapters:
-            missing = [peer for peer in self._peers if peer.adapters.get(wanted.lora_name) != wanted.lora_path]
+            found = fingerprint(wanted.lora_path)
+            missing = [peer for peer in self._peers if peer.adapters.get(wanted.lora_name) != found]
             body = {"lora_name": wanted.lora_name, "lora_path": wanted.lora_path, "load_inplace": True}
             try:
-                self._gather([peer.server.post("/v1/load_lora_adapter", body) for peer in missing])
+                self._gather([peer.server.tell("/v1/load_lora_adapter", body) for peer in missing])
+                # its entries of the adapter go by its name and path
+                changed = [peer for peer in missing if wanted.lora_name in peer.adapters]
+                self._gather([peer.server.post("/reset_prefix_cache") for peer in changed])
             except ServerError as error:
-                fix = "start it with --enable-lora" + ("" if error.status != 404 else ", by `vgen serve`")
-                raise ValueError(
-                    f"{error.url} did not load the adapter {wanted.lora_name!r}: {error}; {fix}"
-                ) from error
+                fix = (
+                    "start the server by `vgen serve` with --enable-lora and --max-lora-rank, and pass its control_key"
+                )
+                raise ValueError(f"LoRA adapter {wanted.lora_name!r} was not loaded: {error}; {fix}") from error
             for peer in missing:
-                peer.adapters[wanted.lora_name] = wanted.lora_path
+                peer.adapters[wanted.lora_name] = found
 
     def _control(self, call: Callable[[Peer], Coroutine[Any, Any, Any]]) -> None:
         """`call` for every server, side by side; an error of one that is not in development mode says so."""
