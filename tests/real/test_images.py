@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ from vgen.profiling import names
 from vgen.testing import MemorySink, tiny_vision_model
 
 SAMPLING = Sampling(max_tokens=8, ignore_eos=True, seed=1)
-SHAPES = {"noise": (40, 50), "other": (40, 50), "wide": (20, 64), "small": (8, 8)}
+SHAPES = {"noise": (40, 50), "other": (40, 50), "wide": (20, 64), "small": (8, 8), "fresh": (30, 50)}
 ENGINES = ["colocate"]
 """Each names a fixture `vision_<name>`."""
 
@@ -109,14 +110,22 @@ def test_prompts_with_expanded_placeholders_are_as_good(vision):
 def test_after_a_sync_an_image_is_not_answered_from_the_old_weights(vision):
     text, own = "ab<image>cd", [[picture("noise")]]
     before = vision.generation.generate([text], SAMPLING, images=own)
-    with torch.no_grad():
-        for name, parameter in vision.model.named_parameters():
-            if "vision_model" in name:  # the language model stays as it is: only what the encoder has cached can tell
-                parameter.add_(torch.randn_like(parameter) * 0.5)
-    vision.generation.sync_weights()
-    assert vision.difference(before[0], text, "noise") > 1e-3
-    after = vision.generation.generate([text], SAMPLING, images=own)
-    assert vision.difference(after[0], text, "noise") < 1e-4
+    kept = copy.deepcopy(vision.model.state_dict())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            for name, parameter in vision.model.named_parameters():
+                if (
+                    "vision_model" in name
+                ):  # the language model stays as it is: only what the encoder has cached can tell
+                    parameter.add_(torch.randn_like(parameter) * 0.5)
+        vision.generation.sync_weights()
+        assert vision.difference(before[0], text, "noise") > 1e-3
+        after = vision.generation.generate([text], SAMPLING, images=own)
+        assert vision.difference(after[0], text, "noise") < 1e-4
+    finally:
+        vision.model.load_state_dict(kept)
+        vision.generation.sync_weights()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +135,7 @@ def test_after_a_sync_an_image_is_not_answered_from_the_old_weights(vision):
         ("a<image>b<image>", ["noise"], "2 tokens in the place of images, which do not fit its 1 images"),
         ("a<image>", ["noise", "wide"], "1 tokens in the place of images, which do not fit its 2 images"),
         ("a", ["noise"], "images that vLLM could not put in their places"),
-        ("a<image>" + "b" * 230, ["noise"], "265 tokens with its images; at most 255 leave room"),
+        ("a<image>" + "b" * 230, ["other"], "265 tokens with its images; at most 255 leave room"),
         ("a" + "<image>" * 4, ["small"] * 4, "images that vLLM could not put in their places.*At most 3"),
         ("a<image>", ["a path"], "an image that is not a PIL.Image.Image"),
     ],
@@ -149,6 +158,14 @@ def test_a_prompt_that_does_not_fit_its_images_is_refused_and_the_others_go_on(v
     with pytest.raises(PromptError, match="prompt 1"):
         list(vision.generation.stream(**asked, sampling=SAMPLING))
     assert not vision.generation.engine.llm.llm_engine.has_unfinished_requests()
+
+
+def test_an_image_of_a_refused_prompt_may_come_again(vision):
+    own = [[picture("fresh")]]
+    with pytest.raises(PromptError, match="at most 255"):
+        vision.generation.generate(["a<image>" + "b" * 230], SAMPLING, images=own)
+    (completion,) = vision.generation.generate(["a<image>"], SAMPLING, images=own)
+    assert vision.difference(completion, "a<image>", "fresh") < 1e-4
 
 
 def test_images_without_a_processor_have_one_placeholder_each(vision, monkeypatch):

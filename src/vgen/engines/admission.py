@@ -56,7 +56,9 @@ class Admission:
 
         prompt["multi_modal_data"] = {"image": images}
         try:
-            (rendered,) = self._engine.renderer.render_cmpl([parse_model_prompt(config, prompt)])
+            # Past the cache that tells what the core has: it would count on images of a prompt that is then refused.
+            parsed = [parse_model_prompt(config, prompt)]
+            (rendered,) = self._engine.renderer.render_cmpl(parsed, skip_mm_cache=True)
         except self._refusals as error:
             return self._refused(place, "has images that vLLM could not put in their places", error)
         length, limit = len(rendered["prompt_token_ids"]), config.max_model_len - 1
