@@ -133,7 +133,8 @@ def _replica(module: Any, tensors: dict[str, torch.Tensor], prefix: str = "") ->
             else:
                 copy._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
     for name, parameter in module._parameters.items():
-        copy._parameters.setdefault(name, None if parameter is None else parameter)
+        if parameter is None:
+            copy._parameters[name] = None  # a layer without bias
     return copy
 
 

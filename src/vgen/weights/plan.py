@@ -102,6 +102,7 @@ def look(
     if last is not None and last.signature == signature:
         return last, weights
     ignored: set[str] = set(getattr(root, "_keys_to_ignore_on_save", None) or ())
+    _refuse_half_tied(root, weights, layers)
     pieces = [piece for piece in _pieces(weights, layers) if not ignored.issuperset(piece.metas)]
     revert = revert_of(root)
     steps = _steps(pieces, revert, include, rename)
@@ -123,6 +124,27 @@ def _pieces(weights: Sequence[Weight], layers: Mapping[str, torch.nn.Module]) ->
         piece if isinstance(piece, Piece) else _adapted(piece, layers[piece], inside[piece], weights)
         for piece in found
     ]
+
+
+def _refuse_half_tied(root: Any, weights: Sequence[Weight], layers: Mapping[str, Any]) -> None:
+    """An adapter on one name of a tied weight unties it for the trainer, and an engine that ties cannot follow."""
+    config = getattr(root, "config", None)
+    if not layers or not getattr(config, "tie_word_embeddings", False):
+        return
+    free = {_identity(weight): weight.name for weight in weights if _layer_path(weight.name, layers) is None}
+    for weight in weights:
+        path = _layer_path(weight.name, layers)
+        if path is not None and not layers[path].disable_adapters and (other := free.get(_identity(weight))):
+            raise WeightSyncError(
+                f"it is tied to {other!r}, which has no adapter: PEFT's ensure_weight_tying=True gives it the same one",
+                phase="gather",
+                parameter=path,
+                receiver="trainer",
+            )
+
+
+def _identity(weight: Weight) -> Any:
+    return tuple(map(id, weight.holder[:1])) + weight.holder[1:] if type(weight.holder) is tuple else id(weight.holder)
 
 
 def _layer_path(name: str, layers: Mapping[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ class Weight:
     gather: Gather
     """Weights with the same one may be gathered together."""
     holder: Any
-    """What `gather` knows it by."""
+    """What `gather` knows it by; equal for tied ones."""
 
     @property
     def live(self) -> bool:
@@ -144,7 +144,7 @@ def _redistributed(weights: Sequence[Weight]) -> list[torch.Tensor]:
 
 def _zero3(weights: Sequence[Weight]) -> list[torch.Tensor]:
     """Copies: what the context has gathered is DeepSpeed's, to free or to use again."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     parameters = [weight.holder for weight in weights]
     with GatheredParameters(parameters):
@@ -185,28 +185,24 @@ def _fsdp1(top: torch.nn.Module, root: torch.nn.Module) -> Iterator[Weight]:
     instances = [module for module in top.modules() if _is_a(module, "torch.distributed.fsdp", _FSDP1)]
     if not instances:
         return
-    inside, paths = path_of(root, top), {id(module): path for path, module in top.named_modules()}
+    inside, paths = path_of(root, top), {module: path for path, module in top.named_modules()}
     for instance in instances:
         flat = getattr(instance._handle, "flat_param", None)
         if flat is None:
             continue
         unit = _Fsdp1Unit(instance, instances[0])
+        shapes = zip(flat._shapes, flat._strides, strict=True)
         tensors = {
-            (id(info.module), info.param_name): (info.module, tuple(shape), tuple(stride))
-            for info, shape, stride in zip(flat._param_infos, flat._shapes, flat._strides, strict=True)
+            (info.module, info.param_name): ((info.module, info.param_name), tuple(shape), tuple(stride))
+            for info, (shape, stride) in zip(flat._param_infos, shapes, strict=True)
         }
-        for info in flat._shared_param_infos:
-            tensors[id(info.module), info.param_name] = (
-                info.module,
-                *tensors[id(info.prim_module), info.prim_param_name][1:],
-            )
-        for (module_id, name), (module, shape, stride) in tensors.items():
-            path = paths[module_id]
+        for info in flat._shared_param_infos:  # tied ones
+            tensors[info.module, info.param_name] = tensors[info.prim_module, info.prim_param_name]
+        for (module, name), (holder, shape, stride) in tensors.items():
+            path = paths[module]
             full_name = f"{path}.{name}" if path else name
             if full_name.startswith(inside):
-                yield Weight(
-                    clean(full_name.removeprefix(inside)), shape, stride, flat.dtype, unit, (module, name)
-                )
+                yield Weight(clean(full_name.removeprefix(inside)), shape, stride, flat.dtype, unit, holder)
 
 
 _FSDP1 = "FullyShardedDataParallel"
