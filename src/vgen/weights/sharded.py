@@ -80,12 +80,16 @@ def weights_of(top: torch.nn.Module) -> list[Weight]:
         if _is_a(module, "torch.distributed.fsdp", "FSDPModule"):
             module.reshard()  # its parameters may be left whole, and cast, after a forward: not what is trained
     root = unwrapped(top)
+    packed = getattr(root, "hf_quantizer", None) is not None
+    dtype = getattr(getattr(root, "config", None), "dtype", None) or torch.get_default_dtype()
     weights = {weight.name: weight for weight in _fsdp1(top, root)}
     for path, module in root.named_modules(remove_duplicate=False):
         for name, tensor in _tensors(module):
             name = clean(f"{path}.{name}" if path else name)
             if name not in weights and not name.endswith("_flat_param"):
-                weights[name] = _weight(name, tensor, module)
+                weights[name] = _weight(name, tensor, module, dtype)
+                if packed and weights[name].live and tensor.ndim > 1 and not tensor.is_floating_point():
+                    raise _refused(name, "it is quantized in a way that vgen cannot undo")
     return list(weights.values())
 
 
@@ -96,7 +100,8 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _weight(name: str, tensor: torch.Tensor, module: torch.nn.Module) -> Weight:
+def _weight(name: str, tensor: torch.Tensor, module: torch.nn.Module, dtype: torch.dtype) -> Weight:
+    """`dtype` is for what has lost its own."""
     if hasattr(tensor, "ds_id"):
         shape = tuple(tensor.ds_shape)  # pyright: ignore[reportAttributeAccessIssue]
         return Weight(name, shape, _contiguous(shape), tensor.dtype, _zero3, tensor)
@@ -114,9 +119,9 @@ def _weight(name: str, tensor: torch.Tensor, module: torch.nn.Module) -> Weight:
         shape = tuple(state.shape)
         return Weight(name, shape, _contiguous(shape), state.dtype, _dequantized, (tensor, module))
     if type(tensor).__name__ == "Int8Params":
-        return Weight(name, shape, _contiguous(shape), torch.float16, _dequantized, (tensor, module))
+        return Weight(name, shape, _contiguous(shape), dtype, _dequantized, (tensor, module))
     if _quantized(tensor):
-        raise _refused(name, f"it is quantized ({type(tensor).__name__}, {tensor.dtype}) in a way vgen cannot undo")
+        raise _refused(name, f"it is quantized ({type(tensor).__name__}, {tensor.dtype}) in a way that vgen cannot undo")
     return Weight(name, shape, tensor.stride(), tensor.dtype, _live, tensor)
 
 
