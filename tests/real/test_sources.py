@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from vgen import ColocateGeneration, Sampling
 from vgen.demo import max_logprob_difference
-from vgen.testing import byte_tokenizer, tiny_model
+from vgen.testing import tiny_model
 from vgen.weights.adapter import adapter_of
 
 PROMPTS = [[1, 2, 3, 4, 5], list(range(40)), [7]]
@@ -86,29 +89,11 @@ def test_an_adapter_alone_is_loaded_over_the_base_weights(adapted, tmp_path):
 
 
 def test_a_mixture_of_experts_is_synced_under_its_checkpoints_names():
-    config = Qwen3MoeConfig(
-        vocab_size=272,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
-    )
-    model = Qwen3MoeForCausalLM(config).eval()
-    with ColocateGeneration(
-        model, processing_class=byte_tokenizer(), max_model_length=128, engine_kwargs=SMALL
-    ) as generation:
-        for _ in range(3):
-            randomize(model)
-            report = generation.sync_weights()
-            assert report.tensors == 2 * (8 * 3 + 9) + 3
-            assert max_logprob_difference(model, generation.generate(PROMPTS, SAMPLING)) <= 1e-3
+    # In a process of its own: vLLM cannot start such an engine where one without experts was started before.
+    worker = Path(__file__).with_name("moe_worker.py")
+    done = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tensors"] == 2 * (8 * 3 + 9) + 3
+    assert max(found["differences"]) <= 1e-3, found
+    assert min(found["stale"]) > 1e-2, found
