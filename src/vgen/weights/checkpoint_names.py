@@ -98,7 +98,10 @@ def targets_of(metas: Tensors, revert: Revert) -> list[Target]:
     for target in targets:
         if not target.sources:
             raise WeightSyncError(
-                "transformers makes it of nothing in the model", phase="gather", parameter=target.name, receiver="trainer"
+                "transformers makes it of nothing in the model",
+                phase="gather",
+                parameter=target.name,
+                receiver="trainer",
             )
     return targets
 

@@ -121,8 +121,7 @@ def _pieces(weights: Sequence[Weight], layers: Mapping[str, torch.nn.Module]) ->
                 found.append(path)
             inside.setdefault(path, []).append(index)
     return [
-        piece if isinstance(piece, Piece) else _adapted(piece, layers[piece], inside[piece], weights)
-        for piece in found
+        piece if isinstance(piece, Piece) else _adapted(piece, layers[piece], inside[piece], weights) for piece in found
     ]
 
 

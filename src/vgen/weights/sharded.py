@@ -121,7 +121,9 @@ def _weight(name: str, tensor: torch.Tensor, module: torch.nn.Module, dtype: tor
     if type(tensor).__name__ == "Int8Params":
         return Weight(name, shape, _contiguous(shape), dtype, _dequantized, (tensor, module))
     if _quantized(tensor):
-        raise _refused(name, f"it is quantized ({type(tensor).__name__}, {tensor.dtype}) in a way that vgen cannot undo")
+        raise _refused(
+            name, f"it is quantized ({type(tensor).__name__}, {tensor.dtype}) in a way that vgen cannot undo"
+        )
     return Weight(name, shape, tensor.stride(), tensor.dtype, _live, tensor)
 
 
