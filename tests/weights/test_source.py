@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import fill, tiny
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from vgen import WeightSyncError
+from vgen.engines.checkpoint import checkpoint_of
 from vgen.weights.source import engine_dtype, one_pass, source_of
 
 KINDS = ["qwen2", "tied", "llama", "qwen3_moe", "mixtral", "deepseek_v3", "qwen2_vl", "gemma3"]
@@ -165,14 +168,21 @@ def test_a_pass_that_was_left_cannot_go_on_beside_the_next():
 
 def test_errors_of_a_receiver_come_through_and_leave_the_source_well():
     source = source_of(tiny("qwen2"))
-    with pytest.raises(OSError, match="gone"), one_pass(source):
-        for _ in source:
-            raise OSError("gone")
-    with pytest.raises(OSError, match="before"), one_pass(source):
-        raise OSError("before")
+
+    def receive(fails: str) -> int:
+        with one_pass(source):
+            if fails == "before":
+                raise OSError(fails)
+            for _ in source:
+                if fails == "within":
+                    raise OSError(fails)
+        return source.tensors
+
+    for fails in ("within", "before"):
+        with pytest.raises(OSError, match=fails):
+            receive(fails)
     assert source.passes == 2  # it took part in the second one too
-    with one_pass(source):
-        assert len(list(source)) == 27
+    assert receive("not at all") == 27
     with one_pass([("w", torch.ones(1))]):
         pass
 
@@ -187,3 +197,51 @@ def test_nothing_is_kept_between_passes():
     model.lm_head.weight = torch.nn.Parameter(torch.ones(64, 32))
     gc.collect()
     assert len(gc.get_referrers(old)) <= 1  # this frame
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
+)
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_what_bitsandbytes_has_quantized_comes_as_the_forward_sees_it(tmp_path, adapters, double):
+    plain = fill(tiny("qwen2"))
+    plain.save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.float32)
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    source = source_of(model)
+    found = dict(source)
+    assert [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()] == source.metadata()
+    checkpoint = checkpoint_of(model, None)
+    assert checkpoint.folder is not None  # the one it was loaded from is for quantized weights
+    with checkpoint.folder:
+        assert getattr(AutoConfig.from_pretrained(checkpoint.path), "quantization_config", None) is None
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        before = plain(ids).logits
+        plain.load_state_dict(found)
+        after, own = plain(ids).logits, model(ids).logits
+    assert (before - own).abs().max() > 1e-3
+    torch.testing.assert_close(after, own, atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
+)
+def test_eight_bits_come_back_within_their_steps(tmp_path):
+    plain = fill(tiny("qwen2"))
+    plain.save_pretrained(tmp_path)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight, dtype=torch.float32)
+    for again in (False, True):
+        if again:
+            model(torch.tensor([[1, 2, 3]]))  # the first forward moves the scales elsewhere
+        for name, tensor in source_of(model):
+            step = plain.state_dict()[name].abs().max() / 127
+            assert tensor.dtype == torch.float32
+            assert (tensor - plain.state_dict()[name]).abs().max() <= step

@@ -47,7 +47,7 @@ def adapter_of(model: Any, name: str | None = None) -> Adapter:
     The engine must have the trainer's base weights, and LoRA enabled for this rank and these modules. PEFT's own
     function chooses and names the tensors. Raises `WeightSyncError` where the model has no such adapter.
     """
-    from peft import get_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict
 
     holder = _holder(model)
     name = name or _active(holder)
@@ -90,8 +90,8 @@ def _is_peft_model(model: Any) -> bool:
 
 
 def _active(holder: Any) -> str:
-    active = holder.active_adapters
-    names = active() if callable(active) else active
+    active: Any = holder.active_adapters
+    names: list[str] = active() if callable(active) else active
     if len(names) != 1:
         raise WeightSyncError(f"name one of the active adapters: {names}", phase="gather", receiver="trainer")
     return names[0]
