@@ -110,7 +110,7 @@ class Reload:
         unpacked where packed ones are expected, and give wrong numbers without a word.
         """
         for layer in self._model.modules():
-            method = getattr(layer, "quant_method", None)
+            method: Any = getattr(layer, "quant_method", None)
             weight = getattr(layer, "w13_weight", None)
             if getattr(method, "moe_kernel", None) is not None and weight is not None and weight.device.type == "cpu":
                 self._expert_kernels[method] = method.moe_kernel

@@ -91,7 +91,7 @@ def _is_peft_model(model: Any) -> bool:
 
 def _active(holder: Any) -> str:
     active: Any = holder.active_adapters
-    names: list[str] = active() if callable(active) else active
+    names: Any = active() if callable(active) else active
     if len(names) != 1:
         raise WeightSyncError(f"name one of the active adapters: {names}", phase="gather", receiver="trainer")
     return names[0]
