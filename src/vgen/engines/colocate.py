@@ -14,6 +14,7 @@ import torch
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
+from ..weights.source import one_pass
 from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
@@ -115,7 +116,7 @@ class ColocateEngine:
     def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
         """Run vLLM's own reload over the stream, then reset the caches. Nothing is in flight meanwhile."""
         trace.set({names.TRANSPORT: "reload", names.TRANSPORT_REASON: "in process"})
-        with trace.phase("load") as span:
+        with trace.phase("load") as span, one_pass(source):
             self._load(source)
             span.set({names.GATHER_SECONDS: source.seconds})
         with trace.phase("reset_cache"):

@@ -19,7 +19,6 @@ from ..profiling.device import DeviceTimer, memory
 from ..profiling.rollouts import counts, measure
 from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
-from ..weights.source import one_pass
 from .chat import Chat
 from .images import Placeholders
 from .job import Job, Options, make_requests
@@ -589,7 +588,6 @@ class Generation:
         with (
             profiling.span(names.WEIGHT_SYNC, {names.WEIGHT_VERSION: version}) as span,
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
-            one_pass(source),
         ):
             trace = _SyncTrace(profiling, self._device, span)
             self._engine.sync(source, version, trace)

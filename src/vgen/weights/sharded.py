@@ -40,6 +40,11 @@ class Weight:
         return self.gather is _live
 
     @property
+    def collective(self) -> bool:
+        """Whether all ranks gather it together."""
+        return self.gather not in (_live, _dequantized)
+
+    @property
     def unit(self) -> Gather | None:
         """Not None where gathering it gathers a whole FSDP1 instance, which should be done once."""
         return self.gather if isinstance(self.gather, _Fsdp1Unit) else None

@@ -69,6 +69,12 @@ class ModuleSource:
         plan, _ = self._look()
         return [(name, tuple(target.meta.shape), target.meta.dtype) for name, target in plan.targets]
 
+    @property
+    def collective(self) -> bool:
+        """Whether all ranks must iterate together."""
+        _, weights = self._look()
+        return any(weight.collective for weight in weights)
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         start = time.monotonic()
         this = self._begin()
@@ -130,7 +136,7 @@ class _Pass:
 
     def drain(self) -> None:
         for batch in self._batches:
-            if any(not self._weights[index].live for step in batch for index in step.inputs):
+            if any(self._weights[index].collective for step in batch for index in step.inputs):
                 self._gather(batch)
 
     def _gather(self, batch: Sequence[Any]) -> dict[int, torch.Tensor]:
@@ -148,8 +154,8 @@ class _Pass:
 def one_pass(source: Source) -> Generator[None]:
     """Around what iterates `source` once, or fails before or while it does.
 
-    All ranks enter it together. Whatever a rank's receiver does within, that rank has taken part in every collective
-    of the pass when it leaves, so that no other rank waits for it. An interrupt leaves at once.
+    All ranks enter it together, each with a receiver of its own. Whatever that does within, its rank has taken part
+    in every collective of the pass when it leaves, so that no other rank waits for it. An interrupt leaves at once.
     """
     before = source.passes if isinstance(source, ModuleSource) else 0
     try:
@@ -164,7 +170,7 @@ def one_pass(source: Source) -> Generator[None]:
 
 
 def _take_part(source: Source, before: int) -> None:
-    if isinstance(source, ModuleSource):
+    if isinstance(source, ModuleSource) and source.collective:
         source.take_part() if source.passes == before else source.drain()
 
 
