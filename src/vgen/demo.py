@@ -185,13 +185,13 @@ def max_logprob_difference(model: Any, completions: Any) -> float:
     """The largest |Δ| between the engine's log-probabilities (at temperature 1) and the model's own."""
     import torch
 
-    worst = 0.0
+    differences = [torch.zeros(1)]
     with torch.no_grad():
         for completion in completions:
             own = _token_logprobs(model, completions.prompt_ids[completion.prompt_index], completion.token_ids)
             theirs = torch.tensor(completion.logprobs, device=own.device)
-            worst = max(worst, (own - theirs).abs().max().item())
-    return worst
+            differences.append((own - theirs).abs().cpu())
+    return torch.cat(differences).max().item()  # nan where one is, which Python's own max would hide
 
 
 @contextmanager

@@ -95,8 +95,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "2",
         "--max-cpu-loras",
         "2",
-        "--max-logprobs",
-        "20",
     ]
     command += ["--max-logprobs", "20", "--scheduling-policy", "priority"]
     with (place / "stderr").open("w") as stderr:

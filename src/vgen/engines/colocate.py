@@ -15,6 +15,7 @@ from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
 from ..weights.recorded import RecordedCopy
+from ..weights.source import one_pass
 from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
@@ -119,7 +120,7 @@ class ColocateEngine:
         Nothing is in flight meanwhile. With `verify` every bit is compared, where the weights can be read.
         """
         weights = self._weights
-        with trace.phase("load") as span:
+        with trace.phase("load") as span, one_pass(source):
             try:
                 self._load(source, verify)
             finally:

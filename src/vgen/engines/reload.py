@@ -59,6 +59,7 @@ class Reload:
         """After an error its `last` is the name that the error concerns, where known."""
         self._loaded: set[str] | None = set()
         self._kept: dict[int, str] = {}
+        self._expert_kernels: dict[Any, Any] = {}
         self._expected = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters()]
 
     @torch.no_grad()
@@ -67,6 +68,7 @@ class Reload:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         with self._all_or_nothing():
+            self._forget_packed_experts()
             initialize_layerwise_reload(self._model)
 
     @torch.no_grad()
@@ -97,6 +99,22 @@ class Reload:
     def cancel(self) -> None:
         """Give every layer its tensors back."""
         _put_back(self._model)
+        for method, kernel in self._expert_kernels.items():
+            method.moe_kernel = method.moe_kernel or kernel
+        self._expert_kernels.clear()
+
+    def _forget_packed_experts(self) -> None:
+        """Have experts packed again on a CPU.
+
+        vLLM packs them when it makes their kernel, and in a reload that is there already: they would be left
+        unpacked where packed ones are expected, and give wrong numbers without a word.
+        """
+        for layer in self._model.modules():
+            method: Any = getattr(layer, "quant_method", None)
+            weight = getattr(layer, "w13_weight", None)
+            if getattr(method, "moe_kernel", None) is not None and weight is not None and weight.device.type == "cpu":
+                self._expert_kernels[method] = method.moe_kernel
+                method.moe_kernel = None
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

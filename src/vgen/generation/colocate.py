@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..profiling import ProfilingContext, names
 from ..profiling.device import memory
 from ..ranks import GroupRanks, Ranks, SingleRank
-from ..weights.source import ModuleSource
+from ..weights.source import engine_dtype, source_of
 from .base import Generation
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class ColocateGeneration(Generation):
     environment and the default process group of the process as they were.
 
     Args:
-        model: The trainer's model: a module with a `config`. It is read at every sync and never written.
+        model: The trainer's model: a module with a `config`, sharded, wrapped or with adapters as `source_of` takes it.
+            It is read at every sync and never written; adapters are merged into copies.
         accelerator: An `accelerate.Accelerator`, for the number of this rank; else torch.distributed is asked.
         processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
         tensor_parallel_size: Trainer ranks that share one engine. Must divide the number of ranks.
@@ -86,7 +87,7 @@ class ColocateGeneration(Generation):
         if world_size % tensor_parallel_size:
             raise ValueError(f"tensor_parallel_size {tensor_parallel_size} must divide the {world_size} ranks evenly")
         processing_class = processing_class or tokenizer
-        checkpoint = checkpoint_of(model, processing_class)
+        source, checkpoint = source_of(model), checkpoint_of(model, processing_class)
         settings: dict[str, Any] = dict(
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -96,7 +97,7 @@ class ColocateGeneration(Generation):
             quantization=quantization,
             trust_remote_code=trust_remote_code,
             seed=seed if seed is not None else rank // tensor_parallel_size,
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=engine_dtype(source),
             tokenizer=checkpoint.tokenizer,
             skip_tokenizer_init=checkpoint.tokenizer is None,
             weight_version=weight_version,
@@ -116,10 +117,10 @@ class ColocateGeneration(Generation):
                 checkpoint.folder.cleanup()
         super().__init__(
             engine,
-            ModuleSource(model),
+            source,
             tokenizer=processing_class,
             ranks=_tensor_parallel_ranks(world_size, tensor_parallel_size),
-            stale=checkpoint.folder is not None,
+            stale=checkpoint.stale,
             sleep_mode=enable_sleep_mode,
             structured_outputs_regex=structured_outputs_regex,
             request_spans=request_spans,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..engines.base import PauseMode
 from ..profiling import ProfilingContext, names
 from ..ranks import DistributedRanks, LedEngine, ranks_of
-from ..weights.source import ModuleSource
+from ..weights.names import unwrapped
+from ..weights.source import source_of
 from .base import Generation
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class ServerGeneration(Generation):
             urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
             keys: dict[str, Any] = dict(api_key=api_key, control_key=control_key, ssl=ssl)
             servers = [Server(url, timeout=timeout, connect_timeout=connect_timeout, **keys) for url in urls]
-            config: Any = model.config
+            config: Any = unwrapped(model).config
             return ServerEngine(
                 servers,
                 vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
@@ -115,7 +116,7 @@ class ServerGeneration(Generation):
             held = engine.weight_version
         super().__init__(
             engine,
-            ModuleSource(model),
+            source_of(model),
             tokenizer=processing_class or tokenizer,
             # Another trainer has been here, or this one goes on elsewhere: its weights are not the trainer's.
             stale=held not in (None, weight_version) and (held, weight_version) != (STOCK_VERSION, "0"),

@@ -1,0 +1,247 @@
+"""Sources of models that are whole: names and bits against `save_pretrained`, order, filter, rename, wrappers."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import fill, tiny
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+
+from vgen import WeightSyncError
+from vgen.engines.checkpoint import checkpoint_of
+from vgen.weights.source import engine_dtype, one_pass, source_of
+
+KINDS = ["qwen2", "tied", "llama", "qwen3_moe", "mixtral", "deepseek_v3", "qwen2_vl", "gemma3"]
+TIED = ["tied", "gemma3"]
+
+
+def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_stream_is_what_save_pretrained_writes(tmp_path, kind, loaded):
+    model = fill(tiny(kind))
+    expected = saved(model, tmp_path)
+    if loaded:  # a model that was loaded remembers how its checkpoint named things
+        auto = AutoModelForImageTextToText if kind in ("qwen2_vl", "gemma3") else AutoModelForCausalLM
+        model = auto.from_pretrained(tmp_path, dtype=torch.float32)
+    source = source_of(model)
+    described = source.metadata()
+    for _ in range(2):
+        found = dict(source)
+        assert [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()] == described
+        assert set(expected) <= set(found)
+        assert same(found, expected)
+        more = set(found) - set(expected)
+        assert len(more) == (kind in TIED)
+        for name in more:
+            assert name.endswith("lm_head.weight")
+            assert torch.equal(found[name], model.get_input_embeddings().weight)
+        assert source.tensors == len(described)
+        assert source.bytes == sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+        fill(model, seed=9)  # the next pass brings what is there then
+        expected = saved(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
+def test_whole_parameters_are_not_copied(kind):
+    model = tiny(kind)
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {tensor.untyped_storage().data_ptr() for _, tensor in source_of(model)} == storages
+
+
+def test_a_layer_is_complete_before_the_next_one_begins():
+    names = [name for name, *_ in source_of(tiny("mixtral")).metadata()]
+    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layers == sorted(layers)
+
+
+def test_a_filter_and_a_rename():
+    model = tiny("qwen3_moe")
+    whole = dict(source_of(model))
+    source = source_of(model, include=lambda name: ".experts.1." in name, rename=lambda name: f"policy.{name}")
+    found = dict(source)
+    assert found
+    assert set(found) == {f"policy.{name}" for name in whole if ".experts.1." in name}
+    assert same({name.removeprefix("policy."): tensor for name, tensor in found.items()}, {
+        name: tensor for name, tensor in whole.items() if ".experts.1." in name
+    })  # fmt: skip
+    assert [name for name, *_ in source.metadata()] == list(found)
+    with pytest.raises(ValueError, match="two tensors the name 'x'"):
+        source_of(model, rename=lambda name: "x").metadata()
+
+
+def compiled(model: Any) -> Any:
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return torch.compile(model)
+
+
+def checkpointed(model: Any) -> Any:
+    kind = type(model.model.layers[0])
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kind))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled, checkpointed, torch.nn.DataParallel])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
+def test_wrappers_leave_no_trace(wrap, kind):
+    expected = dict(source_of(fill(tiny(kind))))
+    found = dict(source_of(wrap(fill(tiny(kind)))))
+    assert set(found) == set(expected)
+    assert same(found, expected)
+
+
+def test_a_module_of_any_kind_keeps_its_names_and_the_buffers_that_it_saves():
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = torch.nn.BatchNorm1d(3)
+            self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    model = Own()
+    assert [name for name, _ in source_of(model)] == list(model.state_dict())
+
+
+def test_a_model_that_changes_is_looked_at_anew():
+    model = fill(tiny("qwen2"))
+    source = source_of(model)
+    first = dict(source)
+    model.resize_token_embeddings(70)
+    model.model.norm = model.model.norm.bfloat16()
+    found = dict(source)
+    assert found["lm_head.weight"].shape == (70, 32)
+    assert found["model.norm.weight"].dtype == torch.bfloat16
+    assert set(found) == set(first)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(70, 32))
+    assert torch.equal(dict(source)["lm_head.weight"], torch.ones(70, 32))
+
+
+def test_what_has_no_data_is_refused_by_name():
+    with torch.device("meta"):
+        model = tiny("qwen2")
+    with pytest.raises(WeightSyncError, match="no data") as caught:
+        list(source_of(model))
+    assert caught.value.parameter == "model.embed_tokens.weight"
+    assert caught.value.phase == "gather"
+
+
+def test_packed_integers_are_refused_by_name():
+    model = tiny("qwen2")
+    packed = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].mlp.up_proj.weight = packed
+    with pytest.raises(WeightSyncError, match="quantized") as caught:
+        list(source_of(model))
+    assert caught.value.parameter == "model.layers.1.mlp.up_proj.weight"
+
+
+def test_the_engines_dtype_is_that_of_most_weights():
+    model = tiny("qwen2").bfloat16()
+    model.model.norm.float()
+    assert engine_dtype(source_of(model)) == "bfloat16"
+
+
+def test_a_pass_that_was_left_cannot_go_on_beside_the_next():
+    source = source_of(tiny("qwen2"))
+    left = iter(source)
+    next(left)
+    assert len(list(source)) == 27
+    with pytest.raises(WeightSyncError, match="another pass"):
+        next(left)
+
+
+def test_errors_of_a_receiver_come_through_and_leave_the_source_well():
+    source = source_of(tiny("qwen2"))
+
+    def receive(fails: str) -> int:
+        with one_pass(source):
+            if fails == "before":
+                raise OSError(fails)
+            for _ in source:
+                if fails == "within":
+                    raise OSError(fails)
+        return source.tensors
+
+    for fails in ("within", "before"):
+        with pytest.raises(OSError, match=fails):
+            receive(fails)
+    assert not source.collective
+    assert receive("not at all") == 27
+    with one_pass([("w", torch.ones(1))]):
+        pass
+
+
+def test_nothing_is_kept_between_passes():
+    model = tiny("qwen2")
+    source = source_of(model)
+    list(source)
+    old = torch.nn.Parameter(torch.ones(64, 32))
+    model.lm_head.weight = old
+    list(source)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(64, 32))
+    gc.collect()
+    assert len(gc.get_referrers(old)) <= 1  # this frame
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
+)
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_what_bitsandbytes_has_quantized_comes_as_the_forward_sees_it(tmp_path, adapters, double):
+    plain = fill(tiny("qwen2"))
+    plain.save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.float32)
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    source = source_of(model)
+    found = dict(source)
+    assert [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()] == source.metadata()
+    checkpoint = checkpoint_of(model, None)
+    assert checkpoint.folder is not None  # the one it was loaded from is for quantized weights
+    with checkpoint.folder:
+        assert getattr(AutoConfig.from_pretrained(checkpoint.path), "quantization_config", None) is None
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        before = plain(ids).logits
+        plain.load_state_dict(found)
+        after, own = plain(ids).logits, model(ids).logits
+    assert (before - own).abs().max() > 1e-3
+    torch.testing.assert_close(after, own, atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
+)
+def test_eight_bits_come_back_within_their_steps(tmp_path):
+    plain = fill(tiny("qwen2"))
+    plain.save_pretrained(tmp_path)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight, dtype=torch.float32)
+    for again in (False, True):
+        if again:
+            model(torch.tensor([[1, 2, 3]]))  # the first forward moves the scales elsewhere
+        for name, tensor in source_of(model):
+            step = plain.state_dict()[name].abs().max() / 127
+            assert tensor.dtype == torch.float32
+            assert (tensor - plain.state_dict()[name]).abs().max() <= step
