@@ -22,17 +22,19 @@ from vgen import (
 from vgen.profiling import names
 from vgen.testing import FaultyServer, MemorySink
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install 'vgen[server]'")
 
 PROMPTS = [[i, i + 1, i + 2] for i in range(20)]
 COMPLETIONS = "/v1/completions"
 
 
-class Model:
+class Model(torch.nn.Module):
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
 
-    def named_parameters(self, remove_duplicate):
-        return []
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
 
 
 def generation(*servers: FaultyServer, **more) -> ServerGeneration:
@@ -378,3 +380,14 @@ def test_threads_generate_at_once_and_a_failed_sync_ends_what_is_in_flight(serve
 def test_a_server_named_twice_is_refused(server):
     with pytest.raises(ValueError, match="twice"):
         generation(server, server)
+
+
+def test_another_model_than_the_trainers_and_too_old_a_server_are_said_so(ours):
+    ours.answers["/vgen/info"]["shape"] = {"hidden_size": 128}
+    model = Model()
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100, hidden_size=256))
+    with pytest.raises(EngineError, match=r"hidden_size of 128.*has 256"):
+        ServerGeneration(model, base_urls=ours.url)
+    ours.answers["/version"] = {"version": "0.11.2+cpu"}
+    with pytest.raises(EngineError, match=r"0\.11\.2.*0\.30 or newer"):
+        generation(ours)

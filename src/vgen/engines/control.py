@@ -22,6 +22,9 @@ KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
 FEATURES = ("batch", "control_key", "lease", "weights_state")
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+"""Fields of a model's configuration that the trainer's model and the server's must have in common."""
+
 INFERENCE = ("/v1", "/v2", "/inference", "/cohere")
 """Below these vLLM's own API key decides."""
 READABLE = frozenset({"/health", "/ping", "/version", "/metrics"})
@@ -152,6 +155,10 @@ class ControlMiddleware:
             "weights": self._weights,
             "model": getattr(model, "model", None),
             "max_model_len": getattr(model, "max_model_len", None),
+            "logprobs_mode": getattr(model, "logprobs_mode", None),
+            "device": getattr(getattr(config, "device_config", None), "device_type", None),
+            "max_num_seqs": getattr(getattr(config, "scheduler_config", None), "max_num_seqs", None),
+            "shape": _shape(model),
             "world_size": getattr(getattr(config, "parallel_config", None), "world_size_across_dp", None),
             "weight_transfer": backend,
             "shared_memory_directory": _shared_directory() if shared else None,
@@ -165,6 +172,12 @@ class ControlMiddleware:
         if refused.kind == "lease":
             error["lease"] = self._leases.describe()
         await _answer(send, refused.status, {"error": error})
+
+
+def _shape(model: Any) -> dict[str, int]:
+    """What tells one model from another, for a trainer that looks whether this is its own."""
+    config = getattr(model, "hf_text_config", None)
+    return {name: found for name in SHAPE if isinstance(found := getattr(config, name, None), int)}
 
 
 def _install(app: Any) -> None:

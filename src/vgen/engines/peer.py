@@ -17,6 +17,8 @@ from .http import CONTROL_HEADER, Server
 logger = logging.getLogger("vgen.engines.server")
 
 PROBE_SECONDS = 10.0
+SERVER_INFO_SECONDS = 60.0
+"""vLLM lists all installed packages before it answers for the first time."""
 OLDEST_VLLM = 0, 30
 LEASE_SECONDS = 60.0
 """A trainer that is gone holds its servers for so long."""
@@ -85,7 +87,8 @@ class Peer:
     """Of vgen's own, where `vgen serve` started it: `batch`, `lease`, `shared_memory`, …; none on a stock server."""
     controlled: bool = False
     """Whether its weights, sleep and pause can be had: it is in development mode, and the keys are right."""
-    vocabulary_size: int | None = None
+    shape: dict[str, int] = field(default_factory=dict[str, int])
+    """Of its model: `hidden_size` and the like, where it says."""
     max_num_seqs: int = 256
     weight_version: str | None = None
     """What it should hold; None where it cannot say."""
@@ -141,21 +144,30 @@ async def describe(server: Server) -> Peer:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise EngineError(f"{server.name} does not answer as a vLLM server does: is it one?") from error
     await _check_version(server)
-    peer.features = await _features(server)
-    try:
-        config = (await server.get("/server_info?config_format=json", timeout=60.0))["vllm_config"]
-        peer.controlled = True
-        peer.device_type = str(config["device_config"]["device"])
-        peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
-        mode = config["model_config"]["logprobs_mode"]
-        if mode != "processed_logprobs":
-            logger.warning(
-                "vgen: %s returns %s: its log-probabilities are not those that tokens were sampled with; "
-                "start it with --logprobs-mode processed_logprobs",
-                server.name,
-                mode,
-            )
-    except (ServerError, KeyError, TypeError, ValueError):
+    info = await _info(server)
+    peer.features = frozenset(info.get("features", ()))
+    mode = None
+    if "lease" in peer.features:  # the control key is right
+        peer.controlled, mode = True, info.get("logprobs_mode")
+        peer.device_type = str(info.get("device"))
+        peer.max_num_seqs = int(info.get("max_num_seqs") or peer.max_num_seqs)
+        peer.shape = dict(info.get("shape") or {})
+    elif not peer.features:
+        try:
+            config = (await server.get("/server_info?config_format=json", timeout=SERVER_INFO_SECONDS))["vllm_config"]
+            peer.controlled, mode = True, config["model_config"]["logprobs_mode"]
+            peer.device_type = str(config["device_config"]["device"])
+            peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
+        except (ServerError, KeyError, TypeError, ValueError):
+            pass
+    if mode not in (None, "processed_logprobs"):
+        logger.warning(
+            "vgen: %s returns %s: its log-probabilities are not those that tokens were sampled with; "
+            "start it with --logprobs-mode processed_logprobs",
+            server.name,
+            mode,
+        )
+    if not peer.controlled:
         what = "not in development mode" if not peer.features else "asking for a control key"
         fix = "pass control_key" if peer.features else "start it with `vgen serve`, or with VLLM_SERVER_DEV_MODE=1"
         logger.warning("vgen: %s is %s: no weight sync, sleep or pause; %s", server.name, what, fix)
@@ -195,14 +207,14 @@ async def held_version(server: Server) -> str | None:
         return None
 
 
-async def _features(server: Server) -> frozenset[str]:
+async def _info(server: Server) -> dict[str, Any]:
+    """What a server that `vgen serve` started says of itself; empty of another."""
     try:
-        return frozenset((await server.get("/vgen/info", timeout=PROBE_SECONDS))["features"])
+        found = await server.get("/vgen/info", timeout=PROBE_SECONDS)
+        return found if isinstance(found, dict) else {}
     except ServerError as error:
         if error.status == 401 and CONTROL_HEADER in error.said:
-            return frozenset({"batch"})  # inference needs no control key
+            return {"features": ["batch"]}  # inference needs no control key
         if error.status is None:
             raise
-    except (KeyError, TypeError):
-        pass
-    return frozenset()
+    return {}

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..errors import EngineError, EngineStateError, ServerError, WeightSyncError
@@ -41,6 +41,7 @@ class ServerEngine:
         servers: Sequence[Server],
         *,
         model: str | None = None,
+        shape: Mapping[str, int] | None = None,
         vocabulary_size: int | None = None,
         request_timing: bool = True,
         pause_mode: PauseMode = "keep",
@@ -69,6 +70,12 @@ class ServerEngine:
             for peer in self._peers:
                 if model is not None and model != peer.model:
                     raise EngineError(f"{peer.name} serves {peer.model!r}, not {model!r}: start it with that model")
+                for field, own in (shape or {}).items():
+                    if peer.shape.get(field, own) != own:
+                        raise EngineError(
+                            f"{peer.name} serves {peer.model!r} with a {field} of {peer.shape[field]}, and the "
+                            f"trainer's model has {own}: start it with the trainer's model"
+                        )
             self._take_leases(takeover)
         except BaseException:
             self.close()

@@ -89,6 +89,7 @@ class ServerGeneration(Generation):
         weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
+        from ..engines.control import SHAPE
         from ..engines.http import Server
         from ..engines.peer import STOCK_VERSION
         from ..engines.server import ServerEngine
@@ -97,10 +98,11 @@ class ServerGeneration(Generation):
             urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
             keys: dict[str, Any] = dict(api_key=api_key, control_key=control_key, ssl=ssl)
             servers = [Server(url, timeout=timeout, connect_timeout=connect_timeout, **keys) for url in urls]
-            config: Any = unwrapped(model).config
+            text = unwrapped(model).config.get_text_config()
             return ServerEngine(
                 servers,
-                vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
+                shape={name: found for name in SHAPE if isinstance(found := getattr(text, name, None), int)},
+                vocabulary_size=getattr(text, "vocab_size", None),
                 request_timing=request_timing,
                 pause_mode=pause_mode,
                 weights_folder=weights_folder,
