@@ -98,7 +98,8 @@ class TRLGeneration:
             url = server_base_url or f"http://{server_host}:{server_port}"
             keys = dict(server_kwargs or {})
             self.generation = _when_up(
-                lambda: ServerGeneration(model, base_urls=[url], **shared | keys), server_timeout
+                lambda: ServerGeneration(model, accelerator=accelerator, base_urls=[url], **shared | keys),
+                server_timeout,
             )
             self.vllm_client = _Client(url, keys.get("api_key"), keys.get("control_key"))
         else:
