@@ -27,7 +27,8 @@ def randomize(model: torch.nn.Module) -> None:
 
 def made(model: torch.nn.Module, sink: MemorySink) -> ColocateGeneration:
     settings = dict(enable_sleep_mode=True, gpu_memory_utilization=0.3, max_model_length=512)
-    return ColocateGeneration(model, profiling=ProfilingContext([sink]), **settings)
+    engine = {"kv_cache_memory_bytes": 1 << 28}
+    return ColocateGeneration(model, profiling=ProfilingContext([sink]), engine_kwargs=engine, **settings)
 
 
 def test_the_recorded_copy_under_cuda_graphs_and_after_level_2_sleep():

@@ -200,6 +200,7 @@ class RecordedCopy:
         given, everything = set[str](), True
         differences, twins = Differences(), Differences()
         written = dict[int, int]()
+        host = False
         for name, tensor in source:
             given.add(name)
             if record.forms.get(name) != (tuple(tensor.shape), tensor.dtype):
@@ -209,6 +210,7 @@ class RecordedCopy:
             held = live is not None and live.hold(tensor) and tensor.is_contiguous()
             for copy, wins in _of(record, name):
                 value, address = copy.part.of(tensor), copy.place.data_ptr()
+                host = host or (copy.place.is_cuda and not value.is_cuda)
                 if address in record.shared and address in written:
                     if written[address] != value.data_ptr():
                         everything = False
@@ -233,6 +235,8 @@ class RecordedCopy:
             problem = f"the trainer's model does not provide it ({len(missing)} such)"
             raise self._failed(problem, "load", missing[0])
         self._together(waiting, live if everything else None)
+        if host:  # a copy from pinned memory is still under way, and its owner is free to write there once this returns
+            torch.cuda.current_stream().synchronize()
         self._source = source
         if verify:
             for name, (place, value) in zip(names, waiting, strict=True):
