@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import IO, Any
 
@@ -192,8 +193,8 @@ class Case:
     def trl(self, runner: Any) -> None:
         """As TRL 1.16.0 does: one call for each parameter."""
         model = runner.get_model()
-        for name, tensor in self.source:
-            model.load_weights([(name, tensor)])
+        for name, parameter in self.model.named_parameters():
+            model.load_weights([(name, parameter.data)])
 
     def one_load(self, runner: Any) -> None:
         runner.get_model().load_weights(iter(self.source))
@@ -289,16 +290,14 @@ def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, An
         result |= {"copies": len(pairs), "joined": len(moves), "converted": len(others)}
         way("foreach", lambda: copy_together(pairs))
         del pairs
-    hows = ("kernel", "graph", None) if device == "cuda" else (None,)
-    for how in hows if recorded._record is not None else ():
-        mine = RecordedCopy(how)
+        mine = RecordedCopy()
         mine._record, mine._decided = recorded._record, True
 
-        def bring(runner: Any, mine: RecordedCopy = mine, how: Any = how) -> None:
+        def bring(runner: Any) -> None:
             for _ in range(2):
                 mine.load(runner, case.source)
-            way(f"recorded_{how or 'default'}", lambda: mine.load(runner, case.source))
-            result["ways"][f"recorded_{how or 'default'}"]["way"] = mine.way
+            way("recorded", lambda: mine.load(runner, case.source))
+            result["ways"]["recorded"]["way"] = mine.way
 
         case.on_worker(bring)
 
@@ -404,8 +403,8 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.one:
-        turn = open(arguments.turn) if arguments.turn else None
-        print("\n" + json.dumps(measure(arguments.one, device, turn)), flush=True)
+        with open(arguments.turn) if arguments.turn else nullcontext() as turn:
+            print("\n" + json.dumps(measure(arguments.one, device, turn)), flush=True)
         return 0
     results = []
     with tempfile.NamedTemporaryFile() as turn:
