@@ -14,16 +14,19 @@ before the sync, too: of wholly stale weights, and of one stale layer.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -146,19 +149,12 @@ class Case:
     """One model with an engine, and the ways of bringing weights from one to the other."""
 
     def __init__(self, kind: str, device: str) -> None:
-        import torch
-
         from vgen import ColocateGeneration, ProfilingContext
         from vgen.testing import MemorySink
 
         self.device, self.sink = device, MemorySink()
-        shape = make(kind, device)
-        self.bytes = size = sum(tensor.numel() * tensor.element_size() for tensor in shape.parameters())
-        del shape  # the floor's two buffers need its room
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        self.floor = floor(size, device)
         self.model = make(kind, device)
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
         engine: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30 if device == "cuda" else 32 << 20}
         if device == "cuda":  # graphs, without the minutes of compilation
             engine["compilation_config"] = {
@@ -178,6 +174,10 @@ class Case:
         self.engine = self.generation.engine
         self.source = self.generation._source
 
+    def measure_floor(self) -> float:
+        self.floor = floor(self.bytes, self.device)
+        return self.floor
+
     def on_worker(self, function: Callable[[Any], Any]) -> Any:
         """Call it with the model runner."""
 
@@ -193,8 +193,8 @@ class Case:
     def trl(self, runner: Any) -> None:
         """As TRL 1.16.0 does: one call for each parameter."""
         model = runner.get_model()
-        for name, tensor in self.source:
-            model.load_weights([(name, tensor)])
+        for name, parameter in self.model.named_parameters():
+            model.load_weights([(name, parameter.data)])
 
     def one_load(self, runner: Any) -> None:
         runner.get_model().load_weights(iter(self.source))
@@ -223,7 +223,8 @@ class Case:
         return {"mean": found.mean, "largest": found.largest, "decoded": judged, "right": bool(right)}
 
 
-def measure(kind: str, device: str) -> dict[str, Any]:
+def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, Any]:
+    """All figures of one model. With `turn`, a file, engines start side by side and are measured one at a time."""
     import torch
 
     from vgen.weights.mover import moves_of
@@ -234,9 +235,14 @@ def measure(kind: str, device: str) -> dict[str, Any]:
 
         ops._supports_onednn = False
     start = time.monotonic()
+    if turn is not None:
+        fcntl.flock(turn, fcntl.LOCK_SH)
     case = Case(kind, device)
+    if turn is not None:
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        fcntl.flock(turn, fcntl.LOCK_EX)  # once no other one starts or is measured
     result: dict[str, Any] = {"model": kind, "bytes": case.bytes, "start_seconds": round(time.monotonic() - start, 1)}
-    result |= {"floor_seconds": case.floor, "ways": {}, "checks": {}}
+    result |= {"floor_seconds": case.measure_floor(), "ways": {}, "checks": {}}
 
     case.generation.sync_weights()  # builds and proves the record
     first = case.sink.named("vgen.weight_sync")[-1]
@@ -284,16 +290,14 @@ def measure(kind: str, device: str) -> dict[str, Any]:
         result |= {"copies": len(pairs), "joined": len(moves), "converted": len(others)}
         way("foreach", lambda: copy_together(pairs))
         del pairs
-    hows = ("kernel", "graph", None) if device == "cuda" else (None,)
-    for how in hows if recorded._record is not None else ():
-        mine = RecordedCopy(how)
+        mine = RecordedCopy()
         mine._record, mine._decided = recorded._record, True
 
-        def bring(runner: Any, mine: RecordedCopy = mine, how: Any = how) -> None:
+        def bring(runner: Any) -> None:
             for _ in range(2):
                 mine.load(runner, case.source)
-            way(f"recorded_{how or 'default'}", lambda: mine.load(runner, case.source))
-            result["ways"][f"recorded_{how or 'default'}"]["way"] = mine.way
+            way("recorded", lambda: mine.load(runner, case.source))
+            result["ways"]["recorded"]["way"] = mine.way
 
         case.on_worker(bring)
 
@@ -369,31 +373,51 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def finished(process: subprocess.Popen[str], timeout: float) -> dict[str, Any]:
+    """What it has measured, or how it ended."""
+    try:
+        written, _ = process.communicate(timeout=timeout)
+        return (
+            json.loads(written.strip().splitlines()[-1])
+            if process.returncode == 0
+            else {"error": f"exit code {process.returncode}"}
+        )
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return {"error": f"not done in {timeout:g} s"}
+    except (ValueError, IndexError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated, of: %(default)s")
     parser.add_argument("--timeout", type=float, default=190.0, help="seconds for each model")
+    parser.add_argument("--together", action="store_true", help="start the engines side by side, where all have room")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.one:
-        print("\n" + json.dumps(measure(arguments.one, device)), flush=True)
+        with open(arguments.turn) if arguments.turn else nullcontext() as turn:
+            print("\n" + json.dumps(measure(arguments.one, device, turn)), flush=True)
         return 0
     results = []
-    for kind in arguments.models.split(","):
-        command = [sys.executable, __file__, "--one", kind]
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=arguments.timeout)
-            last = (done.stdout.strip().splitlines() or [""])[-1]
-            results.append(json.loads(last) if done.returncode == 0 else {"error": f"exit code {done.returncode}"})
-        except (subprocess.TimeoutExpired, ValueError) as error:
-            results.append({"error": f"{type(error).__name__}"})
-        results[-1].setdefault("model", kind)
-        if not arguments.json:
-            print(table(results[-1:]), flush=True)
+    with tempfile.NamedTemporaryFile() as turn:
+        more = ["--turn", turn.name] if arguments.together else []
+        running: dict[str, subprocess.Popen[str]] = {}
+        for kind in (kinds := arguments.models.split(",")):
+            for one in kinds if arguments.together else [kind]:
+                if one not in running:
+                    command = [sys.executable, __file__, "--one", one, *more]
+                    running[one] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            results.append(finished(running[kind], arguments.timeout) | {"model": kind})
+            if not arguments.json:
+                print(table(results[-1:]), flush=True)
     if arguments.json:
         where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
         from importlib.metadata import version

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK_BYTES = 64 << 10
-"""What one program moves."""
-BLOCK = 2048
-"""Words that a program has in flight: with 4 warps and words of 8 bytes, eight loads of 16 bytes a thread."""
-WARPS = 4
+CHUNK_BYTES = 32 << 10
+"""What one program moves. On an H100 more took longer: 1.2 % with 64 KB, 5.6 % with 512 KB."""
+BLOCK = 4096
+"""Words that a program has in flight: with 8 warps and words of 8 bytes, eight loads of 16 bytes a thread."""
+WARPS = 8
 
 
 class Table:
@@ -27,12 +27,18 @@ class Table:
         narrow = [move for move in moves if any(number % 16 for number in move)]
         self._tables = [(_chunks(kind, word, device), word) for kind, word in ((wide, 8), (narrow, 1)) if kind]
 
+        nothing = torch.zeros(1, 3, dtype=torch.int64, device=device)
+        for _, word in self._tables:
+            _launch(nothing, word)  # compiles it: a capture would not survive that
+
     def move(self) -> None:
         """Launch it on the current stream."""
         for table, word in self._tables:
-            _move[(len(table),)](  # pyright: ignore[reportIndexIssue]
-                table, CHUNK_BYTES // word, BLOCK, word, num_warps=WARPS
-            )
+            _launch(table, word)
+
+
+def _launch(table: torch.Tensor, word: int) -> None:
+    _move[(len(table),)](table, CHUNK_BYTES // word, BLOCK, word, num_warps=WARPS)  # pyright: ignore[reportIndexIssue]
 
 
 def _chunks(moves: Sequence[tuple[int, int, int]], word: int, device: torch.device) -> torch.Tensor:

@@ -25,8 +25,8 @@ FLOAT32 = {"dense": 1e-4, "experts": 1e-3}
 """Tolerance of the largest difference in float32."""
 TF32 = 5e-3
 """The same on a CUDA device, whose attention kernels multiply with ten bits of the mantissa."""
-ROUNDED = {"dense": 0.1, "experts": 0.2}
-"""Tolerance of the mean difference in 16 bits.
+ROUNDED = 0.2
+"""Tolerance of the mean difference in 16 bits: a right engine of 1.5 B random weights comes to 0.07.
 
 The largest says little there: a router that rounds otherwise sends one token to another expert. A first sync starts
 from random weights of unit variance in the engine, so a module that it misses does not hide behind this.
@@ -95,7 +95,7 @@ def compare(engine: Engine, model: torch.nn.Module, *, tolerance: float | None =
     kind = "experts" if _has_experts(model) else "dense"
     rounded = next(model.parameters()).dtype != torch.float32
     if tolerance is None:
-        tolerance = ROUNDED[kind] if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
+        tolerance = ROUNDED if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
     return Comparison(float(differences.max()), float(differences.mean()), tolerance, rounded)
 
 

@@ -18,8 +18,8 @@ import torch
 from ..engines.reload import NamedStream, reload
 from ..errors import WeightSyncError
 from .coverage import problem_of, superseded
-from .live import Live
-from .mover import How, Mover, mover_of
+from .live import Live, lie
+from .mover import Mover, mover_of
 from .recorder import Copy, Fill, Metadata, Recorder, record
 from .trusted import distrust
 from .verify import Differences
@@ -50,35 +50,32 @@ class Record:
     paths: list[str]
     """The destinations' names, by number."""
     tensors: list[tuple[Any, str, int]]
-    """Where each destination is registered, and its address."""
+    """Where each parameter, and each buffer that is loaded, is registered, and its address."""
+    buffers: list[tuple[Any, str, int]]
+    """The same of buffers that no loader writes."""
     kept: list[tuple[torch.Tensor, torch.Tensor]]
     """Tensors of the model that no loader writes, and their content on the host, for after a level-2 sleep."""
     shared: set[int] = field(default_factory=set[int])
     """Addresses that have twins."""
 
-    def in_place(self) -> bool:
-        """Whether the model still has its tensors where they were recorded."""
-        return all(
-            (tensor := held.get(name)) is not None and tensor.data_ptr() == address
-            for held, name, address in self.tensors
-        )
+    def in_place(self, *, buffers: bool = False) -> bool:
+        """Whether the model still has its tensors where they were recorded, or all of its `buffers` too."""
+        return lie(self.tensors) and (not buffers or lie(self.buffers))
 
 
 class RecordedCopy:
     """Brings weights into the model of one runner: by its record where that is safe, else by the engine's reload.
 
-    `how` chooses the way in which tensors that stay where they are are copied on a CUDA device; by default the
-    fastest that works. Everything here runs in the worker's process, on the current stream.
+    Everything here runs in the worker's process, on the current stream.
     """
 
-    def __init__(self, how: How | None = None, *, receiver: str = "engine") -> None:
+    def __init__(self, *, receiver: str = "engine") -> None:
         self.reasons: dict[str, str] = {}
         """Why modules are not trusted, by their path; with `""` for the model as a whole."""
         self.modules = 0
         """How many modules have weights."""
         self.way = ""
         """Of the last load: `reload`, or how the record was copied."""
-        self._how: How | None = how
         self._receiver = receiver
         self._record: Record | None = None
         self._live: Live | None = None
@@ -113,7 +110,7 @@ class RecordedCopy:
         Raises:
             WeightSyncError: In phase `verify`: something differs. The record is not used again.
         """
-        if self._record is not None and not (self._record.in_place() and self._same(source)):
+        if self._record is not None and not (self._record.in_place(buffers=self._lost) and self._same(source)):
             self._drop()
             self._decided = False
         first = not self._decided
@@ -200,6 +197,7 @@ class RecordedCopy:
         given, everything = set[str](), True
         differences, twins = Differences(), Differences()
         written = dict[int, int]()
+        host = False
         for name, tensor in source:
             given.add(name)
             if record.forms.get(name) != (tuple(tensor.shape), tensor.dtype):
@@ -209,6 +207,7 @@ class RecordedCopy:
             held = live is not None and live.hold(tensor) and tensor.is_contiguous()
             for copy, wins in _of(record, name):
                 value, address = copy.part.of(tensor), copy.place.data_ptr()
+                host = host or (copy.place.is_cuda and not value.is_cuda)
                 if address in record.shared and address in written:
                     if written[address] != value.data_ptr():
                         everything = False
@@ -233,6 +232,8 @@ class RecordedCopy:
             problem = f"the trainer's model does not provide it ({len(missing)} such)"
             raise self._failed(problem, "load", missing[0])
         self._together(waiting, live if everything else None)
+        if host:  # a copy from pinned memory is still under way, and its owner is free to write there once this returns
+            torch.cuda.current_stream().synchronize()
         self._source = source
         if verify:
             for name, (place, value) in zip(names, waiting, strict=True):
@@ -244,7 +245,7 @@ class RecordedCopy:
         """Copy the parts of a plain model; once they lie where they lay the last time, in the best way."""
         again = live is not None and live.same_as(self._live)
         self._live = live
-        if again and waiting and (mover := mover_of(waiting, self._how)) is not None:
+        if again and waiting and (mover := mover_of(waiting)) is not None:
             self._mover, self.way = mover, mover.how
             return
         self.way = "foreach"
@@ -341,13 +342,17 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
     kept = [*_attributes_rest(held), *(tensor for tensor in rest if not _covered(tensor, held, written))]
     if sum(tensor.numel() * tensor.element_size() for tensor in kept) > MOST_KEPT_BYTES:
         raise Distrusted("it has too much that no loader writes")
+    at = [(where, name.rpartition(".")[2], tensor.data_ptr()) for _, where, name, tensor in held]
+    written |= {target for target, found in fills.items() if found}
+    needed = [target in written or isinstance(held[target][3], torch.nn.Parameter) for target in range(len(held))]
     return Record(
         forms=forms,
         copies=copies,
         fills=recorder.fills,
         twins=twins,
         paths=paths,
-        tensors=[(where, name.rpartition(".")[2], tensor.data_ptr()) for _, where, name, tensor in held],
+        tensors=[place for place, is_needed in zip(at, needed, strict=True) if is_needed],
+        buffers=[place for place, is_needed in zip(at, needed, strict=True) if not is_needed],
         kept=[(tensor, tensor.to("cpu", copy=True)) for tensor in kept],
         shared={copy.place.data_ptr() for found in twins.values() for copy in found},
     )
@@ -370,7 +375,7 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
         raise Distrusted(f"the engine's reload fails: {type(error).__name__}") from error
     if missing:
         raise Distrusted({name: "the trainer's model does not provide it" for name in missing})
-    if not made.in_place():
+    if not made.in_place(buffers=True):
         raise Distrusted("the engine's reload replaces tensors")
     differences = Differences()
     for name, tensor in _random(metadata, seeds, device):
