@@ -16,10 +16,10 @@ FSDP2 = ["fsdp2", "fsdp2 ignored", "fsdp2 moe", "fsdp2 peft everywhere", "fsdp2 
 ZERO3 = ["zero3", "zero3 moe", "zero3 peft", "zero3 tied"]
 
 
-def on_two_ranks(folder: Path, cases: list[str]) -> None:
+def on_two_ranks(folder: Path, cases: list[str], seconds: float = 280) -> None:
     worker = Path(__file__).with_name("sharded_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    done = subprocess.run([*command, str(folder), *cases], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, str(folder), *cases], capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = json.loads((folder / f"rank-{rank}.json").read_text())
@@ -34,14 +34,16 @@ def test_shards_come_whole_and_no_rank_waits_for_one_that_failed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("cases", [FSDP1, FSDP2], ids=["fsdp1", "fsdp2"])
 def test_every_way_of_fsdp(tmp_path, cases):
-    on_two_ranks(tmp_path, cases)
+    on_two_ranks(tmp_path, cases, 840)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'vgen[deepspeed]'"
 )
 def test_zero3(tmp_path):
-    on_two_ranks(tmp_path, ZERO3)
+    on_two_ranks(tmp_path, ZERO3, 840)
