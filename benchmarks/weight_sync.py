@@ -301,17 +301,20 @@ def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, An
 
         case.on_worker(bring)
 
-    whole = []
+    whole, returned = [], []
     for _ in range(5):
         randomize(case.model)
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
         case.generation.sync_weights()
+        returned.append(time.perf_counter() - begin)
         if device == "cuda":
             torch.cuda.synchronize()
         whole.append(time.perf_counter() - begin)
     result["sync_weights_seconds"] = statistics.median(whole)  # with resets of caches, spans and all
+    result["sync_weights_returned_seconds"] = statistics.median(returned)  # the device may still be copying
+    result["sync_weights_way"] = recorded.way
     result["checks"]["sync_weights"] = case.compare()
     result["sleep"] = sleep(case, statistics.median(whole))
     case.generation.close()
@@ -331,9 +334,12 @@ def sleep(case: Case, sync: float) -> dict[str, Any]:
     case.generation.sleep(2)  # the first one is slower
     case.generation.wake_up()
     case.generation.generate([[1, 2, 3]], Sampling(max_tokens=1))
-    begin = time.perf_counter()
-    case.generation.generate([[4, 5, 6]], Sampling(max_tokens=1))
-    token = time.perf_counter() - begin
+    tokens = []
+    for first in range(5):
+        begin = time.perf_counter()
+        case.generation.generate([[4 + first, 5, 6]], Sampling(max_tokens=1))
+        tokens.append(time.perf_counter() - begin)
+    token = statistics.median(tokens)
     case.generation.sleep(2)
     randomize(case.model)
     if case.device == "cuda":
@@ -341,7 +347,7 @@ def sleep(case: Case, sync: float) -> dict[str, Any]:
     begin = time.perf_counter()
     case.generation.wake_up()
     woken = time.perf_counter()
-    case.generation.generate([[7, 8, 9]], Sampling(max_tokens=1))
+    case.generation.generate([[17, 8, 9]], Sampling(max_tokens=1))
     end = time.perf_counter()
     if case.device == "cpu":
         case.generation.sync_weights()  # nothing was discarded, so nothing was restored

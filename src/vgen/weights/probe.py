@@ -25,8 +25,9 @@ FLOAT32 = {"dense": 1e-4, "experts": 1e-3}
 """Tolerance of the largest difference in float32."""
 TF32 = 5e-3
 """The same on a CUDA device, whose attention kernels multiply with ten bits of the mantissa."""
-ROUNDED = 0.2
-"""Tolerance of the mean difference in 16 bits: a right engine of 1.5 B random weights comes to 0.07.
+ROUNDED = 0.5
+"""Tolerance of the mean difference in 16 bits: right engines came to 0.07 with 1.5 B random weights and to 0.27 with
+8 B, after vLLM's own reload too; those with one stale layer to 1.2 and 2.1.
 
 The largest says little there: a router that rounds otherwise sends one token to another expert. A first sync starts
 from random weights of unit variance in the engine, so a module that it misses does not hide behind this.
