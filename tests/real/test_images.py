@@ -22,6 +22,8 @@ SHAPES = {"noise": (40, 50), "other": (40, 50), "wide": (20, 64), "small": (8, 8
 ENGINES = ["colocate"]
 """Each names a fixture `vision_<name>`."""
 
+pytestmark = pytest.mark.slow  # an engine of its own, for a vision model
+
 
 def picture(name: str) -> Image.Image:
     """Noise, ever the same for a name."""

@@ -12,6 +12,8 @@ from vgen.testing import MemorySink, byte_tokenizer, tiny_model
 
 PROMPTS = [[1, 2, 3], list(range(60)), [7] * 30]
 
+SLOW = pytest.mark.slow
+
 
 def _llama(folder):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,7 +83,7 @@ def three_times(model, generation, tolerance=1e-4):
         assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= tolerance
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "tied", "padded", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", *(pytest.param(kind, marks=SLOW) for kind in ("tied", "padded", "llama"))])
 def test_the_record_brings_fresh_weights_three_times(tmp_path, plain_layout, kind):
     model, sink = MODELS[kind](tmp_path), MemorySink()
     with made(model, sink) as generation:
@@ -91,7 +93,7 @@ def test_the_record_brings_fresh_weights_three_times(tmp_path, plain_layout, kin
     assert [attributes.get(names.VERIFY) for attributes in syncs(sink)] == ["logprobs", None, None]
 
 
-@pytest.mark.parametrize("kind", ["tied", "experts"])
+@pytest.mark.parametrize("kind", ["tied", pytest.param("experts", marks=SLOW)])
 def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path, kind):
     model, sink = MODELS[kind](tmp_path), MemorySink()
     with made(model, sink) as generation:
@@ -103,6 +105,7 @@ def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path,
     assert syncs(sink)[0][names.VERIFY] == "logprobs"
 
 
+@SLOW
 def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout, monkeypatch):
     """vLLM's CPU kernels may repack experts into the same shape, so only bytes are compared here."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -130,6 +133,7 @@ def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout,
             assert torch.equal(found[f"{routed}.w2_weight"], own.down_proj)
 
 
+@SLOW
 def test_a_hook_that_repacks_into_the_same_shape_is_found_by_the_reloads_bytes(tmp_path, plain_layout, monkeypatch):
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 

@@ -22,6 +22,8 @@ PROMPTS = [[1, 2, 3, 4, 5], list(range(40)), [7]]
 SAMPLING = Sampling(max_tokens=16, ignore_eos=True)
 SMALL: dict[str, Any] = {"kv_cache_memory_bytes": 16 << 20}
 
+pytestmark = pytest.mark.slow  # engines of their own
+
 
 def randomize(model: Any, only: str = "", scale: float = 0.05) -> None:
     with torch.no_grad():

@@ -13,7 +13,7 @@ from vgen.testing import MemorySink, tiny_model
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'vgen[trl]'")
 
 
-@pytest.mark.parametrize("sleep", [True, False])
+@pytest.mark.parametrize("sleep", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_grpo_trainer_takes_two_steps(tmp_path, monkeypatch, sleep):
     import trl.trainer.grpo_trainer
     from datasets import Dataset
@@ -63,6 +63,7 @@ def test_grpo_trainer_takes_two_steps(tmp_path, monkeypatch, sleep):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_grpo_trainer_takes_steps_with_images(tmp_path, monkeypatch):
     import numpy as np
     import trl.trainer.grpo_trainer
