@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -13,6 +17,10 @@ from vgen.testing import MemorySink, byte_tokenizer, tiny_model
 PROMPTS = [[1, 2, 3], list(range(60)), [7] * 30]
 
 SLOW = pytest.mark.slow
+ALONE = pytest.mark.skipif(
+    "VGEN_TEST_ALONE" not in os.environ,
+    reason="vLLM starts no mixture of experts in a process that had a dense model: run in one of its own below",
+)
 
 
 def _llama(folder):
@@ -93,7 +101,7 @@ def test_the_record_brings_fresh_weights_three_times(tmp_path, plain_layout, kin
     assert [attributes.get(names.VERIFY) for attributes in syncs(sink)] == ["logprobs", None, None]
 
 
-@pytest.mark.parametrize("kind", ["tied", pytest.param("experts", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["tied", pytest.param("experts", marks=ALONE)])
 def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path, kind):
     model, sink = MODELS[kind](tmp_path), MemorySink()
     with made(model, sink) as generation:
@@ -105,7 +113,7 @@ def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path,
     assert syncs(sink)[0][names.VERIFY] == "logprobs"
 
 
-@SLOW
+@ALONE
 def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout, monkeypatch):
     """vLLM's CPU kernels may repack experts into the same shape, so only bytes are compared here."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -168,3 +176,12 @@ def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(tmp_path, plain_layou
         generation.sync_weights()  # by the engine's reload from now on
         assert syncs(sink)[-1][names.TRANSPORT] == "reload"
         assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
+
+
+@SLOW
+def test_experts_in_a_process_of_their_own():
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "experts and not own", __file__]
+    environment = {**os.environ, "VGEN_TEST_ALONE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "2 passed" in done.stdout
