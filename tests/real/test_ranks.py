@@ -12,7 +12,8 @@ import pytest
 from vgen.testing import tiny_model
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_each_rank_gets_its_own_completions(tmp_path, tensor_parallel_size):
     tiny_model(tmp_path / "model")
     worker = Path(__file__).with_name("ranks_worker.py")

@@ -29,6 +29,7 @@ def on_two_ranks(folder: Path, cases: list[str], seconds: float = 280) -> None:
             assert result == {"wrong": [], "left": []}, (rank, case, result)
 
 
+@pytest.mark.slow
 def test_shards_come_whole_and_no_rank_waits_for_one_that_failed(tmp_path):
     on_two_ranks(tmp_path, CHEAP)
 
