@@ -418,7 +418,7 @@ def test_a_context_that_nobody_holds_any_more_is_closed():
     assert eventually(lambda: not any(t.name == "vgen-Recorder" for t in threading.enumerate()))
 
 
-def test_the_worker_may_be_the_last_to_hold_a_context():
+def test_the_worker_may_be_the_last_to_hold_a_context(monkeypatch):
     """It would wait for itself, for the whole deadline."""
 
     class Slow(Recorder):
@@ -429,6 +429,7 @@ def test_the_worker_may_be_the_last_to_hold_a_context():
             gc.collect()
 
     sink = Slow()
+    monkeypatch.setattr("vgen.profiling.core.CLOSE_TIMEOUT", 60.0)
     profiling = ProfilingContext([sink])
     unended = profiling.span("unended")
     copy_context().run(unended.__enter__)  # now its record, which waits, holds the context
@@ -436,9 +437,7 @@ def test_the_worker_may_be_the_last_to_hold_a_context():
     del profiling, unended
     gc.collect()
     assert core() is not None
-    start = time.monotonic()
-    assert eventually(lambda: sink.told and sink.told[-1] == ("close", ""))
-    assert time.monotonic() - start < 1.0
+    assert eventually(lambda: sink.told and sink.told[-1] == ("close", ""), 30.0)
 
 
 def test_the_identity_sink_hears_of_the_ends_of_its_spans_also_after_close(contexts: Make):

@@ -52,13 +52,18 @@ class Updater:
         trace.set(
             {names.TRANSPORT: transport, names.TRANSPORT_REASON: _REASONS[transport], names.SYNC_RECEIVERS: len(peers)}
         )
-        paused_at = time.monotonic()
-        with trace.phase("pause"):
-            self._all(peers, "pause", lambda peer: peer.server.post(f"/pause?mode={mode}"))
-        if shared:
-            self._share(shared, source, version, trace)
-        if stock:
-            self._reload(stock, source, version, trace)
+        with tempfile.TemporaryDirectory(prefix="vgen-weights-", dir=self._folder) as folder:
+            if stock:  # before the pause: the servers generate while it is written
+                with trace.phase("transfer") as span:
+                    write_checkpoint(source, folder)
+                    span.set({names.GATHER_SECONDS: source.seconds})
+            paused_at = time.monotonic()
+            with trace.phase("pause"):
+                self._all(peers, "pause", lambda peer: peer.server.post(f"/pause?mode={mode}"))
+            if shared:
+                self._share(shared, source, version, trace)
+            if stock:
+                self._reload(stock, folder, version, trace)
         with trace.phase("reset_cache"):
             for path in _CACHES:
                 self._all(peers, "reset_cache", lambda peer, path=path: _reset(peer, path))
@@ -128,16 +133,12 @@ class Updater:
             transfer.finish(version)
             fleet.tell(span, "finish_weight_update")
 
-    def _reload(self, peers: Sequence[Peer], source: Source, version: str, trace: SyncTrace) -> None:
-        with tempfile.TemporaryDirectory(prefix="vgen-weights-", dir=self._folder) as folder:
-            with trace.phase("transfer") as span:
-                write_checkpoint(source, folder)
-                span.set({names.GATHER_SECONDS: source.seconds})
-            with trace.phase("load"):
-                reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-                self._all(peers, "load", lambda peer: peer.server.post("/collective_rpc", reload))
-                named = {"new_version": version}
-                self._all(peers, "load", lambda peer: peer.server.post("/update_weight_version", named))
+    def _reload(self, peers: Sequence[Peer], folder: str, version: str, trace: SyncTrace) -> None:
+        with trace.phase("load"):
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+            self._all(peers, "load", lambda peer: peer.server.post("/collective_rpc", reload))
+            named = {"new_version": version}
+            self._all(peers, "load", lambda peer: peer.server.post("/update_weight_version", named))
 
     def _all(
         self, peers: Sequence[Peer], phase: str, call: Callable[[Peer], Coroutine[Any, Any, Any]]
