@@ -6,7 +6,7 @@ import asyncio
 import math
 import queue
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -36,9 +36,11 @@ class Work:
     timeout: float
     waiting: deque[Request] = field(default_factory=deque[Request])
     arrived: queue.SimpleQueue[Completion | BaseException] = field(default_factory=queue.SimpleQueue)
-    attempts: Counter[tuple[int, int]] = field(default_factory=Counter[tuple[int, int]])
+    failed_at: defaultdict[tuple[int, int], list[str]] = field(default_factory=lambda: defaultdict(list))
+    """The servers that a request has been sent to in vain."""
     unanswered: int = 0
-    workers: int = 0
+    workers: set[str] = field(default_factory=set[str])
+    """The servers that are at work on this."""
     one_by_one: bool = False
     """A call for several was refused: each is sent by itself, so that one bad prompt does not lose the others."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,14 +72,29 @@ class Work:
         self.unanswered -= 1
         self.notify()
 
-    def put_back(self, requests: Sequence[Request], error: ServerError) -> None:
-        """Have `requests` sent again. Raises `error` where that cannot help, or has been tried often enough."""
+    def put_back(self, requests: Sequence[Request], error: ServerError, peer: str) -> None:
+        """Have `requests` sent again, by others. Raises `error` where that cannot help, or was tried often enough."""
         for request in requests:
-            self.attempts[place(request)] += 1
-            if not error.retryable or self.attempts[place(request)] >= ATTEMPTS or time.monotonic() > self.deadline:
+            failed_at = self.failed_at[place(request)]
+            failed_at.append(peer)
+            if not error.retryable or len(failed_at) >= ATTEMPTS or time.monotonic() > self.deadline:
                 raise error
         self.waiting.extendleft(reversed(requests))
         self.notify()
+
+    def take(self, count: int, peer: str) -> list[Request]:
+        """Up to `count` of those that wait, without any that failed at `peer` as long as another may take it.
+
+        A server that fails at once would otherwise use up a request's attempts while the others are at work.
+        """
+        taken: list[Request] = []
+        passed: list[Request] = []
+        while self.waiting and len(taken) < count:
+            request = self.waiting.popleft()
+            failed_at = self.failed_at.get(place(request), ())
+            (passed if peer in failed_at and self.workers.difference(failed_at) else taken).append(request)
+        self.waiting.extendleft(reversed(passed))
+        return taken
 
 
 def place(request: Request) -> tuple[int, int]:
@@ -88,7 +105,7 @@ def place(request: Request) -> tuple[int, int]:
 async def serve(work: Work, peers: Sequence[Peer]) -> None:
     """Have all servers work on `work` until nothing is left, or nobody."""
     lost: list[ServerError] = []
-    work.workers = len(peers)
+    work.workers = {peer.name for peer in peers}
     share = _shares(peers)
     total = work.unanswered
     async with asyncio.TaskGroup() as group:
@@ -137,7 +154,7 @@ async def _keep_busy(peer: Peer, work: Work, limit: int, lost: list[ServerError]
                 return
             failures += 1
     finally:
-        work.workers -= 1
+        work.workers.discard(peer.name)
         work.notify()
         for task in busy:
             task.cancel()
@@ -177,16 +194,17 @@ class _Load:
         work = self.work
         # /v1/completions reports timing for one completion alone, and has one seed and one trace context for all.
         single = work.one_by_one or (not self._batches and (work.timing or self._seeded))
-        limit = self._share if work.workers > 1 else len(work.batch.requests)
+        limit = self._share if len(work.workers) > 1 else len(work.batch.requests)
         if single:
             limit = min(limit, CONCURRENCY)
-        elif work.workers > 1:
+        elif len(work.workers) > 1:
             limit = min(limit, 2 * self.peer.max_num_seqs)
         room = min(limit - self.outstanding, len(work.waiting), 1 if single else len(work.waiting))
         if room < 1 or (not single and self.outstanding and room < min(len(work.waiting), limit // 4)):
             return []
-        self.outstanding += room
-        return [work.waiting.popleft() for _ in range(room)]
+        taken = work.take(room, self.peer.name)
+        self.outstanding += len(taken)
+        return taken
 
     async def answers(self, requests: Sequence[Request]) -> AsyncGenerator[Completion | tuple[Request, ServerError]]:
         """What the server makes of `requests`."""
@@ -218,7 +236,7 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
                 del waiting[place(request)]
                 if error.retryable:
                     failed = error
-                    work.put_back([request], error)
+                    work.put_back([request], error, load.peer.name)
                 else:
                     work.answer(refused(request, error))
         load.peer.measured(tokens, time.monotonic() - start)
@@ -234,7 +252,7 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
                 work.waiting.extendleft(reversed(requests))
                 work.notify()
             return None
-        work.put_back(list(waiting.values()), error)
+        work.put_back(list(waiting.values()), error, load.peer.name)
         return error
     return failed
 

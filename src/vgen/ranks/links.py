@@ -9,6 +9,7 @@ deadlines, can be interrupted, and ends when its peer does. `benchmarks/ranks.py
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import os
@@ -30,7 +31,10 @@ _HELLO_SECONDS = 5.0
 
 
 class Link:
-    """One connection. What breaks in the middle of a message is closed: nothing after it could be understood."""
+    """One connection. What breaks in the middle of a message is closed: nothing after it could be understood.
+
+    That is, one direction of it where sending breaks: the peer's last words may have come, and say why it is gone.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -49,7 +53,8 @@ class Link:
             self._socket.sendall(_FRAME.pack(len(content)))
             self._socket.sendall(content)
         except BaseException:
-            self.close()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
             raise
         return _FRAME.size + len(content)
 
