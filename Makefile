@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check build clean
+.PHONY: help demo test slow check build clean
 
 python := .venv/bin/python
 
@@ -17,6 +17,10 @@ demo: ## a short training loop on a real engine, with its telemetry (ARGS)
 test: ## the tests; those that need CUDA are skipped without it (ARGS)
 	@scripts/install.sh test
 	@$(python) -m pytest $(ARGS)
+
+slow: ## the longer matrices of cases, which `make test` leaves out (ARGS)
+	@scripts/install.sh slow
+	@$(python) -m pytest -m slow $(ARGS)
 
 check: ## lint, format and types
 	@scripts/install.sh lint

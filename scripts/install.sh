@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv where it is missing and installs one level of the project into it:
 #
-#   scripts/install.sh build|demo|test|lint
+#   scripts/install.sh build|demo|test|lint|slow
 #
 # A stamp in .venv says what was installed from which files, so running it again costs nothing.
 # PYTHON names the interpreter that .venv is made with (python3 unless set; 3.11 or newer).
@@ -15,11 +15,13 @@ die() { say "$*"; exit 1; }
 
 level=${1:-}
 case $level in
-  build) extras='' covers='build test lint' ;;
-  demo) extras=otel covers='demo test lint' ;;
-  test) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint' ;;
+  build) extras='' covers='build test lint slow' ;;
+  demo) extras=otel covers='demo test lint slow' ;;
+  test) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint slow' ;;
   lint) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test,lint covers='lint' ;;
-  *) die 'which level? scripts/install.sh build|demo|test|lint' ;;
+  # Not in `test`: where DeepSpeed is installed, every process that saves a model imports it.
+  slow) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,deepspeed,bitsandbytes,test covers='slow' ;;
+  *) die 'which level? scripts/install.sh build|demo|test|lint|slow' ;;
 esac
 
 case $(nvidia-smi -L 2>/dev/null || true) in

@@ -199,6 +199,7 @@ def test_nothing_is_kept_between_passes():
     assert len(gc.get_referrers(old)) <= 1  # this frame
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
 )
@@ -230,6 +231,7 @@ def test_what_bitsandbytes_has_quantized_comes_as_the_forward_sees_it(tmp_path, 
     torch.testing.assert_close(after, own, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
 )
