@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-from .engines.base import Batch, PauseMode, Request, Source, SyncTrace
+from .engines.base import Batch, PauseMode, Request, Source, SyncTrace, Verify
 from .profiling import names
 from .profiling.sinks.memory import MemorySink
 from .types import Completion, RequestTiming, Sampling, SleepReport
@@ -138,6 +138,7 @@ class FakeEngine:
     kind = "fake"
     device_type = "cpu"
     concurrent = False
+    verifications: tuple[Verify, ...] = ("none",)
 
     def __init__(self, *, max_model_length: int = 64, vocabulary_size: int = 100) -> None:
         self.max_model_length, self.vocabulary_size = max_model_length, vocabulary_size
@@ -162,7 +163,7 @@ class FakeEngine:
     def resume(self) -> None:
         self._called("resume")
 
-    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
+    def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
         trace.set({names.TRANSPORT: "fake"})
         with trace.phase("load"):
             self._called("load")

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 PAUSE = 0.005
 DEADLINE = 2.0

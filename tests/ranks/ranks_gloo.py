@@ -230,7 +230,7 @@ class Taking:
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at, self.taken = fails_at, list[float]()
 
-    def __call__(self, source, version, trace):
+    def __call__(self, source, version, trace, verify=None):
         with trace.phase("transfer"):
             for number, (_, tensor) in enumerate(source):
                 if number == self.fails_at:

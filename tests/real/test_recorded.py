@@ -121,13 +121,12 @@ def test_experts_are_recorded_where_their_layout_is_kept(tmp_path, plain_layout,
     from vgen.weights import trusted
 
     model, sink = MODELS["experts"](tmp_path), MemorySink()
-    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
     monkeypatch.setattr(trusted, "EXPERT_BACKENDS", trusted.EXPERT_BACKENDS | {"CPU"})
     monkeypatch.setattr(cpu_moe, "cpu_prepack_moe_weight", lambda weight, isa: weight)
     with made(model, sink) as generation:
         for _ in range(2):
             randomize(model)
-            generation.sync_weights()
+            generation.sync_weights(verify="none")
             assert syncs(sink)[-1][names.TRANSPORT] == "recorded"
 
         def experts(worker):
@@ -151,9 +150,8 @@ def test_a_hook_that_repacks_into_the_same_shape_is_found_by_the_reloads_bytes(t
 
     model, sink = MODELS["qwen2"](tmp_path), MemorySink()
     monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", repacks)
-    monkeypatch.setattr(ColocateGeneration, "_verifies", False)
     with made(model, sink) as generation:
-        generation.sync_weights()
+        generation.sync_weights(verify="none")
     assert syncs(sink)[-1][names.TRANSPORT] == "reload"
     assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
 
@@ -167,15 +165,24 @@ def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(tmp_path, plain_layou
         randomize(model)
         monkeypatch.setattr(recorded, "copy_together", lambda pairs: [p.copy_(v) for p, v in pairs[:-4]])
         with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
-            generation._sync("1", "logprobs")
+            generation.sync_weights(verify="logprobs")
         assert caught.value.phase == "verify"
         assert generation.state == "failed"
         with pytest.raises(WeightSyncError, match="differs from its source") as caught:
-            generation._sync("2", "bits")
+            generation.sync_weights(verify="bits")
         assert caught.value.parameter.startswith("model.layers.1")
         generation.sync_weights()  # by the engine's reload from now on
         assert syncs(sink)[-1][names.TRANSPORT] == "reload"
         assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
+
+
+def test_a_transport_of_ones_choice(tmp_path):
+    model = MODELS["tied"](tmp_path)
+    settings = dict(max_model_length=256, engine_kwargs={"kv_cache_memory_bytes": 16 << 20})
+    with ColocateGeneration(model, weight_transport="recorded", **settings) as generation:
+        with pytest.raises(WeightSyncError, match=r"not safe here: .*repacked"):
+            generation.sync_weights()
+        assert generation.state == "failed"
 
 
 @SLOW

@@ -16,8 +16,10 @@ from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGen
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
 from vgen.engines.launch import start_server
+from vgen.engines.update import Updater
 from vgen.profiling import names
 from vgen.testing import MemorySink
+from vgen.weights.spoil import RandomWeights
 
 WARM = [list(range(100)), "a prompt"]
 LONG = Sampling(max_tokens=400, ignore_eos=True)
@@ -49,6 +51,65 @@ def generation(server, profiling) -> Iterator[ServerGeneration]:
     with connect(server, profiling=profiling) as made:
         made.sync_weights()  # other tests have changed the model
         yield made
+
+
+def test_the_first_sync_is_verified_and_spoils_the_server_before(generation, sink, monkeypatch):
+    assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
+    passes = []
+    own = RandomWeights.__iter__
+    monkeypatch.setattr(RandomWeights, "__iter__", lambda weights: passes.append(1) or own(weights))
+    generation.sync_weights()
+    assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes.get(names.VERIFY)) == ([], None)
+    generation.engine.peers[0].verified = False  # as after it was started anew
+    generation.sync_weights()
+    assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY]) == ([1], "logprobs")
+
+
+def test_weights_that_are_not_the_trainers_are_refused_until_they_are(server, generation, sink, monkeypatch):
+    class Wrong:
+        def __init__(self, source):
+            self._source = source
+
+        def __getattr__(self, name):
+            return getattr(self._source, name)
+
+        def __iter__(self):
+            for name, tensor in self._source:
+                yield name, tensor + 0.3 if name == "model.layers.1.mlp.down_proj.weight" else tensor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "_source", Wrong(generation._source))
+        with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
+            generation.sync_weights(verify="logprobs")
+    assert (caught.value.phase, caught.value.receiver) == ("verify", generation.engine.peers[0].name)
+    assert generation.state == EngineState.FAILED
+    with pytest.raises(ValueError, match="verify must be one of logprobs, none"):
+        generation.sync_weights(verify="bits")
+    generation.sync_weights()
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+
+
+def test_a_transport_and_a_size_of_buckets_of_ones_choice(server, generation, sink):
+    engine = generation.engine
+    for transport, buckets in (("checkpoint", None), (None, 5)):
+        updater = Updater(
+            engine.peers, engine._loop, transport=transport, folder=None, bucket_bytes=300_000, timeout=60.0
+        )
+        randomize(server.model)
+        engine._updater, usual = updater, engine._updater
+        try:
+            generation.sync_weights()
+        finally:
+            updater.close()
+            engine._updater = usual
+        attributes = sink.named(names.WEIGHT_SYNC)[-1].attributes
+        assert attributes[names.TRANSPORT] == (transport or "shared_memory")
+        assert attributes[names.TRANSPORT_REASON] == (
+            "asked for" if transport else "servers with vgen's plugin on this host"
+        )
+        sent = [span.attributes.get(names.BUCKETS) for span in sink.named("vgen.weight_sync.transfer")][-1]
+        assert sent is None if buckets is None else sent >= buckets
+        assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
 
 
 @pytest.mark.parametrize("pause_mode", ["keep", "wait", "abort"])

@@ -192,6 +192,14 @@ PauseMode: TypeAlias = Literal["abort", "wait", "keep"]
 """What becomes of requests in flight: ended as they are, waited for, or frozen until `resume`."""
 
 
+Transport: TypeAlias = Literal["shared_memory", "checkpoint"]
+"""How weights travel to servers: through memory that both sides map, or as a folder that the server loads."""
+InProcess: TypeAlias = Literal["recorded", "reload"]
+"""How weights reach an engine in this process: copied by a record of its loader, or by vLLM's own reload."""
+Verify: TypeAlias = Literal["bits", "logprobs", "none"]
+"""How a sync is verified: every bit where both sides can be read, by log-probabilities, or not at all."""
+
+
 class Engine(Protocol):
     """Owns weights, a KV cache and a scheduler. Knows nothing of ranks or a trainer's model.
 
@@ -202,6 +210,8 @@ class Engine(Protocol):
     device_type: str
     max_model_length: int
     vocabulary_size: int
+    verifications: tuple[Verify, ...]
+    """Those that `sync` can be asked for."""
     concurrent: bool
     """Whether `stream` may be called by several threads at once, and any other method meanwhile."""
 
@@ -213,8 +223,11 @@ class Engine(Protocol):
         """
         ...
 
-    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
-        """Replace all weights and empty every cache of what the old ones computed. Raises `WeightSyncError`."""
+    def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
+        """Replace all weights and empty every cache of what the old ones computed. Raises `WeightSyncError`.
+
+        Unless told otherwise by `verify`, an engine's first weights are verified end to end.
+        """
         ...
 
     def pause(self, mode: PauseMode) -> None:

@@ -16,9 +16,10 @@ from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
 from ..weights.recorded import RecordedCopy
 from ..weights.source import one_pass
+from ..weights.verified import verified
 from .adapters import Adapters
 from .admission import Admission
-from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
+from .base import Batch, Cancellation, InProcess, PauseMode, Request, Source, SyncTrace, Verify
 from .logprobs import number
 from .preserve import Randomness, process_group, unchanged_process
 
@@ -35,8 +36,16 @@ class ColocateEngine:
 
     kind = "colocate"
     concurrent = False
+    verifications: tuple[Verify, ...] = ("bits", "logprobs", "none")
 
-    def __init__(self, model: str, *, weight_version: str = "0", **vllm_kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        weight_version: str = "0",
+        weight_transport: InProcess | None = None,
+        **vllm_kwargs: Any,
+    ) -> None:
         try:
             with unchanged_process():
                 # The engine core must live in this process, or the trainer's tensors could not be handed to it.
@@ -66,8 +75,10 @@ class ColocateEngine:
         config = self._engine.model_config
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
+        self.dtype, self.quantization = str(config.dtype).removeprefix("torch."), config.quantization
+        self._awake, self._verified = True, False
         self._adapters, self._admission = Adapters(self._llm), Admission(self._engine)
-        self._weights = RecordedCopy(receiver=self.kind)
+        self._weights = RecordedCopy(receiver=self.kind, transport=weight_transport)
         self._engine.set_weight_version(weight_version)
 
     @contextmanager
@@ -114,15 +125,16 @@ class ColocateEngine:
                 if finished := [output for output in outputs if output.finished]:
                     return finished
 
-    def sync(self, source: Source, version: str, trace: SyncTrace, *, verify: bool = False) -> None:
+    def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
         """Copy the weights by a record of the loader, or run vLLM's own reload; then reset the caches.
 
-        Nothing is in flight meanwhile. With `verify` every bit is compared, where the weights can be read.
+        Nothing is in flight meanwhile. Where bits cannot be compared, because the engine has repacked its weights,
+        log-probabilities are.
         """
-        weights = self._weights
+        weights, bits = self._weights, verify == "bits"
         with trace.phase("load") as span, one_pass(source):
             try:
-                self._load(source, verify)
+                self._load(source, bits)
             finally:
                 trace.set(
                     {
@@ -131,13 +143,17 @@ class ColocateEngine:
                         names.PLAN_MODULES: weights.modules,
                         names.PLAN_RELOADED: 0 if weights.trusted else weights.modules,
                         names.PLAN_WAY: weights.way,
-                        names.VERIFY: "bits" if verify and weights.trusted else None,
+                        names.VERIFY: "bits" if bits and weights.trusted else None,
                     }
                 )
             span.set({names.GATHER_SECONDS: source.seconds})
         with trace.phase("reset_cache"):
             self._reset_caches()
             self._engine.set_weight_version(version)
+        first = verify is None and not self._verified
+        if first or verify == "logprobs" or (bits and not weights.trusted):
+            verified([self], source, trace, awake=self._awake, asked=not first)
+            self._verified = self._awake
 
     def _load(self, source: Source, verify: bool) -> None:
         def load(worker: Any) -> tuple[str, ...]:
@@ -177,6 +193,7 @@ class ColocateEngine:
 
     def sleep(self, level: int) -> SleepReport:
         """Give device memory back; on a CPU, where vLLM cannot, stop scheduling."""
+        self._awake = False
         with self._at_work():
             if self.device_type == "cpu":
                 self._llm.reset_prefix_cache()  # as it would be on a GPU: sleeping discards the KV cache
@@ -191,6 +208,7 @@ class ColocateEngine:
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Take the memory of `tags` again."""
+        self._awake = self._awake or "kv_cache" in tags
         with self._at_work():
             if self.device_type == "cpu":
                 if "kv_cache" in tags:

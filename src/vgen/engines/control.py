@@ -156,6 +156,8 @@ class ControlMiddleware:
             "model": getattr(model, "model", None),
             "max_model_len": getattr(model, "max_model_len", None),
             "logprobs_mode": getattr(model, "logprobs_mode", None),
+            "dtype": str(getattr(model, "dtype", "")).removeprefix("torch.") or None,
+            "quantization": getattr(model, "quantization", None),
             "device": getattr(getattr(config, "device_config", None), "device_type", None),
             "max_num_seqs": getattr(getattr(config, "scheduler_config", None), "max_num_seqs", None),
             "shape": _shape(model),

@@ -83,6 +83,9 @@ class Peer:
     model: str
     max_model_length: int
     device_type: str = "unknown"
+    dtype: str = "unknown"
+    """Of its weights, under torch's name."""
+    quantization: str | None = None
     features: frozenset[str] = frozenset()
     """Of vgen's own, where `vgen serve` started it: `batch`, `lease`, `shared_memory`, …; none on a stock server."""
     controlled: bool = False
@@ -94,6 +97,8 @@ class Peer:
     """What it should hold; None where it cannot say."""
     adapters: dict[str, Any] = field(default_factory=dict[str, Any])
     """LoRA adapters that were loaded here, and what tells each from what it was before."""
+    verified: bool = False
+    """Whether its weights were looked at end to end since it was started."""
     lost: bool = False
     """It was out of reach: it may have been started anew since, with other weights."""
     speed: float | None = None
@@ -108,6 +113,7 @@ class Peer:
     async def rejoin(self, timeout: float) -> None:
         """Be again the one who may change a server that was started anew."""
         self.adapters.clear()
+        self.verified = False
         if self.lease is not None:
             await self.lease.take(timeout, takeover=False)
 
@@ -149,7 +155,8 @@ async def describe(server: Server) -> Peer:
     mode = None
     if "lease" in peer.features:  # the control key is right
         peer.controlled, mode = True, info.get("logprobs_mode")
-        peer.device_type = str(info.get("device"))
+        peer.device_type, peer.dtype = str(info.get("device")), str(info.get("dtype"))
+        peer.quantization = info.get("quantization")
         peer.max_num_seqs = int(info.get("max_num_seqs") or peer.max_num_seqs)
         peer.shape = dict(info.get("shape") or {})
     elif not peer.features:
@@ -157,6 +164,8 @@ async def describe(server: Server) -> Peer:
             config = (await server.get("/server_info?config_format=json", timeout=SERVER_INFO_SECONDS))["vllm_config"]
             peer.controlled, mode = True, config["model_config"]["logprobs_mode"]
             peer.device_type = str(config["device_config"]["device"])
+            peer.dtype = str(config["model_config"].get("dtype")).removeprefix("torch.")
+            peer.quantization = config["model_config"].get("quantization")
             peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
         except (ServerError, KeyError, TypeError, ValueError):
             pass

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from ..errors import EngineError, EngineStateError, ServerError, WeightSyncError
 from ..types import Completion, LoRARequest, SleepReport
+from ..weights.verified import verified
 from . import update
 from .adapters import fingerprint
-from .base import Batch, PauseMode, Source, SyncTrace
+from .base import Batch, PauseMode, Source, SyncTrace, Transport, Verify
 from .dispatch import Work, serve
 from .http import Loop, Server
 from .peer import LeaseHolder, Peer, describe
@@ -23,6 +24,18 @@ logger = logging.getLogger("vgen.engines.server")
 
 GRACE_SECONDS = 5.0
 """What is waited for beyond a deadline: whoever keeps it says more than the clock does."""
+
+
+class _Alone:
+    """One of the servers, for a probe."""
+
+    def __init__(self, engine: ServerEngine, peer: Peer) -> None:
+        self._engine, self._peer = engine, peer
+        self.kind, self.device_type, self.max_model_length = peer.name, peer.device_type, peer.max_model_length
+        self.dtype, self.quantization, self.vocabulary_size = peer.dtype, peer.quantization, engine.vocabulary_size
+
+    def stream(self, batch: Batch) -> Generator[Completion]:
+        return self._engine.stream_from(batch, [self._peer])
 
 
 class ServerEngine:
@@ -35,6 +48,7 @@ class ServerEngine:
 
     kind = "server"
     concurrent = True
+    verifications: tuple[Verify, ...] = ("logprobs", "none")
 
     def __init__(
         self,
@@ -45,6 +59,7 @@ class ServerEngine:
         vocabulary_size: int | None = None,
         request_timing: bool = True,
         pause_mode: PauseMode = "keep",
+        weight_transport: Transport | None = None,
         weights_folder: str | None = None,
         bucket_bytes: int = update.BUCKET_BYTES,
         timeout: float = 600.0,
@@ -70,6 +85,8 @@ class ServerEngine:
             for peer in self._peers:
                 if model is not None and model != peer.model:
                     raise EngineError(f"{peer.name} serves {peer.model!r}, not {model!r}: start it with that model")
+                if weight_transport == "shared_memory" and weight_transport not in peer.features:
+                    raise EngineError(f"{peer.name} takes no shared memory: start it with `vgen serve` on this host")
                 for field, own in (shape or {}).items():
                     if peer.shape.get(field, own) != own:
                         raise EngineError(
@@ -81,7 +98,12 @@ class ServerEngine:
             self.close()
             raise
         self._updater = update.Updater(
-            self._peers, self._loop, folder=weights_folder, bucket_bytes=bucket_bytes, timeout=timeout
+            self._peers,
+            self._loop,
+            transport=weight_transport,
+            folder=weights_folder,
+            bucket_bytes=bucket_bytes,
+            timeout=timeout,
         )
         self.model: str = self._peers[0].model
         self.max_model_length: int = min(peer.max_model_length for peer in self._peers)
@@ -101,10 +123,12 @@ class ServerEngine:
 
     def stream(self, batch: Batch) -> Generator[Completion]:
         """Yield each completion as it arrives. Leaving early hangs up, which aborts the rest on the servers."""
-        if not batch.requests:
-            return
-        self._load_adapter(batch.lora_request)
-        peers = self._ready()
+        if batch.requests:
+            self._load_adapter(batch.lora_request)
+            yield from self.stream_from(batch, self._ready())
+
+    def stream_from(self, batch: Batch, peers: Sequence[Peer]) -> Generator[Completion]:
+        """`stream` from these servers alone."""
         work = Work(batch, self._request_timing, self._timeout)
         self._in_flight.add(work)
         future = self._loop.start(serve(work, peers))
@@ -137,8 +161,8 @@ class ServerEngine:
             )
         return ready
 
-    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
-        """Pause, send the weights by whatever each server can take, reset the caches, resume.
+    def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
+        """Pause, send the weights by whatever each server can take, reset the caches, resume, verify where due.
 
         A server that failed in the middle stays paused, and requests in flight end with an error: its weights are
         unknown.
@@ -152,10 +176,21 @@ class ServerEngine:
                     receiver=peer.name,
                 )
         try:
-            self._updater.sync(source, version, trace, mode=self.pause_mode, resume=not self._held)
+            peers = self._updater.sync(
+                source, version, trace, mode=self.pause_mode, resume=not self._held, spoil=verify is None
+            )
+            due = [peer for peer in peers if verify == "logprobs" or (verify is None and not peer.verified)]
+            self._verify(due, source, trace, asked=verify is not None)
         except BaseException:
             self._abandon(EngineError("a weight sync failed while this was in flight"))
             raise
+
+    def _verify(self, peers: Sequence[Peer], source: Source, trace: SyncTrace, *, asked: bool) -> None:
+        if peers:
+            alone = [_Alone(self, peer) for peer in peers]
+            verified(alone, source, trace, awake=not self._held, asked=asked)
+            for peer in peers:
+                peer.verified = not self._held
 
     def _abandon(self, error: EngineError) -> None:
         for work in tuple(self._in_flight):

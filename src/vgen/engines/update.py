@@ -7,14 +7,20 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import torch
 
 from ..errors import ServerError, WeightSyncError
 from ..profiling import Span, names
 from ..weights.checkpoint import write_checkpoint
+from ..weights.probe import obstacle
 from ..weights.shared_memory import BUCKET_BYTES, SharedMemoryTransfer, as_sync_error
-from .base import PauseMode, Source, SyncTrace
+from ..weights.source import model_of
+from ..weights.spoil import RandomWeights, metadata_of
+from .base import PauseMode, Source, SyncTrace, Transport
 from .http import Loop
 from .peer import STOCK_VERSION, Peer, held_version
 
@@ -34,36 +40,55 @@ class Updater:
     """Sends weights to `peers`, to all of them together. Nothing here is ever sent twice."""
 
     def __init__(
-        self, peers: Sequence[Peer], loop: Loop, *, folder: str | None, bucket_bytes: int, timeout: float
+        self,
+        peers: Sequence[Peer],
+        loop: Loop,
+        *,
+        transport: Transport | None,
+        folder: str | None,
+        bucket_bytes: int,
+        timeout: float,
     ) -> None:
+        self._transport = transport
         self._peers, self._loop, self._folder, self._bucket_bytes = peers, loop, folder, bucket_bytes
         self._timeout = timeout
         self._transfer: SharedMemoryTransfer | None = None
         self._known: tuple[str, ...] = ()
         """Whom the transfer's memory is shared with."""
 
-    def sync(self, source: Source, version: str, trace: SyncTrace, *, mode: PauseMode, resume: bool) -> None:
-        """Replace the weights of every server that can be reached. Raises `WeightSyncError`."""
+    def sync(
+        self, source: Source, version: str, trace: SyncTrace, *, mode: PauseMode, resume: bool, spoil: bool
+    ) -> list[Peer]:
+        """Replace the weights of every server that can be reached; returns these. Raises `WeightSyncError`.
+
+        With `spoil`, where one of them was never verified, random weights go before: see `weights.spoil`.
+        """
         peers = self._reachable(trace)
-        shared = [peer for peer in peers if "shared_memory" in peer.features]
+        random = _random_like(source, peers) if spoil and not all(peer.verified for peer in peers) else None
+        shared = [peer for peer in peers if self._transport != "checkpoint" and "shared_memory" in peer.features]
         stock = [peer for peer in peers if peer not in shared]
         kinds = [kind for kind, those in (("shared_memory", shared), ("checkpoint", stock)) if those]
         transport = "+".join(kinds)
         trace.set(
-            {names.TRANSPORT: transport, names.TRANSPORT_REASON: _REASONS[transport], names.SYNC_RECEIVERS: len(peers)}
+            {
+                names.TRANSPORT: transport,
+                names.TRANSPORT_REASON: "asked for" if self._transport else _REASONS[transport],
+                names.SYNC_RECEIVERS: len(peers),
+            }
         )
-        with tempfile.TemporaryDirectory(prefix="vgen-weights-", dir=self._folder) as folder:
+        with ExitStack() as folders:
+            written = list[str]()
             if stock:  # before the pause: the servers generate while it is written
                 with trace.phase("transfer") as span:
-                    write_checkpoint(source, folder)
+                    written = [folders.enter_context(self._written(weights)) for weights in (random, source) if weights]
                     span.set({names.GATHER_SECONDS: source.seconds})
             paused_at = time.monotonic()
             with trace.phase("pause"):
                 self._all(peers, "pause", lambda peer: peer.server.post(f"/pause?mode={mode}"))
             if shared:
-                self._share(shared, source, version, trace)
+                self._share(shared, random, source, version, trace)
             if stock:
-                self._reload(stock, folder, version, trace)
+                self._reload(stock, written, version, trace)
         with trace.phase("reset_cache"):
             for path in _CACHES:
                 self._all(peers, "reset_cache", lambda peer, path=path: _reset(peer, path))
@@ -73,6 +98,7 @@ class Updater:
         trace.set({names.PAUSED_SECONDS: time.monotonic() - paused_at})
         for peer in peers:
             peer.lost, peer.weight_version = False, version
+        return peers
 
     def close(self) -> None:
         """Give the shared memory back."""
@@ -111,7 +137,9 @@ class Updater:
             raise WeightSyncError("no server can be reached", phase="pause", receiver=who)
         return reachable
 
-    def _share(self, peers: Sequence[Peer], source: Source, version: str, trace: SyncTrace) -> None:
+    def _share(
+        self, peers: Sequence[Peer], random: RandomWeights | None, source: Source, version: str, trace: SyncTrace
+    ) -> None:
         fleet = _Fleet(self._loop, peers)
         known = tuple(peer.name for peer in peers)
         if self._transfer is None or known != self._known:
@@ -120,6 +148,8 @@ class Updater:
         transfer = self._transfer
         transfer.client = fleet
         with trace.phase("transfer") as span:
+            if random is not None:
+                transfer.send(random, version)
             transfer.stream(source)
             span.set(
                 {
@@ -133,10 +163,17 @@ class Updater:
             transfer.finish(version)
             fleet.tell(span, "finish_weight_update")
 
-    def _reload(self, peers: Sequence[Peer], folder: str, version: str, trace: SyncTrace) -> None:
+    @contextmanager
+    def _written(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+        with tempfile.TemporaryDirectory(prefix="vgen-weights-", dir=self._folder) as folder:
+            write_checkpoint(weights, folder)
+            yield folder
+
+    def _reload(self, peers: Sequence[Peer], folders: Sequence[str], version: str, trace: SyncTrace) -> None:
         with trace.phase("load"):
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-            self._all(peers, "load", lambda peer: peer.server.post("/collective_rpc", reload))
+            for folder in folders:
+                reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+                self._all(peers, "load", lambda peer, body=reload: peer.server.post("/collective_rpc", body))
             named = {"new_version": version}
             self._all(peers, "load", lambda peer: peer.server.post("/update_weight_version", named))
 
@@ -144,6 +181,14 @@ class Updater:
         self, peers: Sequence[Peer], phase: str, call: Callable[[Peer], Coroutine[Any, Any, Any]]
     ) -> list[tuple[Any, float]]:
         return _together(self._loop, peers, phase, call)
+
+
+def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
+    """Weights to spoil the servers' with; None where no probe could tell."""
+    model = model_of(source)
+    if model is None or obstacle(model, peers[0].device_type) is not None:
+        return None
+    return RandomWeights(metadata_of(source), next(model.parameters()).device)
 
 
 async def _reset(peer: Peer, path: str) -> None:

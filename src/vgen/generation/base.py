@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self
 
-from ..engines.base import Cancellation, Engine, EngineState, PauseMode, Source, StateMachine
+from ..engines.base import Cancellation, Engine, EngineState, PauseMode, Source, StateMachine, Verify
 from ..errors import EngineError, EngineStateError, PromptError, VgenError
 from ..profiling import ProfilingContext, Span, names
 from ..profiling.device import DeviceTimer, memory
@@ -24,7 +24,6 @@ from .images import Placeholders
 from .job import Job, Options, make_requests
 from .progress import progress_bar
 from .traced import Traced
-from .verified import Verify, verified
 
 TAGS = ("weights", "kv_cache")
 """What sleeping gives back and `wake_up` takes again, under vLLM's names."""
@@ -59,9 +58,6 @@ class Generation:
         profiling: Where spans and measurements go.
     """
 
-    _verifies = False
-    """Whether the first sync is verified end to end unless told otherwise."""
-
     def __init__(
         self,
         engine: Engine,
@@ -89,7 +85,6 @@ class Generation:
         self._executor: ThreadPoolExecutor | None = None
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, weight_version
-        self._verified = False
         self._states.move("construction", EngineState.AWAKE)
 
     @property
@@ -325,23 +320,30 @@ class Generation:
         found = [completion.prompt_logprobs or [] for completion in scored]
         return [own[len(own) - len(ids) :] for own, ids in zip(found, completions, strict=True)]
 
-    def sync_weights(self, version: str | None = None) -> SyncReport:
+    def sync_weights(self, version: str | None = None, *, verify: Verify | None = None) -> SyncReport:
         """Replace the engine's weights by the trainer model's, and label what is sampled from then on.
 
         `version` defaults to the number after the last one, or to the count of syncs where that was no
-        number. When anything fails the engine's weights are unknown: it is `failed` and refuses to generate
-        until a later sync succeeds.
+        number. Unless told otherwise, the first sync to an engine is verified by log-probabilities: what it gives
+        to the tokens of one prompt, and what the trainer's model does. `verify="logprobs"` does so again;
+        `"bits"`, with an engine in this process, compares every destination with its source; `"none"` trusts.
+
+        When anything fails the engine's weights are unknown: it is `failed` and refuses to generate until a later
+        sync succeeds.
 
         Raises:
-            WeightSyncError: The weights did not arrive whole; names phase and parameter.
+            WeightSyncError: The weights did not arrive whole, or differ; names phase and parameter.
+            ValueError: The engine cannot be verified so.
             EngineStateError: The engine is closed or busy, or its weights are asleep.
         """
+        if verify is not None and verify not in (known := self._engine.verifications):
+            raise ValueError(f"verify must be one of {', '.join(known)} with this engine, got {verify!r}")
         with self._exclusive("sync_weights"):
             if "weights" in self._asleep:
                 raise EngineStateError("sync_weights", self._states.describe(), "call wake_up(['weights']) first")
             self._syncs += 1
             following = str(int(self._version) + 1) if self._version.isdecimal() else str(self._syncs)
-            return self._sync(version if version is not None else following)
+            return self._sync(version if version is not None else following, verify)
 
     def sleep(self, level: int = 1) -> SleepReport:
         """Give the engine's memory to the trainer. Level 1 keeps the weights in host memory, level 2 discards them.
@@ -595,12 +597,7 @@ class Generation:
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
             trace = _SyncTrace(profiling, self._device, span)
-            bits = {"verify": True} if verify == "bits" else {}
-            self._engine.sync(source, version, trace, **bits)
-            compared = trace.said.get(names.VERIFY) == "bits"  # repacked weights cannot be
-            first = verify is None and self._verifies and not self._verified
-            if first or verify == "logprobs" or (verify == "bits" and not compared):
-                self._verified = verified(self._engine, source, trace, then is EngineState.AWAKE, verify is not None)
+            self._engine.sync(source, version, trace, verify)
             seconds = time.monotonic() - start
             sent, tensors = (source.bytes, source.tensors) if self._ranks.leading else (0, 0)
             report = SyncReport(version=version, bytes=sent, tensors=tensors, seconds=seconds)
@@ -622,8 +619,6 @@ class _SyncTrace:
 
     def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span) -> None:
         self._profiling, self._device, self._span = profiling, device, span
-        self.said = dict[str, Any]()
-        """What was set, also where profiling is off."""
 
     @contextmanager
     def phase(self, name: str, /) -> Generator[Span]:
@@ -631,5 +626,4 @@ class _SyncTrace:
             yield span
 
     def set(self, attributes: Mapping[str, Any], /) -> None:
-        self.said |= attributes
         self._span.set(attributes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..engines.base import InProcess
 from ..profiling import ProfilingContext, names
 from ..profiling.device import memory
 from ..ranks import GroupRanks, Ranks, SingleRank
@@ -37,6 +38,7 @@ class ColocateGeneration(Generation):
         max_num_seqs: Sequences that run at a time.
         model_impl: `auto`, `vllm` or `transformers`, as vLLM takes it.
         enable_sleep_mode: Needed for `sleep`.
+        weight_transport: `recorded`, which is refused where it is not safe, or `reload`; by default whichever is.
         structured_outputs_regex: What completions must match, where a `Sampling` says nothing itself.
         quantization: vLLM's quantization method.
         trust_remote_code: Whether code that comes with a checkpoint may run.
@@ -54,8 +56,6 @@ class ColocateGeneration(Generation):
         MissingExtraError: It is not installed.
     """
 
-    _verifies = True
-
     def __init__(
         self,
         model: torch.nn.Module,
@@ -69,6 +69,7 @@ class ColocateGeneration(Generation):
         max_num_seqs: int | None = None,
         model_impl: str = "auto",
         enable_sleep_mode: bool = False,
+        weight_transport: InProcess | None = None,
         structured_outputs_regex: str | None = None,
         quantization: str | None = None,
         trust_remote_code: bool = False,
@@ -110,7 +111,9 @@ class ColocateGeneration(Generation):
         try:
             own = {names.MODEL: checkpoint.path, names.ENGINE: ColocateEngine.kind}
             with profiling.span(names.ENGINE_INIT, own) as span:
-                engine = ColocateEngine(checkpoint.path, **settings | dict(engine_kwargs or {}))
+                engine = ColocateEngine(
+                    checkpoint.path, weight_transport=weight_transport, **settings | dict(engine_kwargs or {})
+                )
                 span.set({names.DEVICE: engine.device_type, **(memory() if profiling.enabled else {})})
         finally:
             if checkpoint.folder is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..engines.base import PauseMode
+from ..engines.base import PauseMode, Transport
 from ..profiling import ProfilingContext, names
 from ..ranks import DistributedRanks, LedEngine, ranks_of
 from ..weights.names import unwrapped
@@ -43,7 +43,9 @@ class ServerGeneration(Generation):
         api_key: What guards the servers' inference routes.
         control_key: What guards all others, where `vgen serve` started them.
         pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
+        weight_transport: `shared_memory` or `checkpoint`; by default the first of these that each server can take.
         weights_folder: A folder that servers see too, for syncs by checkpoint. The system's temporary one by default.
+        bucket_bytes: Of shared memory, of which two such buckets are held; a larger tensor gets what it needs.
         takeover: Whether servers are taken from a trainer that is alive. One that is gone is waited for, a minute at
             most.
         request_timing: Whether a stock server is asked for each completion's timing, which takes a call for each;
@@ -79,7 +81,9 @@ class ServerGeneration(Generation):
         api_key: str | None = None,
         control_key: str | None = None,
         pause_mode: PauseMode = "keep",
+        weight_transport: Transport | None = None,
         weights_folder: str | None = None,
+        bucket_bytes: int = 256 << 20,
         takeover: bool = False,
         request_timing: bool = True,
         structured_outputs_regex: str | None = None,
@@ -105,7 +109,9 @@ class ServerGeneration(Generation):
                 vocabulary_size=getattr(text, "vocab_size", None),
                 request_timing=request_timing,
                 pause_mode=pause_mode,
+                weight_transport=weight_transport,
                 weights_folder=weights_folder,
+                bucket_bytes=bucket_bytes,
                 timeout=timeout,
                 takeover=takeover,
             )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from ..engines.base import Batch, Engine, PauseMode, Source, SyncTrace
+from ..engines.base import Batch, Engine, PauseMode, Source, SyncTrace, Verify
 from ..errors import EngineError, VgenError, WeightSyncError
 from ..profiling import Span
 from ..types import Completion, SleepReport
@@ -40,6 +40,7 @@ class LedEngine:
         self.max_model_length: int = facts["max_model_length"]
         self.vocabulary_size: int = facts["vocabulary_size"]
         self.concurrent: bool = facts["concurrent"]
+        self.verifications: tuple[Verify, ...] = tuple(facts["verifications"])
         self.model: str | None = facts["model"]
         self.weight_version: str | None = facts["weight_version"]
         """What the engine held when it was made; None where it does not say."""
@@ -52,6 +53,7 @@ class LedEngine:
             "max_model_length": engine.max_model_length,
             "vocabulary_size": engine.vocabulary_size,
             "concurrent": engine.concurrent,
+            "verifications": list(engine.verifications),
             "model": getattr(engine, "model", None),
             "weight_version": getattr(engine, "weight_version", None),
         }
@@ -66,13 +68,13 @@ class LedEngine:
     def stream(self, batch: Batch) -> Generator[Completion]:
         yield from self.inner.stream(batch)
 
-    def sync(self, source: Source, version: str, trace: SyncTrace) -> None:
+    def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
         collective = getattr(source, "collective", False)
         with self._ranks.call("sync_weights") as call:
-            call.gather((), {"version": version})
+            call.gather((), {"version": version, "verify": verify})
             if self._engine is not None:
                 passes = _Passes(source, call, told=collective)
-                call.share(lambda: self._send(call, passes, version, trace))
+                call.share(lambda: self._send(call, passes, version, trace, verify))
                 return
             while call.wait("pass", "data")[0].words["is"] == "pass":
                 try:
@@ -81,9 +83,11 @@ class LedEngine:
                 except Exception as error:
                     raise call.verdict(error) from error
 
-    def _send(self, call: DistributedCall, source: _Passes, version: str, trace: SyncTrace) -> None:
+    def _send(
+        self, call: DistributedCall, source: _Passes, version: str, trace: SyncTrace, verify: Verify | None
+    ) -> None:
         try:
-            self.inner.sync(source, version, _Signs(trace, call))
+            self.inner.sync(source, version, _Signs(trace, call), verify)
         except Exception as error:
             call.heard()  # what another rank has raised comes first: this may be but its consequence
             source.end(error)

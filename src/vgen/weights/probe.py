@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..engines.base import Batch, Engine, Request
+from ..engines.base import Batch, Request
 from ..errors import WeightSyncError
-from ..types import Sampling
+from ..types import Completion, Sampling
 
 TOKENS = 256
 """Of the probe, drawn from the whole vocabulary: with 8 of 128 experts a token, each is asked 16 times."""
@@ -33,6 +33,30 @@ The largest says little there: a router that rounds otherwise sends one token to
 from random weights of unit variance in the engine, so a module that it misses does not hide behind this.
 `benchmarks/weight_sync.py` prints the differences of right engines, of a stale layer and of stale models.
 """
+
+
+class Probed(Protocol):
+    """An engine, or one server among several."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def device_type(self) -> str: ...
+    @property
+    def max_model_length(self) -> int: ...
+    @property
+    def vocabulary_size(self) -> int: ...
+    @property
+    def dtype(self) -> str:
+        """Of the weights and of what is computed: `float32`, `bfloat16`, …"""
+        ...
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are quantized."""
+        ...
+
+    def stream(self, batch: Batch) -> Generator[Completion]: ...
 
 
 class CannotProbe(Exception):
@@ -59,7 +83,7 @@ class Comparison:
         return isfinite(self.difference) and self.difference <= self.tolerance
 
 
-def verify_logprobs(engine: Engine, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
+def verify_logprobs(engine: Probed, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
     """Run one prompt of some hundred tokens through the engine, which must be awake, and through the trainer's model.
 
     Any engine will do, a server too. Every layer, the normalizations and the output head take part in every token,
@@ -81,8 +105,10 @@ def verify_logprobs(engine: Engine, model: torch.nn.Module, *, tolerance: float 
     return found
 
 
-def compare(engine: Engine, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
+def compare(engine: Probed, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
     """As `verify_logprobs`, without judging."""
+    if engine.quantization is not None:
+        raise CannotProbe(f"the engine's weights are quantized ({engine.quantization})")
     if (why := obstacle(model, engine.device_type)) is not None:
         raise CannotProbe(why)
     ids = probe(min(engine.vocabulary_size, _vocabulary(model)), min(TOKENS, engine.max_model_length - 1))
@@ -94,7 +120,7 @@ def compare(engine: Engine, model: torch.nn.Module, *, tolerance: float | None =
         raise CannotProbe(f"the trainer model's own forward pass fails with {type(error).__name__}") from error
     differences = (own - torch.tensor(_engine_logprobs(engine, ids))).abs()
     kind = "experts" if _has_experts(model) else "dense"
-    rounded = next(model.parameters()).dtype != torch.float32
+    rounded = next(model.parameters()).dtype != torch.float32 or engine.dtype != "float32"
     if tolerance is None:
         tolerance = ROUNDED if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
     return Comparison(float(differences.max()), float(differences.mean()), tolerance, rounded)
@@ -131,7 +157,7 @@ def token_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
         return torch.cat(rows).cpu()
 
 
-def _engine_logprobs(engine: Engine, ids: list[int]) -> list[float]:
+def _engine_logprobs(engine: Probed, ids: list[int]) -> list[float]:
     sampling = Sampling(max_tokens=1, temperature=1.0, logprobs=None, prompt_logprobs=0)
     with closing(engine.stream(Batch([Request(0, 0, ids, 0)], sampling))) as stream:
         answers = list(stream)

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 
+from ..engines.base import InProcess
 from ..engines.reload import NamedStream, reload
 from ..errors import WeightSyncError
 from .coverage import problem_of, superseded
 from .live import Live, lie
 from .mover import Mover, mover_of
 from .recorder import Copy, Fill, Metadata, Recorder, record
+from .source import model_of
+from .spoil import RandomWeights, metadata_of
 from .trusted import distrust
 from .verify import Differences
 
@@ -69,7 +72,8 @@ class RecordedCopy:
     Everything here runs in the worker's process, on the current stream.
     """
 
-    def __init__(self, *, receiver: str = "engine") -> None:
+    def __init__(self, *, receiver: str = "engine", transport: InProcess | None = None) -> None:
+        self._transport = transport
         self.reasons: dict[str, str] = {}
         """Why modules are not trusted, by their path; with `""` for the model as a whole."""
         self.modules = 0
@@ -117,6 +121,9 @@ class RecordedCopy:
         if first:
             self._decide(runner, source)
         if self._record is None:
+            if self._transport == "recorded":
+                self._decided = False
+                raise self._failed(f"the recorded copy is not safe here: {self.reason}", "load", None)
             if first:
                 _spoil(runner, source)
             return self._reload(runner, source)
@@ -154,6 +161,9 @@ class RecordedCopy:
         model = runner.get_model()
         modules = [(path, module) for path, module in model.named_modules() if module._parameters]
         self.modules = len(modules)
+        if self._transport == "reload":
+            self.reasons = {"": "asked for"}
+            return
         self.reasons = {path: why for path, module in model.named_modules() if (why := distrust(module))}
         if self.reasons:
             return
@@ -270,19 +280,6 @@ def copy_together(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch._foreach_copy_(places, values, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def metadata_of(source: Any) -> Metadata:
-    """Name, shape and dtype of what a pass yields: the source's own word, or by making one."""
-    if (own := getattr(source, "metadata", None)) is not None:
-        return list(own())
-    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in source]
-
-
-def model_of(source: Any) -> torch.nn.Module | None:
-    """The trainer's module that a source reads, where it says so."""
-    found = getattr(source, "model", None) or getattr(source, "_model", None)
-    return found if isinstance(found, torch.nn.Module) else None
-
-
 def make_record(model: torch.nn.Module, metadata: Metadata) -> Record:
     """Record the model's loader over its live tensors, without changing them. Raises `Distrusted`."""
     held = list(_registered(model))
@@ -366,9 +363,9 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
     device = next(iter(made.copies.values()))[0].place.device if made.copies else torch.device("cpu")
     # A name that the loader skips may be a tied weight's other name, which the reload, having untied it, would take.
     metadata = [entry for entry in metadata if entry[0] in made.copies or entry[0] in made.twins]
-    seeds = _seeds(made, metadata)
+    random = RandomWeights(metadata, device, _seeds(made, metadata))
     try:
-        missing = reload(runner, NamedStream(_random(metadata, seeds, device)))
+        missing = reload(runner, NamedStream(random))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -378,7 +375,7 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
     if not made.in_place(buffers=True):
         raise Distrusted("the engine's reload replaces tensors")
     differences = Differences()
-    for name, tensor in _random(metadata, seeds, device):
+    for name, tensor in random:
         for copy, _ in _of(made, name):
             differences.compare(made.paths[copy.target], copy.place, copy.part.of(tensor))
     for fill in made.fills:
@@ -392,26 +389,12 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
 def _spoil(runner: Any, source: Any) -> None:
     """Fill the engine with random weights: whatever its reload then fails to replace, a probe cannot miss.
 
-    Before a first sync both sides often hold the same checkpoint, and a stale weight would look right.
+    See `spoil`.
     """
-    metadata = metadata_of(source)
     device = next(runner.get_model().parameters()).device
-    seeds = {name: index for index, (name, *_) in enumerate(metadata)}
+    random = RandomWeights(metadata_of(source), device)
     with suppress(Exception):  # what it fails at, the reload of the true weights will fail at too
-        reload(runner, NamedStream(_random(metadata, seeds, device)))
-
-
-def _random(metadata: Metadata, seeds: dict[str, int], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """A stream of random weights, the same each time."""
-    generator = torch.Generator(device)
-    for name, shape, dtype in metadata:
-        generator.manual_seed(seeds[name])
-        if dtype.is_floating_point:
-            kind = dtype if dtype.itemsize > 1 else torch.float32
-            yield name, torch.randn(shape, generator=generator, device=device, dtype=kind).to(dtype)
-        else:
-            high = 2 if dtype == torch.bool else 127
-            yield name, torch.randint(0, high, shape, generator=generator, device=device).to(dtype)
+        reload(runner, NamedStream(random))
 
 
 def _seeds(made: Record, metadata: Metadata) -> dict[str, int]:

@@ -181,3 +181,11 @@ def engine_dtype(source: ModuleSource) -> str:
         if dtype.is_floating_point:
             elements[str(dtype).removeprefix("torch.")] += prod(shape)
     return elements.most_common(1)[0][0] if elements else "auto"
+
+
+def model_of(source: Any) -> torch.nn.Module | None:
+    """The trainer's module that a source reads, where it says so."""
+    import torch
+
+    found = getattr(source, "model", None) or getattr(source, "_model", None)
+    return found if isinstance(found, torch.nn.Module) else None

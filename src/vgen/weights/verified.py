@@ -1,0 +1,39 @@
+"""The end-to-end check of a weight sync, as one of its phases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..engines.base import Source, SyncTrace
+from ..errors import WeightSyncError
+from ..profiling import names
+from .probe import CannotProbe, Probed, verify_logprobs
+from .source import model_of
+
+_log = logging.getLogger(__name__)
+
+
+def verified(engines: Sequence[Probed], source: Source, trace: SyncTrace, *, awake: bool, asked: bool) -> None:
+    """Compare log-probabilities of each engine and the source's model. Raises `WeightSyncError` where they differ.
+
+    Where that cannot be done, the log and the span say why; where it was `asked` for, `WeightSyncError` does.
+    """
+    with trace.phase("verify") as span:
+        try:
+            if (model := model_of(source)) is None:
+                raise CannotProbe("the source has no model")
+            if not awake:
+                raise CannotProbe("the engine is not awake")
+            difference = max(verify_logprobs(engine, model).difference for engine in engines)
+        except CannotProbe as error:
+            if asked:
+                who = ", ".join(engine.kind for engine in engines)
+                raise WeightSyncError(str(error), phase="verify", receiver=who) from error
+            own = {names.VERIFY: "skipped", names.VERIFY_REASON: str(error)}
+            # An engine that sleeps is looked at after the next sync.
+            _log.log(logging.WARNING if awake else logging.INFO, "the weight sync was not verified: %s", error)
+        else:
+            own = {names.VERIFY: "logprobs", names.VERIFY_DIFFERENCE: difference}
+        span.set(own)
+        trace.set(own)
