@@ -1,0 +1,33 @@
+"""Fresh random weights of several architectures, three times, to a real server of each."""
+
+from __future__ import annotations
+
+import pytest
+from small_models import MODELS, three_times
+
+from vgen import ProfilingContext, ServerGeneration
+from vgen.engines.launch import start_server
+from vgen.profiling import names
+from vgen.testing import MemorySink
+
+ARGUMENTS = ["--max-model-len", "256", "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "tied", "padded", "experts"])
+def test_fresh_weights_three_times_by_shared_memory_and_once_more_by_checkpoint(tmp_path, kind):
+    model, sink = MODELS[kind](tmp_path), MemorySink()
+    tolerance = 1e-3 if kind == "experts" else 1e-4
+    with start_server(tmp_path, arguments=ARGUMENTS) as server:
+        keys = dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
+        with ServerGeneration(model, profiling=ProfilingContext([sink]), **keys) as generation:
+            three_times(model, generation, tolerance)
+        with ServerGeneration(
+            model, profiling=ProfilingContext([sink]), weight_transport="checkpoint", **keys
+        ) as generation:
+            three_times(model, generation, tolerance)
+    syncs = [span.attributes for span in sink.named(names.WEIGHT_SYNC)]
+    assert {attributes[names.TRANSPORT] for attributes in syncs} == {"shared_memory", "checkpoint"}
+    verified = [attributes[names.VERIFY_DIFFERENCE] for attributes in syncs if names.VERIFY in attributes]
+    assert len(verified) >= 2
+    assert max(verified) <= tolerance
