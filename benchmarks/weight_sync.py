@@ -210,13 +210,13 @@ class Case:
         import torch
 
         from vgen import Sampling
-        from vgen.weights.probe import compare, probe, token_logprobs
+        from vgen.weights.probe import ask, compare, probe, probe_of
 
         self.engine._reset_caches()
-        found = compare(self.engine, self.model)
+        found = compare(self.engine, ask(self.model, probe_of([self.engine], self.model)))
         ids = probe(self.engine.vocabulary_size, 64)
         (written,) = self.generation.generate([ids], Sampling(max_tokens=DECODED, ignore_eos=True))
-        own = token_logprobs(self.model, [*ids, *written.token_ids])[-DECODED:]
+        own = ask(self.model, [*ids, *written.token_ids]).logprobs[-DECODED:]
         decoded = (own - torch.tensor(written.logprobs)).abs()
         judged = float(decoded.mean() if found.rounded else decoded.max())
         right = found.right and judged <= found.tolerance

@@ -17,9 +17,11 @@ from tiny_models import fill, tiny
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from vgen import WeightSyncError
+from vgen.weights.probe import ask
 from vgen.weights.source import one_pass, source_of
 
 POISON = float("nan")
+PROBE = [3, 1, 4, 15, 9, 2, 6]
 
 
 def plain(kind: str, adapters: bool) -> Any:
@@ -158,6 +160,12 @@ def check(case: str) -> dict[str, Any]:
     source = source_of(shard(plain(kind, adapters)))
     described = source.metadata()
     wrong: list[str] = [] if source.collective else ["not collective"]
+    own, said = ask(reference, PROBE), source.ask(PROBE)
+    difference = float((own.logprobs - said.logprobs).abs().max())
+    if difference > (0.1 if said.rounded else 1e-4) or said.rounded != (
+        case.startswith("fsdp2") and case != "fsdp2 ignored"
+    ):
+        wrong.append(f"asked for log-probabilities: {difference}, rounded: {said.rounded}")
     with poisoned():
         for _ in range(2):
             found = list(source)  # held on to until after the pass

@@ -16,7 +16,7 @@ from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
 from ..weights.recorded import RecordedCopy
 from ..weights.source import one_pass
-from ..weights.verified import verified
+from ..weights.verified import take_part, verified
 from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, Cancellation, InProcess, PauseMode, Request, Source, SyncTrace, Verify
@@ -132,25 +132,29 @@ class ColocateEngine:
         log-probabilities are.
         """
         weights, bits = self._weights, verify == "bits"
-        with trace.phase("load") as span, one_pass(source):
-            try:
+        first = verify is None and not self._verified
+        try:
+            with trace.phase("load") as span, one_pass(source):
                 self._load(source, bits)
-            finally:
-                trace.set(
-                    {
-                        names.TRANSPORT: "recorded" if weights.trusted else "reload",
-                        names.TRANSPORT_REASON: weights.reason or "in process",
-                        names.PLAN_MODULES: weights.modules,
-                        names.PLAN_RELOADED: 0 if weights.trusted else weights.modules,
-                        names.PLAN_WAY: weights.way,
-                        names.VERIFY: "bits" if bits and weights.trusted else None,
-                    }
-                )
-            span.set({names.GATHER_SECONDS: source.seconds})
+                span.set({names.GATHER_SECONDS: source.seconds})
+        except WeightSyncError:
+            if (first and self._awake) or verify == "logprobs":
+                take_part([self], source)
+            raise
+        finally:
+            trace.set(
+                {
+                    names.TRANSPORT: "recorded" if weights.trusted else "reload",
+                    names.TRANSPORT_REASON: weights.reason or "in process",
+                    names.PLAN_MODULES: weights.modules,
+                    names.PLAN_RELOADED: 0 if weights.trusted else weights.modules,
+                    names.PLAN_WAY: weights.way,
+                    names.VERIFY: "bits" if bits and weights.trusted else None,
+                }
+            )
         with trace.phase("reset_cache"):
             self._reset_caches()
             self._engine.set_weight_version(version)
-        first = verify is None and not self._verified
         if first or verify == "logprobs" or (bits and not weights.trusted):
             verified([self], source, trace, awake=self._awake, asked=not first)
             self._verified = self._awake

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -76,10 +76,13 @@ class LedEngine:
                 passes = _Passes(source, call, told=collective)
                 call.share(lambda: self._send(call, passes, version, trace, verify))
                 return
-            while call.wait("pass", "data")[0].words["is"] == "pass":
+            while (message := call.wait("pass", "ask", "data")[0].words)["is"] != "data":
                 try:
-                    for _ in _watched(source, call):
-                        pass
+                    if message["is"] == "ask":
+                        _ask_too(source, message["token_ids"])
+                    else:
+                        for _ in _watched(source, call):
+                            pass
                 except Exception as error:
                     raise call.verdict(error) from error
 
@@ -136,6 +139,12 @@ class _Passes:
         yield from _kept(self._left)
         self._left = None
 
+    def ask(self, token_ids: list[int]) -> Any:
+        """What the trainer's model gives to these tokens; where it is sharded, all ranks run it."""
+        if self._told:
+            self._call.tell("ask", token_ids=token_ids)
+        return self._source.ask(token_ids)  # pyright: ignore[reportAttributeAccessIssue]
+
     def end(self, error: Exception) -> None:
         """After `error`: go on with the pass that was left."""
         try:
@@ -154,6 +163,14 @@ def _kept(items: Iterator[Any]) -> Iterator[Any]:
     """`items`, which stay open when whoever iterates this leaves."""
     for item in items:  # noqa: UP028  (`yield from` would close them)
         yield item
+
+
+def _ask_too(source: Any, token_ids: list[int]) -> None:
+    """Take part; whether the model could answer is for the leader to say."""
+    from ..weights.probe import CannotProbe
+
+    with suppress(CannotProbe):
+        source.ask(token_ids)
 
 
 def _watched(source: Source, call: DistributedCall) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -14,6 +14,7 @@ import torch
 from ..engines.base import Batch, Request
 from ..errors import WeightSyncError
 from ..types import Completion, Sampling
+from .names import unwrapped, unwrapped_once
 
 TOKENS = 256
 """Of the probe, drawn from the whole vocabulary: with 8 of 128 experts a token, each is asked 16 times."""
@@ -83,17 +84,56 @@ class Comparison:
         return isfinite(self.difference) and self.difference <= self.tolerance
 
 
-def verify_logprobs(engine: Probed, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
-    """Run one prompt of some hundred tokens through the engine, which must be awake, and through the trainer's model.
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the trainer's model gives to the tokens of a probe."""
+
+    token_ids: list[int]
+    logprobs: torch.Tensor
+    """Of each token but the first, in float32 on the host."""
+    rounded: bool
+    """Whether it computes in less than float32."""
+    experts: bool
+
+
+def ask(model: torch.nn.Module, token_ids: list[int]) -> Said:
+    """Run a probe through the trainer's model. All ranks of a sharded one do so together.
+
+    Raises `CannotProbe` where it cannot compute.
+    """
+    try:
+        logprobs, rounded = _forward(model, token_ids)
+    except torch.OutOfMemoryError as error:
+        raise CannotProbe("no memory for the trainer model's own forward pass") from error
+    except Exception as error:
+        raise CannotProbe(f"the trainer model's own forward pass fails with {type(error).__name__}") from error
+    finally:
+        _shard_again(model)
+    return Said(token_ids, logprobs, rounded, _has_experts(model))
+
+
+def probe_of(engines: Sequence[Probed], model: torch.nn.Module) -> list[int]:
+    """The probe that all of these engines can take, and the trainer's model too. Raises `CannotProbe`."""
+    for engine in engines:
+        if engine.quantization is not None:
+            raise CannotProbe(f"the engine's weights are quantized ({engine.quantization})")
+        if (why := obstacle(model, engine.device_type)) is not None:
+            raise CannotProbe(why)
+    vocabulary = min(_text_config(model).vocab_size, *(engine.vocabulary_size for engine in engines))
+    return probe(vocabulary, min(TOKENS, *(engine.max_model_length - 1 for engine in engines)))
+
+
+def judge(engine: Probed, said: Said, *, tolerance: float | None = None) -> Comparison:
+    """Run the probe through the engine, which must be awake, and compare with what the trainer's model has `said`.
 
     Any engine will do, a server too. Every layer, the normalizations and the output head take part in every token,
     each expert with near certainty, the embeddings of the probe's tokens only: `verify="bits"` sees all of them.
 
     Raises:
-        CannotProbe: The model is sharded, elsewhere or cannot compute; nothing was found out.
+        CannotProbe: The engine does not answer such questions; nothing was found out.
         WeightSyncError: In phase `verify`: they differ by more than `tolerance`, by default what the dtype allows.
     """
-    found = compare(engine, model, tolerance=tolerance)
+    found = compare(engine, said, tolerance=tolerance)
     if not found.right:
         which = "mean" if found.rounded else "largest"
         raise WeightSyncError(
@@ -105,36 +145,21 @@ def verify_logprobs(engine: Probed, model: torch.nn.Module, *, tolerance: float 
     return found
 
 
-def compare(engine: Probed, model: torch.nn.Module, *, tolerance: float | None = None) -> Comparison:
-    """As `verify_logprobs`, without judging."""
-    if engine.quantization is not None:
-        raise CannotProbe(f"the engine's weights are quantized ({engine.quantization})")
-    if (why := obstacle(model, engine.device_type)) is not None:
-        raise CannotProbe(why)
-    ids = probe(min(engine.vocabulary_size, _vocabulary(model)), min(TOKENS, engine.max_model_length - 1))
-    try:
-        own = token_logprobs(model, ids)
-    except torch.OutOfMemoryError as error:
-        raise CannotProbe("no memory for the trainer model's own forward pass") from error
-    except Exception as error:
-        raise CannotProbe(f"the trainer model's own forward pass fails with {type(error).__name__}") from error
-    differences = (own - torch.tensor(_engine_logprobs(engine, ids))).abs()
-    kind = "experts" if _has_experts(model) else "dense"
-    rounded = next(model.parameters()).dtype != torch.float32 or engine.dtype != "float32"
+def compare(engine: Probed, said: Said, *, tolerance: float | None = None) -> Comparison:
+    """As `judge`, without judging."""
+    differences = (said.logprobs - torch.tensor(_engine_logprobs(engine, said.token_ids))).abs()
+    kind = "experts" if said.experts else "dense"
+    rounded = said.rounded or engine.dtype != "float32"
     if tolerance is None:
         tolerance = ROUNDED if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
     return Comparison(float(differences.max()), float(differences.mean()), tolerance, rounded)
 
 
 def obstacle(model: torch.nn.Module, device_type: str) -> str | None:
-    """Why the model cannot be run on this rank alone; None when it can."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if "FSDP" in kind or "FullySharded" in kind:
-            return "the trainer's model is sharded"
+    """Why the model cannot be run beside an engine on such a device; None when it can."""
     for parameter in model.parameters():
-        if parameter.is_meta or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
-            return "the trainer's model is sharded"
+        if parameter.is_meta:
+            return "the trainer's model has no weights yet"
         if parameter.device.type != device_type:
             return "the trainer's model is on another device"
     return None
@@ -146,15 +171,44 @@ def probe(vocabulary: int, length: int) -> list[int]:
     return dice.sample(range(vocabulary), length) if vocabulary >= length else dice.choices(range(vocabulary), k=length)
 
 
-def token_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """The model's log-probabilities of each token but the first, in float32 on the host."""
-    with torch.no_grad(), _evaluating(model):
+def _forward(model: torch.nn.Module, ids: list[int]) -> tuple[torch.Tensor, bool]:
+    """The model's log-probabilities of each token but the first, and whether it computes in less than float32."""
+    with torch.no_grad(), _evaluating(model), _head_input(model) as dtypes:
         given = torch.tensor([ids], device=next(model.parameters()).device)
-        logits = model(input_ids=given, use_cache=False).logits[0, :-1]
+        logits = _runnable(model)(input_ids=given, use_cache=False).logits[0, :-1]
         rows = []
         for part, wanted in zip(logits.split(ROWS), given[0, 1:].split(ROWS), strict=True):
             rows.append(part.float().log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1))
-        return torch.cat(rows).cpu()
+        return torch.cat(rows).cpu(), dtypes != {torch.float32}
+
+
+def _runnable(model: Any) -> Any:
+    """Without wrappers that a forward pass on one rank must not go through, or need not: DDP's sends buffers around."""
+    while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+        model = unwrapped_once(model)
+    return model
+
+
+@contextmanager
+def _head_input(model: torch.nn.Module) -> Iterator[set[torch.dtype]]:
+    """The dtypes that reach the output head: under FSDP's mixed precision not those of the parameters."""
+    dtypes = set[torch.dtype]()
+
+    def note(_: Any, given: tuple[Any, ...]) -> None:
+        dtypes.update(value.dtype for value in given if isinstance(value, torch.Tensor))
+
+    handle = unwrapped(model).get_output_embeddings().register_forward_pre_hook(note)
+    try:
+        yield dtypes
+    finally:
+        handle.remove()
+
+
+def _shard_again(model: torch.nn.Module) -> None:
+    """FSDP2 leaves its outermost parameters whole after a forward pass, for a backward pass that does not come."""
+    for module in model.modules():
+        if (reshard := getattr(module, "reshard", None)) is not None and "FSDP" in type(module).__name__:
+            reshard()
 
 
 def _engine_logprobs(engine: Probed, ids: list[int]) -> list[float]:
@@ -179,15 +233,11 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _vocabulary(model: Any) -> int:
-    return _text_config(model).vocab_size
-
-
 def _has_experts(model: Any) -> bool:
     counts = (getattr(_text_config(model), name, None) for name in EXPERTS)
     return any(count for count in counts)
 
 
 def _text_config(model: Any) -> Any:
-    config = model.config
+    config = unwrapped(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..engines.base import Source
     from .plan import Plan
+    from .probe import Said
     from .sharded import Weight
 
 
@@ -106,6 +107,12 @@ class ModuleSource:
         """A pass without a receiver."""
         self._begin()
         self.drain()
+
+    def ask(self, token_ids: list[int]) -> Said:
+        """What the model itself gives to these tokens. All ranks of a sharded model ask together."""
+        from .probe import ask
+
+        return ask(self._model, token_ids)
 
     def _begin(self) -> _Pass:
         self.drain()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ..engines.base import Source, SyncTrace
 from ..errors import WeightSyncError
 from ..profiling import names
-from .probe import CannotProbe, Probed, verify_logprobs
+from .probe import CannotProbe, Probed, judge, probe_of
 from .source import model_of
 
 _log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def verified(engines: Sequence[Probed], source: Source, trace: SyncTrace, *, awa
                 raise CannotProbe("the source has no model")
             if not awake:
                 raise CannotProbe("the engine is not awake")
-            difference = max(verify_logprobs(engine, model).difference for engine in engines)
+            said = source.ask(probe_of(engines, model))  # pyright: ignore[reportAttributeAccessIssue]
+            difference = max(judge(engine, said).difference for engine in engines)
         except CannotProbe as error:
             if asked:
                 who = ", ".join(engine.kind for engine in engines)
@@ -37,3 +39,11 @@ def verified(engines: Sequence[Probed], source: Source, trace: SyncTrace, *, awa
             own = {names.VERIFY: "logprobs", names.VERIFY_DIFFERENCE: difference}
         span.set(own)
         trace.set(own)
+
+
+def take_part(engines: Sequence[Probed], source: Source) -> None:
+    """Where another rank will verify its own engine: run a sharded model with it, which would wait otherwise."""
+    model = model_of(source)
+    if model is not None and getattr(source, "collective", False):
+        with suppress(CannotProbe):
+            source.ask(probe_of(engines, model))  # pyright: ignore[reportAttributeAccessIssue]
