@@ -57,6 +57,8 @@ class ModuleSource:
         self._model, self._include, self._rename = model, include, rename
         self._plan: Plan | None = None
         self._left: _Pass | None = None
+        self.was_collective: bool | None = None
+        """`collective` when the model was last looked at, which takes some milliseconds."""
         self.passes = 0
         """How many have been started."""
         self.bytes = 0
@@ -73,8 +75,8 @@ class ModuleSource:
     @property
     def collective(self) -> bool:
         """Whether all ranks must iterate together."""
-        _, weights = self._look()
-        return any(weight.collective for weight in weights)
+        self._look()
+        return bool(self.was_collective)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         start = time.monotonic()
@@ -125,6 +127,7 @@ class ModuleSource:
         from .plan import look
 
         self._plan, weights = look(self._model, self._plan, self._include, self._rename)
+        self.was_collective = any(weight.collective for weight in weights)
         return self._plan, weights
 
 
@@ -169,15 +172,16 @@ def one_pass(source: Source) -> Generator[None]:
         yield
     except Exception as error:
         try:
-            _take_part(source, before)
+            _take_part(source, before, getattr(source, "collective", False))
         except Exception as other:
             error.add_note(f"and the pass could not be ended for the other ranks: {other}")
         raise
-    _take_part(source, before)
+    # A receiver that needed no pass at all has seen that the model is where it was.
+    _take_part(source, before, getattr(source, "was_collective", None) is not False)
 
 
-def _take_part(source: Source, before: int) -> None:
-    if isinstance(source, ModuleSource) and source.collective:
+def _take_part(source: Source, before: int, collective: bool) -> None:
+    if isinstance(source, ModuleSource) and collective:
         source.take_part() if source.passes == before else source.drain()
 
 
