@@ -17,6 +17,7 @@ import msgspec
 
 from . import frames
 from .frames import Alive, BatchRequest, Done, End, Failed, Wanted
+from .timing import times_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -177,9 +178,6 @@ def _done(index: int, output: Any) -> Done:
     if output.prompt_logprobs is not None:
         pairs = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
         prompt_logprobs = frames.floats(float("nan") if at is None else at[token].logprob for at, token in pairs)
-    times = None
-    if stats is not None and stats.first_token_ts > 0:
-        times = stats.queued_ts, stats.scheduled_ts, stats.first_token_ts, stats.last_token_ts
     return Done(
         index=index,
         finish_reason=result.finish_reason,
@@ -188,7 +186,7 @@ def _done(index: int, output: Any) -> Done:
         top=top,
         prompt_logprobs=prompt_logprobs,
         versions=[(span.version, span.start, span.end) for span in result.weight_versions or ()] or None,
-        times=times,
+        times=times_of(stats),
         now=time.monotonic(),
         preemptions=0 if stats is None else stats.num_preemptions,
         cached_tokens=output.num_cached_tokens or 0,

@@ -15,6 +15,7 @@ from . import frames
 from .base import Batch, Request
 from .frames import BatchRequest, Done, End, Failed, Wanted
 from .http import Server
+from .timing import timing
 
 
 async def complete(
@@ -102,18 +103,10 @@ def _timing(done: Done) -> RequestTiming | None:
     """The engine's own times, on this process's clock: what was now there when it was sent is now here."""
     if done.times is None:
         return None
-    queued, scheduled, first, last = done.times
-    here = time.monotonic() - done.now
-    tokens = len(done.token_ids) // 4
-    return RequestTiming(
-        queued_ns=int((queued + here) * 1e9),
-        finished_ns=int((last + here) * 1e9),
-        queue=scheduled - queued,
-        prefill=first - scheduled,
-        decode=last - first,
-        time_to_first_token=first - queued,
-        time_per_output_token=(last - first) / (tokens - 1) if tokens > 1 else None,
-        e2e=last - queued,
+    return timing(
+        done.times,
+        tokens=len(done.token_ids) // 4,
+        shift=time.monotonic() - done.now,
         preemptions=done.preemptions,
         cached_tokens=done.cached_tokens,
     )

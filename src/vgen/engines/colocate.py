@@ -20,7 +20,9 @@ from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
 from .logprobs import number
+from .memory import Reading, pooled
 from .preserve import Randomness, process_group, unchanged_process
+from .timing import times_of, timing
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
@@ -182,12 +184,19 @@ class ColocateEngine:
                 self._llm.reset_prefix_cache()  # as it would be on a GPU: sleeping discards the KV cache
                 self._llm.sleep(level=0)
                 return SleepReport(memory_freed=False)
-            before = _free_bytes()
+            expected, before = pooled(asleep=False), Reading.now()
             self._llm.sleep(level=level)
             if level == 2:
                 self._weights.forget()
-            freed = _free_bytes() - before
-            return SleepReport(memory_freed=freed > 0, device_bytes=freed)
+            after = Reading.now()
+            freed = after.free - before.free
+            return SleepReport(
+                memory_freed=freed > 0,
+                device_bytes=freed,
+                host_bytes=after.resident - before.resident,
+                expected=expected,
+                device_in_use=after.in_use,
+            )
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Take the memory of `tags` again."""
@@ -196,9 +205,21 @@ class ColocateEngine:
                 if "kv_cache" in tags:
                     self._llm.wake_up(tags=["scheduling"])
                 return SleepReport(memory_freed=False)
-            before = _free_bytes()
-            self._llm.wake_up(tags=list(tags))
-            return SleepReport(memory_freed=True, device_bytes=before - _free_bytes())
+            expected, before, taken = pooled(asleep=True), Reading.now(), dict[str, int]()
+            after = before
+            for tag in tags:  # one by one, so that it is known what each has taken
+                free = after.free
+                self._llm.wake_up(tags=[tag])
+                after = Reading.now()
+                taken[tag] = free - after.free
+            rest = pooled(asleep=True)
+            return SleepReport(
+                memory_freed=True,
+                device_bytes=before.free - after.free,
+                host_bytes=before.resident - after.resident,
+                expected={tag: size - rest.get(tag, 0) for tag, size in expected.items()},
+                taken=taken,
+            )
 
     def close(self) -> None:
         """Shut the engine core down and let go of its memory."""
@@ -260,23 +281,8 @@ def _prompt_logprobs(output: Any) -> list[float | None] | None:
 
 
 def _timing(stats: Any, cached_tokens: int) -> RequestTiming | None:
-    if stats is None or not stats.first_token_ts:
+    times = times_of(stats)
+    if times is None:
         return None
-    queue, prefill = stats.scheduled_ts - stats.queued_ts, stats.first_token_ts - stats.scheduled_ts
-    decode, tokens = stats.last_token_ts - stats.first_token_ts, stats.num_generation_tokens
-    return RequestTiming(
-        queued_ns=int(stats.queued_ts * 1e9),
-        finished_ns=int(stats.last_token_ts * 1e9),
-        queue=queue,
-        prefill=prefill,
-        decode=decode,
-        time_to_first_token=queue + prefill,
-        time_per_output_token=decode / (tokens - 1) if tokens > 1 else None,
-        e2e=queue + prefill + decode,
-        preemptions=stats.num_preemptions,
-        cached_tokens=cached_tokens,
-    )
-
-
-def _free_bytes() -> int:
-    return torch.cuda.mem_get_info()[0]
+    tokens, preemptions = stats.num_generation_tokens, stats.num_preemptions
+    return timing(times, tokens=tokens, preemptions=preemptions, cached_tokens=cached_tokens)
