@@ -80,7 +80,7 @@ class _Work:
                     async with asyncio.timeout(frames.HEARTBEAT_SECONDS):
                         ready = [await self._done.get()]
                 except TimeoutError:
-                    yield frames.pack(Alive(left))
+                    yield frames.pack(Alive(left, self._tokens()))
                     continue
                 while not self._done.empty():  # those that one scheduler step has finished go out together
                     ready.append(self._done.get_nowait())
@@ -90,6 +90,15 @@ class _Work:
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _tokens(self) -> int | None:
+        """How many tokens those that are not done have."""
+        prefix = f"{self._batch.id}-"
+        try:
+            states = self._engine.output_processor.request_states.values()
+            return sum(s.stats.num_generation_tokens for s in states if s.external_req_id.startswith(prefix))
+        except AttributeError:  # another vLLM's, or one without statistics
+            return None
 
     async def _one(self, index: int, wanted: Wanted) -> None:
         engine_input = self._inputs[wanted.prompt]

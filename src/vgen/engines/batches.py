@@ -13,7 +13,7 @@ from ..errors import ServerError
 from ..types import Completion, RequestTiming, Sampling
 from . import frames
 from .base import Batch, Request
-from .frames import BatchRequest, Done, End, Failed, Wanted
+from .frames import Alive, BatchRequest, Done, End, Failed, Wanted
 from .http import Server
 from .timing import timing
 
@@ -25,7 +25,7 @@ async def complete(
     call = f"vgen-{secrets.token_hex(6)}"
     body = frames.encode(_body(batch, requests, call))
     answers = server.frames(frames.PATH, body, frames.decode_frame, timeout, frames.SILENCE_SECONDS)
-    ended = False
+    ended, tokens = False, 0
     async for frame in answers:
         if isinstance(frame, Done):
             yield _completion(requests[frame.index], frame, f"{call}-{frame.index}", server.name)
@@ -35,6 +35,11 @@ async def complete(
                 requests[frame.index],
                 ServerError(problem, url=server.name, status=frame.status, said=frame.message, retryable=retryable),
             )
+        elif isinstance(frame, Alive):
+            # that a server is there does not say that its engine is at work
+            before, tokens = tokens, frame.tokens or 0
+            if frame.tokens is None or tokens != before:
+                batch.moved()
         ended = isinstance(frame, End)
     if not ended:
         raise ServerError("a batch was cut off", url=server.name, retryable=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from ..weights.recorded import RecordedCopy
 from ..weights.source import one_pass
 from .adapters import Adapters
 from .admission import Admission
-from .base import Batch, Cancellation, PauseMode, Request, Source, SyncTrace
+from .base import Batch, PauseMode, Request, Source, SyncTrace
 from .logprobs import number
 from .memory import Reading, pooled
 from .preserve import Randomness, process_group, unchanged_process
@@ -26,6 +27,9 @@ from .timing import times_of, timing
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
+
+LOOK_SECONDS = 0.1
+"""Between two looks at whether the scheduler has computed anything."""
 
 
 class ColocateEngine:
@@ -96,18 +100,19 @@ class ColocateEngine:
                 refused = self._admission.admit(batch, self._adapters.load(batch.lora_request), waiting)
             yield from refused
             while waiting:
-                for output in self._next_finished(batch.cancellation):
+                for output in self._next_finished(batch):
                     yield _completion(waiting.pop(output.request_id), output, batch.sampling)
         finally:
             if waiting:
                 with self._at_work():
                     self._engine.abort_request(list(waiting))
 
-    def _next_finished(self, cancellation: Cancellation) -> list[Any]:
+    def _next_finished(self, batch: Batch) -> list[Any]:
         """Run the scheduler until a request is done; returns the outputs of those that are."""
+        looked, computed = time.monotonic(), self._computed()
         with self._at_work(), self._randomness.installed():
             while True:
-                if cancellation.cancelled:
+                if batch.cancellation.cancelled:
                     raise asyncio.CancelledError
                 try:
                     outputs = self._engine.step()
@@ -115,6 +120,18 @@ class ColocateEngine:
                     raise EngineError(f"vLLM failed in a scheduler step: {type(error).__name__}") from error
                 if finished := [output for output in outputs if output.finished]:
                     return finished
+                if time.monotonic() - looked > LOOK_SECONDS:
+                    before, looked, computed = computed, time.monotonic(), self._computed()
+                    if computed != before or computed is None:
+                        batch.moved()
+
+    def _computed(self) -> int | None:
+        """How many tokens the scheduler's requests have come to: a step without any is no progress."""
+        try:
+            requests = self._engine.engine_core.engine_core.scheduler.requests
+            return sum(request.num_computed_tokens for request in requests.values())
+        except AttributeError:  # another vLLM's
+            return None
 
     def sync(self, source: Source, version: str, trace: SyncTrace, *, verify: bool = False) -> None:
         """Copy the weights by a record of the loader, or run vLLM's own reload; then reset the caches.

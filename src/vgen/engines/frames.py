@@ -82,6 +82,8 @@ class Alive(msgspec.Struct, array_like=True, tag=2):
     """Nothing new, but the server is at work."""
 
     unfinished: int
+    tokens: int | None = None
+    """How many these have by now; None where the engine does not say."""
 
 
 class End(msgspec.Struct, array_like=True, tag=3):

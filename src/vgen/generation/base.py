@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ from .images import Placeholders
 from .job import Job, Options, make_requests
 from .memory import Leaks, memory_attributes
 from .progress import progress_bar
+from .states import gauges_of
 from .stall import STALL_SECONDS, StallWatch, Work
 from .traced import Traced
 from .verified import Verify, verified
@@ -41,7 +41,6 @@ SYNC_SECONDS = 600.0
 """How long a generation waits for a weight sync that is under way."""
 KNOWN_SYNCS = 16
 """How many of the last syncs rollouts may still point at."""
-_numbers = itertools.count()
 
 
 class Generation:
@@ -102,13 +101,10 @@ class Generation:
         self._stale, self._syncs, self._version = stale, 0, weight_version
         self._verified = False
         self._states.move("construction", EngineState.AWAKE)
-        self._states.moved = self._moved
-        self._gauges = self._profiling.bind({names.ENGINE_NUMBER: next(_numbers)})
-        self._gauges.observe(names.ENGINE_STATE, self._states.number)
-        self._gauges.observe(names.ENGINE_STATE_AGE, self._states.age)
+        gauges = gauges_of(self._states, self._profiling)
         self._leaks = Leaks(self._profiling)
         self._made: dict[str, Link] = {}
-        self._watch = StallWatch(self._profiling, self._gauges, stall_seconds)
+        self._watch = StallWatch(self._profiling, gauges, stall_seconds)
         weakref.finalize(self, self._watch.close)
 
     @property
@@ -667,12 +663,6 @@ class Generation:
             profiling.record(names.SYNCED_BYTES, report.bytes, **transport)
             profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **transport)
         return report
-
-    def _moved(self, was: EngineState, now: EngineState) -> None:
-        """Note a transition of the engine's state on the open span, and where only records are read."""
-        if (span := self._profiling.current_span()) is not None:
-            span.event(names.STATE_CHANGED, {names.STATE_FROM: str(was), names.STATE: str(now)})
-        self._gauges.record(names.ENGINE_STATE, self._states.number())
 
     def _link(self, span: Span, version: str | None) -> None:
         """Have a rollout's span point at the sync that made its weights, where this process did that."""
