@@ -132,7 +132,7 @@ class FakeEngine:
     """An `Engine` without a model, for injecting faults: `raises["sleep"] = OSError()` makes `sleep` raise that.
 
     It answers every request with the request's own prompt, keeps the weights it was sent in `weights`,
-    and the names of the calls in `calls`. `Generation(FakeEngine(), source=[])` is all it takes.
+    and the names of the calls in `calls`; `reports` says what sleeping and waking give back and take. `Generation(FakeEngine(), source=[])` is all it takes.
     """
 
     kind = "fake"
@@ -143,6 +143,8 @@ class FakeEngine:
         self.max_model_length, self.vocabulary_size = max_model_length, vocabulary_size
         self.raises: dict[str, BaseException] = {}
         self.calls: list[str] = []
+        freed = SleepReport(memory_freed=True, device_bytes=1 << 20)
+        self.reports: dict[str, SleepReport] = {"sleep": freed, "wake_up": freed}
         self.requests: Sequence[Request] = ()
         """Of the last batch."""
         self.weights: dict[str, torch.Tensor] = {}
@@ -173,11 +175,11 @@ class FakeEngine:
 
     def sleep(self, level: int) -> SleepReport:
         self._called("sleep")
-        return SleepReport(memory_freed=True, device_bytes=1 << 20)
+        return self.reports["sleep"]
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         self._called("wake_up")
-        return SleepReport(memory_freed=True, device_bytes=1 << 20)
+        return self.reports["wake_up"]
 
     def close(self) -> None:
         self._called("close")
