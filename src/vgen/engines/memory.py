@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+from ..profiling.device import resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +24,7 @@ class Reading:
     @classmethod
     def now(cls) -> Reading:
         free, total = torch.cuda.mem_get_info()
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-        return cls(free, total - free - torch.cuda.memory_reserved(), resident)
+        return cls(free, total - free - torch.cuda.memory_reserved(), resident())
 
 
 def pooled(*, asleep: bool) -> dict[str, int]:
