@@ -132,7 +132,8 @@ class FakeEngine:
     """An `Engine` without a model, for injecting faults: `raises["sleep"] = OSError()` makes `sleep` raise that.
 
     It answers every request with the request's own prompt, keeps the weights it was sent in `weights`,
-    and the names of the calls in `calls`; `reports` says what sleeping and waking give back and take. `Generation(FakeEngine(), source=[])` is all it takes.
+    and the names of the calls in `calls`; `reports` says what sleeping and waking give back and take.
+    `Generation(FakeEngine(), source=[])` is all it takes.
     """
 
     kind = "fake"

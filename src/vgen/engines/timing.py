@@ -1,4 +1,4 @@
-"""A request's timing, made of vLLM's own timestamps. One place, so that it is the same in process and behind a server."""
+"""A request's timing, made of vLLM's own timestamps: the same in process and behind a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Times: TypeAlias = tuple[float, float, float, float, float, float]
 def times_of(stats: Any) -> Times | None:
     """What vLLM has noted of a request that has ended; None where it had no first token.
 
-    vLLM keeps arrival by the wall clock and as such alone: a clock that is set meanwhile bends it, and no more than that.
+    vLLM keeps the arrival by the wall clock alone: a clock that is set meanwhile bends it, and what is counted from it.
     """
     if stats is None or not stats.first_token_ts:
         return None

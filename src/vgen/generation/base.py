@@ -26,8 +26,8 @@ from .images import Placeholders
 from .job import Job, Options, make_requests
 from .memory import Leaks, memory_attributes
 from .progress import progress_bar
-from .states import gauges_of
 from .stall import STALL_SECONDS, StallWatch, Work
+from .states import gauges_of
 from .traced import Traced
 from .verified import Verify, verified
 
