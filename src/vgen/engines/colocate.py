@@ -127,8 +127,9 @@ class ColocateEngine:
 
     def _computed(self) -> int | None:
         """How many tokens the scheduler's requests have come to: a step without any is no progress."""
+        core: Any = self._engine.engine_core
         try:
-            requests = self._engine.engine_core.engine_core.scheduler.requests
+            requests = core.engine_core.scheduler.requests
             return sum(request.num_computed_tokens for request in requests.values())
         except AttributeError:  # another vLLM's
             return None

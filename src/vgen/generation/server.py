@@ -54,8 +54,8 @@ class ServerGeneration(Generation):
         traced_requests: How many requests of a call, random ones, are traced from their dispatch, the engine's own
             span beneath theirs; or a function of the step's number, for chosen steps.
         stall_seconds: After how long without a token, a completion or a phase a call counts as stalled, which is
-            logged and shown while it lasts; None for never. Servers tell of single tokens every 5
-            seconds, stock ones never.
+            logged and shown while it lasts; None for never. Servers tell of single tokens every 5 seconds, stock ones
+            never.
         show_progress: Whether long calls show a progress bar on a terminal.
         weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
