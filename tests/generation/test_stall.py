@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -124,25 +125,31 @@ def test_a_stall_shows_while_it_lasts_and_is_an_event_once_it_ends(call, sink, c
     profiling.close()
 
 
-def test_what_goes_on_slowly_has_not_stalled(sink, caplog):
+@pytest.mark.parametrize("signs", ["completions", "tokens", "phases"])
+def test_what_goes_on_slowly_has_not_stalled(signs, sink, caplog):
     class Slow(FakeEngine):
         def stream(self, batch):
-            for number, completion in enumerate(super().stream(batch)):
-                for _ in range(4):
-                    time.sleep(0.1)
-                    if number == 1:  # a long completion: tokens are all that comes
-                        batch.moved()
-                    elif number == 2:
-                        break
-                if number:
-                    yield completion
-                else:
+            for completion in super().stream(batch):
+                time.sleep(0.15)
+                if signs == "tokens":  # of one that is long
                     batch.moved()
-                    yield completion
+                    continue
+                yield completion
+            if signs == "tokens":
+                yield from super().stream(replace(batch, requests=batch.requests[:1]))
+
+        def sync(self, source, version, trace):
+            for _ in range(5):
+                with trace.phase("load"):
+                    time.sleep(0.3)
 
     generation = Generation(Slow(), Weights(), profiling=ProfilingContext([sink]), stall_seconds=1.0)
     with caplog.at_level(logging.WARNING, "vgen"), generation:
-        assert len(generation.generate([[1], [2], [3], [4]])) == 4
+        if signs == "phases":
+            assert generation.sync_weights().seconds > 1.0
+        else:
+            generation.generate([[1]] * 10)
+            assert sink.named(names.GENERATE)[0].duration > 1.0
     assert not caplog.records
     assert not sink.named(names.STALL)
 

@@ -93,7 +93,7 @@ def test_a_scheduler_that_runs_and_computes_nothing_has_stalled(real, sink, tmp_
 
 def test_long_completions_in_process_show_that_they_go_on(real):
     signs = []
-    requests = [Request(0, number, [1, 2], None) for number in range(32)]
+    requests = [Request(0, number, [1, 2], None) for number in range(4)]
     batch = Batch(requests, LONG, moved=lambda: signs.append(time.monotonic()))
     with closing(real.generation.engine.stream(batch)) as stream:
         next(stream)
