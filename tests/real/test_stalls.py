@@ -146,6 +146,17 @@ def test_a_server_that_is_paused_has_stalled_and_rollouts_point_at_their_sync(se
     assert {request.attributes[names.FIRST_VERSION] for request in sink.named(names.REQUEST)} == {"mine"}
 
 
+def test_a_servers_workers_are_asked_for_their_memory(server, sink):
+    assert "memory" in server.done("/vgen/info")["features"]
+    assert server.done("/collective_rpc", {"method": "vgen_memory"}) == {"results": [{}]}  # on a CPU there is none
+    with connect(server, ProfilingContext([sink])) as generation:
+        generation.sleep(1)
+        generation.wake_up()
+    for span in (*sink.named(names.SLEEP), *sink.named(names.WAKE_UP)):
+        assert span.attributes[names.MEMORY_FREED] is False
+        assert names.DEVICE_BYTES not in span.attributes
+
+
 @pytest.mark.slow
 def test_a_servers_sign_of_life_is_a_token_and_not_an_answer(server, sink, monkeypatch):
     """All completions are as long as each other: nothing arrives for long. Paused, the server still answers."""

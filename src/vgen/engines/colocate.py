@@ -21,7 +21,7 @@ from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, PauseMode, Request, Source, SyncTrace
 from .logprobs import number
-from .memory import Reading, pooled
+from .memory import Reading, slept, woken
 from .preserve import Randomness, process_group, unchanged_process
 from .timing import times_of, timing
 
@@ -202,19 +202,11 @@ class ColocateEngine:
                 self._llm.reset_prefix_cache()  # as it would be on a GPU: sleeping discards the KV cache
                 self._llm.sleep(level=0)
                 return SleepReport(memory_freed=False)
-            expected, before = pooled(asleep=False), Reading.now()
+            before = Reading.now()
             self._llm.sleep(level=level)
             if level == 2:
                 self._weights.forget()
-            after = Reading.now()
-            freed = after.free - before.free
-            return SleepReport(
-                memory_freed=freed > 0,
-                device_bytes=freed,
-                host_bytes=after.resident - before.resident,
-                expected=expected,
-                device_in_use=after.in_use,
-            )
+            return slept(before, Reading.now())
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Take the memory of `tags` again."""
@@ -223,21 +215,11 @@ class ColocateEngine:
                 if "kv_cache" in tags:
                     self._llm.wake_up(tags=["scheduling"])
                 return SleepReport(memory_freed=False)
-            expected, before, taken = pooled(asleep=True), Reading.now(), dict[str, int]()
-            after = before
+            readings = [Reading.now()]
             for tag in tags:  # one by one, so that it is known what each has taken
-                free = after.free
                 self._llm.wake_up(tags=[tag])
-                after = Reading.now()
-                taken[tag] = free - after.free
-            rest = pooled(asleep=True)
-            return SleepReport(
-                memory_freed=True,
-                device_bytes=before.free - after.free,
-                host_bytes=before.resident - after.resident,
-                expected={tag: size - rest.get(tag, 0) for tag, size in expected.items()},
-                taken=taken,
-            )
+                readings.append(Reading.now())
+            return woken(readings, tags)
 
     def close(self) -> None:
         """Shut the engine core down and let go of its memory."""
