@@ -132,7 +132,8 @@ class FakeEngine:
     """An `Engine` without a model, for injecting faults: `raises["sleep"] = OSError()` makes `sleep` raise that.
 
     It answers every request with the request's own prompt, keeps the weights it was sent in `weights`,
-    and the names of the calls in `calls`. `Generation(FakeEngine(), source=[])` is all it takes.
+    and the names of the calls in `calls`; `reports` says what sleeping and waking give back and take.
+    `Generation(FakeEngine(), source=[])` is all it takes.
     """
 
     kind = "fake"
@@ -144,6 +145,8 @@ class FakeEngine:
         self.max_model_length, self.vocabulary_size = max_model_length, vocabulary_size
         self.raises: dict[str, BaseException] = {}
         self.calls: list[str] = []
+        freed = SleepReport(memory_freed=True, device_bytes=1 << 20)
+        self.reports: dict[str, SleepReport] = {"sleep": freed, "wake_up": freed}
         self.requests: Sequence[Request] = ()
         """Of the last batch."""
         self.weights: dict[str, torch.Tensor] = {}
@@ -174,11 +177,11 @@ class FakeEngine:
 
     def sleep(self, level: int) -> SleepReport:
         self._called("sleep")
-        return SleepReport(memory_freed=True, device_bytes=1 << 20)
+        return self.reports["sleep"]
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         self._called("wake_up")
-        return SleepReport(memory_freed=True, device_bytes=1 << 20)
+        return self.reports["wake_up"]
 
     def close(self) -> None:
         self._called("close")
@@ -325,7 +328,7 @@ class FaultyServer:
         sent: list[frames.Frame] = []
         for index, wanted in enumerate(batch.wanted):
             ids = frames.to_ints(batch.prompts[wanted.prompt])[: batch.sampling.get("max_tokens", 256)]
-            times = (now - 0.004, now - 0.003, now - 0.002, now)
+            times = (now - 0.005, now - 0.004, now - 0.003, now - 0.002, now - 0.002, now)
             own = frames.ints(ids), frames.floats(0.0 for _ in ids), None, None, [("default", 0, len(ids))], times
             sent.append(frames.Done(index, "length", *own, now, 0, 0))
         change: Any = fault if callable(fault) else lambda frame: frame

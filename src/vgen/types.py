@@ -93,6 +93,8 @@ class RequestTiming:
     """When the engine core took it in, on `time.monotonic_ns`'s clock."""
     finished_ns: int
     """When its last token was there."""
+    admission: float = 0.0
+    """From arriving at the engine's front end to queueing in its core; 0 where the engine does not say."""
     queue: float
     """From queueing to the first scheduling."""
     prefill: float
@@ -100,14 +102,19 @@ class RequestTiming:
     decode: float
     """From the first to the last token."""
     time_to_first_token: float
-    """`queue + prefill`."""
+    """From arriving until the front end had the first token: all before it, and its way there."""
     time_per_output_token: float | None
     """`decode` for each token after the first; None with fewer than two tokens."""
     e2e: float
-    """`queue + prefill + decode`."""
+    """`admission + queue + prefill + decode`."""
     preemptions: int = 0
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+
+    @property
+    def arrived_ns(self) -> int:
+        """When it came to the engine's front end."""
+        return self.queued_ns - int(self.admission * 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,3 +210,11 @@ class SleepReport:
     """False on a CPU, where vLLM stops scheduling but keeps its memory."""
     device_bytes: int | None = None
     """Given back (sleep) or taken (wake up), read from the device driver; None where there is no device."""
+    host_bytes: int | None = None
+    """Taken (sleep: the weights' copy) or given back (wake up) by this process; None where there is no device."""
+    expected: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By tag what `device_bytes` should come to, by the engine's own list; empty where it keeps none."""
+    taken: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By tag what waking has taken, by the device driver."""
+    device_in_use: int | None = None
+    """After a sleep: what all processes use, without what torch's allocator holds in this one."""

@@ -62,6 +62,21 @@ def test_sleep_gives_memory_back_and_the_first_token_after_waking_is_right(gener
     assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_memory_is_told_by_tag_and_cycles_leak_nothing(generation, sink, level):
+    sink.clear()
+    for _ in range(3):
+        slept = generation.sleep(level)
+        assert {"weights", "kv_cache"} <= set(slept.expected)
+        assert slept.device_bytes == pytest.approx(sum(slept.expected.values()), rel=0.05)
+        for tag in ("weights", "kv_cache"):
+            woke = generation.wake_up([tag])
+            assert woke.taken[tag] == woke.device_bytes
+            assert woke.device_bytes == pytest.approx(sum(woke.expected.values()), rel=0.05, abs=64 << 20)
+        generation.generate(PROMPTS, Sampling(max_tokens=4))
+    assert max(span.attributes[names.LEAKED] for span in sink.named(names.SLEEP)) < 64 << 20
+
+
 def test_waking_in_two_steps_around_a_sync(generation, model):
     generation.sleep(2)
     generation.wake_up(["weights"])

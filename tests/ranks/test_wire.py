@@ -14,6 +14,7 @@ from vgen.ranks import wire
 TIMING = RequestTiming(
     queued_ns=10**15,
     finished_ns=10**15 + 5,
+    admission=0.05,
     queue=0.1,
     prefill=0.2,
     decode=1 / 3,

@@ -188,9 +188,9 @@ def test_timing_of_every_completion_adds_up_and_lies_within_the_call(generation,
     for completion in rollouts:
         timing = completion.timing
         assert 0 <= timing.queue < timing.time_to_first_token < timing.e2e
-        assert timing.queue + timing.prefill + timing.decode == pytest.approx(timing.e2e)
+        assert timing.admission + timing.queue + timing.prefill + timing.decode == pytest.approx(timing.e2e)
         assert timing.time_per_output_token == pytest.approx(timing.decode / 5)
-        assert span.start_ns <= timing.queued_ns < timing.finished_ns <= span.end_ns
+        assert span.start_ns <= timing.arrived_ns <= timing.queued_ns < timing.finished_ns <= span.end_ns
     generation.generate([list(range(200))], Sampling(max_tokens=2))
     assert generation.generate([list(range(200))], Sampling(max_tokens=2))[0].timing.cached_tokens > 0
 

@@ -13,6 +13,7 @@ from .run import Process, SpanRecord, as_span, lines, parse, thin
 # In the writer's own lines, which may be told apart without parsing them; others are parsed.
 _TRACE = re.compile(r'\{"type":"(?:end|start)","name":"[^"\\]*","trace_id":"([0-9a-f]{32})"').match
 _START = re.compile(r'"start_unix_ns":(\d+)').search
+_CLOSE = f'"name":"{names.ENGINE_CLOSE}"'
 _SPAN = ('{"type":"end"', '{"type":"start"')
 
 
@@ -29,7 +30,7 @@ class Selection:
 
 
 def select(place: str | Path, step: int | None = None, most: int = 1 << 60) -> Selection:
-    """The traces of the step of that number, of all ranks; or the run's last trace where None.
+    """The traces of the step of that number, of all ranks; or the run's last trace where None, an engine's end aside.
 
     Of more than `most` spans the shortest are left out, which keeps those that hold others. Reads the
     files twice and keeps only what is asked for.
@@ -97,7 +98,7 @@ def _traces(place: str | Path, step: int | None) -> set[str]:
             continue
         start = _START(line)
         if found is not None and start is not None:
-            if int(start[1]) > latest:
+            if int(start[1]) > latest and (latest < 0 or _CLOSE not in line):
                 latest, wanted = int(start[1]), {found[1]}
             continue
         try:

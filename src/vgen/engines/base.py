@@ -32,6 +32,7 @@ class EngineState(StrEnum):
     CLOSED = "closed"
 
 
+_NUMBERS = {state: number for number, state in enumerate(EngineState)}
 _S = EngineState
 _ALLOWED: dict[EngineState, frozenset[EngineState]] = {
     _S.STARTING: frozenset({_S.AWAKE, _S.FAILED, _S.CLOSED}),
@@ -50,6 +51,8 @@ class StateMachine:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self.moved: Callable[[EngineState, EngineState], object] = lambda was, now: None
+        """Told of each transition, by the thread that has made it."""
         self.state = EngineState.STARTING
         self.detail = ""
         """More about the state, for errors: the sleep level, what failed."""
@@ -63,7 +66,16 @@ class StateMachine:
                 raise EngineStateError(call, self.describe(), _HINTS.get(was, ""))
             self.state, self.detail, self.since_ns = to, detail, time.monotonic_ns()
             self._changed.notify_all()
-            return was
+        self.moved(was, to)
+        return was
+
+    def number(self) -> float:
+        """The state's place among all, as `names.STATES` has them."""
+        return float(_NUMBERS[self.state])
+
+    def age(self) -> float:
+        """Seconds for which it has been that."""
+        return (time.monotonic_ns() - self.since_ns) / 1e9
 
     def require(self, call: str, *states: EngineState) -> None:
         """Raise unless the engine is in one of `states`."""
@@ -164,6 +176,8 @@ class Batch:
     priority: int = 0
     """Lower is earlier, where the engine's scheduling policy is `priority`."""
     cancellation: Cancellation = field(default_factory=Cancellation)
+    moved: Callable[[], object] = lambda: None
+    """To be called, by any thread, when tokens have come that are no whole completion yet."""
 
 
 class Source(Protocol):

@@ -17,6 +17,7 @@ import msgspec
 
 from . import frames
 from .frames import Alive, BatchRequest, Done, End, Failed, Wanted
+from .timing import times_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -79,7 +80,7 @@ class _Work:
                     async with asyncio.timeout(frames.HEARTBEAT_SECONDS):
                         ready = [await self._done.get()]
                 except TimeoutError:
-                    yield frames.pack(Alive(left))
+                    yield frames.pack(Alive(left, self._tokens()))
                     continue
                 while not self._done.empty():  # those that one scheduler step has finished go out together
                     ready.append(self._done.get_nowait())
@@ -89,6 +90,15 @@ class _Work:
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _tokens(self) -> int | None:
+        """How many tokens those that are not done have."""
+        prefix = f"{self._batch.id}-"
+        try:
+            states = self._engine.output_processor.request_states.values()
+            return sum(s.stats.num_generation_tokens for s in states if s.external_req_id.startswith(prefix))
+        except AttributeError:  # another vLLM's, or one without statistics
+            return None
 
     async def _one(self, index: int, wanted: Wanted) -> None:
         engine_input = self._inputs[wanted.prompt]
@@ -177,9 +187,6 @@ def _done(index: int, output: Any) -> Done:
     if output.prompt_logprobs is not None:
         pairs = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
         prompt_logprobs = frames.floats(float("nan") if at is None else at[token].logprob for at, token in pairs)
-    times = None
-    if stats is not None and stats.first_token_ts > 0:
-        times = stats.queued_ts, stats.scheduled_ts, stats.first_token_ts, stats.last_token_ts
     return Done(
         index=index,
         finish_reason=result.finish_reason,
@@ -188,7 +195,7 @@ def _done(index: int, output: Any) -> Done:
         top=top,
         prompt_logprobs=prompt_logprobs,
         versions=[(span.version, span.start, span.end) for span in result.weight_versions or ()] or None,
-        times=times,
+        times=times_of(stats),
         now=time.monotonic(),
         preemptions=0 if stats is None else stats.num_preemptions,
         cached_tokens=output.num_cached_tokens or 0,

@@ -13,8 +13,9 @@ from ..errors import ServerError
 from ..types import Completion, RequestTiming, Sampling
 from . import frames
 from .base import Batch, Request
-from .frames import BatchRequest, Done, End, Failed, Wanted
+from .frames import Alive, BatchRequest, Done, End, Failed, Wanted
 from .http import Server
+from .timing import timing
 
 
 async def complete(
@@ -24,7 +25,7 @@ async def complete(
     call = f"vgen-{secrets.token_hex(6)}"
     body = frames.encode(_body(batch, requests, call))
     answers = server.frames(frames.PATH, body, frames.decode_frame, timeout, frames.SILENCE_SECONDS)
-    ended = False
+    ended, tokens = False, 0
     async for frame in answers:
         if isinstance(frame, Done):
             yield _completion(requests[frame.index], frame, f"{call}-{frame.index}", server.name)
@@ -34,6 +35,11 @@ async def complete(
                 requests[frame.index],
                 ServerError(problem, url=server.name, status=frame.status, said=frame.message, retryable=retryable),
             )
+        elif isinstance(frame, Alive):
+            # that a server is there does not say that its engine is at work
+            before, tokens = tokens, frame.tokens or 0
+            if frame.tokens is None or tokens != before:
+                batch.moved()
         ended = isinstance(frame, End)
     if not ended:
         raise ServerError("a batch was cut off", url=server.name, retryable=True)
@@ -102,18 +108,10 @@ def _timing(done: Done) -> RequestTiming | None:
     """The engine's own times, on this process's clock: what was now there when it was sent is now here."""
     if done.times is None:
         return None
-    queued, scheduled, first, last = done.times
-    here = time.monotonic() - done.now
-    tokens = len(done.token_ids) // 4
-    return RequestTiming(
-        queued_ns=int((queued + here) * 1e9),
-        finished_ns=int((last + here) * 1e9),
-        queue=scheduled - queued,
-        prefill=first - scheduled,
-        decode=last - first,
-        time_to_first_token=first - queued,
-        time_per_output_token=(last - first) / (tokens - 1) if tokens > 1 else None,
-        e2e=last - queued,
+    return timing(
+        done.times,
+        tokens=len(done.token_ids) // 4,
+        shift=time.monotonic() - done.now,
         preemptions=done.preemptions,
         cached_tokens=done.cached_tokens,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +20,17 @@ from ..weights.source import one_pass
 from ..weights.verified import take_part, verified
 from .adapters import Adapters
 from .admission import Admission
-from .base import Batch, Cancellation, InProcess, PauseMode, Request, Source, SyncTrace, Verify
+from .base import Batch, InProcess, PauseMode, Request, Source, SyncTrace, Verify
 from .logprobs import number
+from .memory import Reading, slept, woken
 from .preserve import Randomness, process_group, unchanged_process
+from .timing import times_of, timing
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
+
+LOOK_SECONDS = 0.1
+"""Between two looks at whether the scheduler has computed anything."""
 
 
 class ColocateEngine:
@@ -105,18 +111,19 @@ class ColocateEngine:
                 refused = self._admission.admit(batch, self._adapters.load(batch.lora_request), waiting)
             yield from refused
             while waiting:
-                for output in self._next_finished(batch.cancellation):
+                for output in self._next_finished(batch):
                     yield _completion(waiting.pop(output.request_id), output, batch.sampling)
         finally:
             if waiting:
                 with self._at_work():
                     self._engine.abort_request(list(waiting))
 
-    def _next_finished(self, cancellation: Cancellation) -> list[Any]:
+    def _next_finished(self, batch: Batch) -> list[Any]:
         """Run the scheduler until a request is done; returns the outputs of those that are."""
+        looked, computed = time.monotonic(), self._computed()
         with self._at_work(), self._randomness.installed():
             while True:
-                if cancellation.cancelled:
+                if batch.cancellation.cancelled:
                     raise asyncio.CancelledError
                 try:
                     outputs = self._engine.step()
@@ -124,6 +131,19 @@ class ColocateEngine:
                     raise EngineError(f"vLLM failed in a scheduler step: {type(error).__name__}") from error
                 if finished := [output for output in outputs if output.finished]:
                     return finished
+                if time.monotonic() - looked > LOOK_SECONDS:
+                    before, looked, computed = computed, time.monotonic(), self._computed()
+                    if computed != before or computed is None:
+                        batch.moved()
+
+    def _computed(self) -> int | None:
+        """How many tokens the scheduler's requests have come to: a step without any is no progress."""
+        core: Any = self._engine.engine_core
+        try:
+            requests = core.engine_core.scheduler.requests
+            return sum(request.num_computed_tokens for request in requests.values())
+        except AttributeError:  # another vLLM's
+            return None
 
     def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
         """Copy the weights by a record of the loader, or run vLLM's own reload; then reset the caches.
@@ -203,12 +223,11 @@ class ColocateEngine:
                 self._llm.reset_prefix_cache()  # as it would be on a GPU: sleeping discards the KV cache
                 self._llm.sleep(level=0)
                 return SleepReport(memory_freed=False)
-            before = _free_bytes()
+            before = Reading.now()
             self._llm.sleep(level=level)
             if level == 2:
                 self._weights.forget()
-            freed = _free_bytes() - before
-            return SleepReport(memory_freed=freed > 0, device_bytes=freed)
+            return slept(before, Reading.now())
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Take the memory of `tags` again."""
@@ -218,9 +237,11 @@ class ColocateEngine:
                 if "kv_cache" in tags:
                     self._llm.wake_up(tags=["scheduling"])
                 return SleepReport(memory_freed=False)
-            before = _free_bytes()
-            self._llm.wake_up(tags=list(tags))
-            return SleepReport(memory_freed=True, device_bytes=before - _free_bytes())
+            readings = [Reading.now()]
+            for tag in tags:  # one by one, so that it is known what each has taken
+                self._llm.wake_up(tags=[tag])
+                readings.append(Reading.now())
+            return woken(readings, tags)
 
     def close(self) -> None:
         """Shut the engine core down and let go of its memory."""
@@ -282,23 +303,8 @@ def _prompt_logprobs(output: Any) -> list[float | None] | None:
 
 
 def _timing(stats: Any, cached_tokens: int) -> RequestTiming | None:
-    if stats is None or not stats.first_token_ts:
+    times = times_of(stats)
+    if times is None:
         return None
-    queue, prefill = stats.scheduled_ts - stats.queued_ts, stats.first_token_ts - stats.scheduled_ts
-    decode, tokens = stats.last_token_ts - stats.first_token_ts, stats.num_generation_tokens
-    return RequestTiming(
-        queued_ns=int(stats.queued_ts * 1e9),
-        finished_ns=int(stats.last_token_ts * 1e9),
-        queue=queue,
-        prefill=prefill,
-        decode=decode,
-        time_to_first_token=queue + prefill,
-        time_per_output_token=decode / (tokens - 1) if tokens > 1 else None,
-        e2e=queue + prefill + decode,
-        preemptions=stats.num_preemptions,
-        cached_tokens=cached_tokens,
-    )
-
-
-def _free_bytes() -> int:
-    return torch.cuda.mem_get_info()[0]
+    tokens, preemptions = stats.num_generation_tokens, stats.num_preemptions
+    return timing(times, tokens=tokens, preemptions=preemptions, cached_tokens=cached_tokens)

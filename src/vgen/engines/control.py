@@ -22,6 +22,8 @@ KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
 FEATURES = ("batch", "control_key", "lease", "weights_state")
 
+EXTENSION = "vgen.engines.memory.WorkerMemory"
+"""What `vgen serve` gives a server's workers, to say how much memory there is."""
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 """Fields of a model's configuration that the trainer's model and the server's must have in common."""
 
@@ -148,9 +150,10 @@ class ControlMiddleware:
         model = getattr(config, "model_config", None)
         backend = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
         shared = backend == "vgen_shm"
+        extended = getattr(getattr(config, "parallel_config", None), "worker_extension_cls", "") == EXTENSION
         return {
             "vgen": __version__,
-            "features": [*FEATURES, *(["shared_memory"] if shared else [])],
+            "features": [*FEATURES, *(["shared_memory"] if shared else []), *(["memory"] if extended else [])],
             "lease": self._leases.describe(),
             "weights": self._weights,
             "model": getattr(model, "model", None),

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from .timing import Times
+
 PATH = "/inference/vgen/generate"
 """Below `/inference`, where vLLM's own API key guards it."""
 MEDIA_TYPE = "application/x-msgpack"
@@ -59,8 +61,8 @@ class Done(msgspec.Struct, array_like=True, tag=0):
     prompt_logprobs: bytes | None
     """NaN stands for none, as for a prompt's first token."""
     versions: list[tuple[str, int, int]] | None
-    times: tuple[float, float, float, float] | None
-    """Queued, scheduled, first token, last token: seconds of the engine's monotonic clock."""
+    times: Times | None
+    """Of the engine's monotonic clock."""
     now: float
     """That clock when this was sent."""
     preemptions: int
@@ -80,6 +82,8 @@ class Alive(msgspec.Struct, array_like=True, tag=2):
     """Nothing new, but the server is at work."""
 
     unfinished: int
+    tokens: int | None = None
+    """How many these have by now; None where the engine does not say."""
 
 
 class End(msgspec.Struct, array_like=True, tag=3):

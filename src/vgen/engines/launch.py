@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..errors import EngineError, MissingExtraError
 from . import lifeline
-from .control import CONTROL_HEADER, KEY_FILE_VARIABLE
+from .control import CONTROL_HEADER, EXTENSION, KEY_FILE_VARIABLE
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
@@ -195,6 +195,7 @@ def server_command(
     command += ["--weight-transfer-config", json.dumps({"backend": "vgen_shm"})]
     command += ["--enable-scale-out", "--enable-per-request-metrics", "--enable-prompt-tokens-details"]
     command += ["--enable-request-id-headers", "--logprobs-mode", "processed_logprobs"]
+    command += ["--worker-extension-cls", EXTENSION]
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     if data_parallel_size > 1:
         command += ["--data-parallel-size", str(data_parallel_size)]

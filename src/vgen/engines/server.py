@@ -17,6 +17,7 @@ from .adapters import fingerprint
 from .base import Batch, PauseMode, Source, SyncTrace, Transport, Verify
 from .dispatch import Work, serve
 from .http import Loop, Server
+from .memory import Reading, reading_of, slept, woken
 from .peer import LeaseHolder, Peer, describe
 
 T = TypeVar("T")
@@ -206,16 +207,32 @@ class ServerEngine:
 
     def sleep(self, level: int) -> SleepReport:
         """Put every server to sleep."""
+        before = self._memory()
         self._control(lambda peer: peer.server.post(f"/sleep?level={level}"))
         self._held = True
-        return SleepReport(memory_freed=self.device_type != "cpu")
+        after = self._memory() if before is not None else None
+        if before is None or after is None:
+            return SleepReport(memory_freed=self.device_type != "cpu")
+        return slept(before, after)
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Wake every server."""
         query = "&".join(f"tags={tag}" for tag in tags)
+        before = self._memory()
         self._control(lambda peer: peer.server.post(f"/wake_up?{query}"))
         self._held = self._held and "kv_cache" not in tags
-        return SleepReport(memory_freed=self.device_type != "cpu")
+        after = self._memory() if before is not None else None
+        if before is None or after is None:
+            return SleepReport(memory_freed=self.device_type != "cpu")
+        return woken([before, after], tags)
+
+    def _memory(self) -> Reading | None:
+        """Of all workers of all servers; None where one cannot say, or has no device."""
+        if self.device_type == "cpu" or not all("memory" in peer.features for peer in self._peers):
+            return None
+        ask = {"method": "vgen_memory"}
+        answers = self._gather([peer.server.post("/collective_rpc", ask) for peer in self._peers])
+        return reading_of(worker for answer in answers for worker in answer["results"])
 
     def close(self) -> None:
         """Release the leases and close the connections. The servers go on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -16,13 +17,17 @@ from ..engines.base import Cancellation, Engine, EngineState, PauseMode, Source,
 from ..errors import EngineError, EngineStateError, PromptError, VgenError
 from ..profiling import ProfilingContext, Span, names
 from ..profiling.device import DeviceTimer, memory
+from ..profiling.records import Link
 from ..profiling.rollouts import counts, measure
 from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
 from .chat import Chat
 from .images import Placeholders
 from .job import Job, Options, make_requests
+from .memory import Leaks, memory_attributes
 from .progress import progress_bar
+from .stall import STALL_SECONDS, StallWatch, Work
+from .states import gauges_of
 from .traced import Traced
 
 TAGS = ("weights", "kv_cache")
@@ -33,6 +38,8 @@ AGENERATE_THREADS = 1024
 """How many calls of `agenerate` may wait for servers at a time; a thread is made only where it is needed."""
 SYNC_SECONDS = 600.0
 """How long a generation waits for a weight sync that is under way."""
+KNOWN_SYNCS = 16
+"""How many of the last syncs rollouts may still point at."""
 
 
 class Generation:
@@ -53,6 +60,8 @@ class Generation:
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
         traced_requests: How many requests of a call, random ones, are traced from their dispatch, the engine's own
             span beneath theirs; or a function of the step's number, for chosen steps.
+        stall_seconds: After how long without a token, a completion or a phase a call counts as stalled, which is
+            logged and shown while it lasts; None for never.
         show_progress: Whether long calls show a progress bar on a terminal.
         weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
@@ -70,6 +79,7 @@ class Generation:
         structured_outputs_regex: str | None = None,
         request_spans: int = 8,
         traced_requests: int | Callable[[int | None], int] = 2,
+        stall_seconds: float | None = STALL_SECONDS,
         show_progress: bool = False,
         weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
@@ -86,6 +96,11 @@ class Generation:
         self._asleep, self._level = set[str](), ""
         self._stale, self._syncs, self._version = stale, 0, weight_version
         self._states.move("construction", EngineState.AWAKE)
+        gauges = gauges_of(self._states, self._profiling)
+        self._leaks = Leaks(self._profiling)
+        self._made: dict[str, Link] = {}
+        self._watch = StallWatch(self._profiling, gauges, stall_seconds)
+        weakref.finalize(self, self._watch.close)
 
     @property
     def state(self) -> EngineState:
@@ -165,20 +180,23 @@ class Generation:
         options = Options(sampling, num_generations, lora_request, priority, cancellation)
         with self._ranks.call("generate") as call, self._generating("generate"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
-            with self._profiling.span(names.GENERATE, own) as span:
+            with self._profiling.span(names.GENERATE, own) as span, self._watch.watching("generate", span) as work:
                 job = self._prepare(call, prompts, images, options, refused)
-                span.set({names.WEIGHT_VERSION: self._version, names.REFUSED: len(job.errors) or None})
+                version = self._version
+                span.set({names.WEIGHT_VERSION: version, names.REFUSED: len(job.errors) or None})
+                self._link(span, version)
                 with (
                     self._profiling.span(names.ENGINE_GENERATE) as engine_span,
+                    work.within(engine_span),
                     self._traced(job, engine_span) as traced,
                 ):
-                    sampled = self._sample(call, job, traced, on_completion)
+                    sampled = self._sample(call, job, traced, work, on_completion)
                 sampled = call.scatter(sampled)
                 if on_completion is not None and not self._ranks.leading:
                     for completion in sampled:
                         on_completion(job.own(completion))
                 with self._profiling.span(names.DECODE_OUTPUTS):
-                    result = job.place(sampled, self._version)
+                    result = job.place(sampled, version)
                 if (
                     refused == "raise"
                     and (error := next((c.error for c in result if c.error), call.refused)) is not None
@@ -186,6 +204,7 @@ class Generation:
                     raise error  # what only the engine could tell
                 if self._profiling.enabled:
                     span.set(counts(result))
+                    self._link_later(span, version, result)
                     measure(self._profiling, engine_span, result, self._request_spans, traced.own, self._decode)
                 return result
 
@@ -243,18 +262,25 @@ class Generation:
         with self._generating("stream"):
             own = {names.PROMPTS: len(prompts), names.NUM_GENERATIONS: num_generations}
             span, done, error = profiling.detached(names.GENERATE, own), dict[tuple[int, int], Completion](), None
-            job, own_traced = None, set[tuple[int | None, int]]()
+            job, version, own_traced = None, self._version, set[tuple[int | None, int]]()
             try:
                 job = self._prepare(self._ranks, prompts, images, options, refused)
                 yield from (completion for completion in job.place([], self._version) if completion.error is not None)
-                with self._traced(job, span) as traced, closing(self._engine.stream(traced.batch())) as stream:
+                version = self._version
+                self._link(span, version)
+                with (
+                    self._watch.watching("stream", span, generator=True) as work,
+                    self._traced(job, span) as traced,
+                    closing(self._engine.stream(replace(traced.batch(), moved=work.moved))) as stream,
+                ):
                     own_traced = traced.own
                     for completion in stream:
                         done[completion.prompt_index, completion.generation_index] = completion
                         traced.finish(completion)
                         if completion.error is not None and refused == "raise":
                             raise job.error_of(completion)
-                        yield job.own(completion)
+                        with work.rest():
+                            yield job.own(completion)
             except BaseException as raised:
                 error = type(raised).__name__
                 if isinstance(raised, EngineError):
@@ -263,8 +289,9 @@ class Generation:
             finally:
                 if profiling.enabled:
                     if job is not None:
-                        result = job.place(done.values(), self._version)
-                        span.set({names.WEIGHT_VERSION: self._version, **counts(result)})
+                        result = job.place(done.values(), version)
+                        span.set({names.WEIGHT_VERSION: version, **counts(result)})
+                        self._link_later(span, version, result)
                         measure(profiling, span, result, self._request_spans, own_traced, self._decode)
                     profiling.finish(span, error)
 
@@ -360,7 +387,8 @@ class Generation:
             if not self._sleep_mode:
                 # vLLM itself would report success and free nothing
                 raise EngineStateError("sleep", "awake", "construct with enable_sleep_mode=True")
-            with self._profiling.span(names.SLEEP, {names.SLEEP_LEVEL: level}) as span:
+            own = {names.SLEEP_LEVEL: level}
+            with self._profiling.span(names.SLEEP, own) as span, self._watch.watching("sleep", span):
                 self._level, start = f"level {level}", time.monotonic()
                 self._states.move("sleep", EngineState.ASLEEP, self._level)
                 with self._failing("sleep"):
@@ -368,8 +396,8 @@ class Generation:
                 self._asleep = set(TAGS)
                 self._stale = self._stale or (level == 2 and report.memory_freed)
                 seconds = time.monotonic() - start
-                own = {names.MEMORY_FREED: report.memory_freed, names.DEVICE_BYTES: report.device_bytes}
-                span.set({**own, **self._memory()})
+                leaked = {names.LEAKED: self._leaks.note(level, report.device_in_use)}
+                span.set({**memory_attributes(report), **leaked, **self._memory()})
         return replace(report, seconds=seconds)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> SleepReport:
@@ -388,7 +416,8 @@ class Generation:
             self._states.require("wake_up", EngineState.ASLEEP)
             start = time.monotonic()
             asked = [tag for tag in TAGS if tag in (tags or TAGS)]
-            with self._profiling.span(names.WAKE_UP, {names.WAKE_TAGS: asked}) as span:
+            own = {names.WAKE_TAGS: asked, names.SLEEP_LEVEL: int(self._level.removeprefix("level "))}
+            with self._profiling.span(names.WAKE_UP, own) as span, self._watch.watching("wake_up", span):
                 self._states.move("wake_up", EngineState.WAKING, self._level)
                 with self._failing("wake_up"):
                     report = self._engine.wake_up(asked)
@@ -398,8 +427,8 @@ class Generation:
                 else:
                     self._states.move("wake_up", EngineState.AWAKE)
                 seconds = time.monotonic() - start
-                own = {names.DEVICE_BYTES: report.device_bytes, names.RESTORED: self._stale or None}
-                span.set({**own, **self._memory()})
+                restored = {names.RESTORED: self._stale or None}
+                span.set({**memory_attributes(report), **restored, **self._memory()})
         return replace(report, seconds=seconds)
 
     def pause(self, mode: PauseMode = "keep") -> None:
@@ -410,7 +439,8 @@ class Generation:
         """
         with self._exclusive("pause"):
             self._states.require("pause", EngineState.AWAKE)
-            with self._profiling.span(names.PAUSE, {names.PAUSE_MODE: mode}), self._failing("pause"):
+            own = {names.PAUSE_MODE: mode}
+            with self._profiling.span(names.PAUSE, own) as span, self._calling("pause", span):
                 self._engine.pause(mode)
                 self._states.move("pause", EngineState.PAUSED)
 
@@ -422,7 +452,7 @@ class Generation:
         """
         with self._exclusive("resume"):
             self._states.require("resume", EngineState.PAUSED)
-            with self._profiling.span(names.RESUME), self._failing("resume"):
+            with self._profiling.span(names.RESUME) as span, self._calling("resume", span):
                 self._engine.resume()
                 self._states.move("resume", EngineState.AWAKE)
 
@@ -430,11 +460,16 @@ class Generation:
         """Shut the engine down. Twice does no harm; anything else afterwards raises `EngineStateError`."""
         if self._states.state is EngineState.CLOSED:
             return
-        with self._busy:
+        with (
+            self._busy,
+            self._profiling.span(names.ENGINE_CLOSE) as span,
+            self._watch.watching("close", span),
+        ):
             self._states.move("close", EngineState.CLOSED)
             if self._executor is not None:
                 self._executor.shutdown(wait=False)
             self._engine.close()
+        self._watch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -450,6 +485,12 @@ class Generation:
             yield
         finally:
             self._busy.release()
+
+    @contextmanager
+    def _calling(self, call: str, span: Span) -> Iterator[None]:
+        """Watch a call to the engine; whatever is raised within leaves it failed."""
+        with self._watch.watching(call, span), self._failing(call):
+            yield
 
     @contextmanager
     def _failing(self, call: str) -> Iterator[None]:
@@ -552,15 +593,17 @@ class Generation:
             raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
 
     def _sample(
-        self, call: Call, job: Job, traced: Traced, on_completion: Callable[[Completion], None] | None
+        self, call: Call, job: Job, traced: Traced, work: Work, on_completion: Callable[[Completion], None] | None
     ) -> list[Completion]:
         """All that this rank's engine samples for `job`, other ranks' too, in any order."""
 
-        def work() -> list[Completion]:
+        def sample() -> list[Completion]:
+            batch = replace(traced.batch(), moved=work.moved)
             done: list[Completion] = []
             with ExitStack() as stack:
                 advance = stack.enter_context(progress_bar(len(job.requests), enabled=self._show_progress))
-                for completion in stack.enter_context(closing(self._engine.stream(traced.batch()))):
+                for completion in stack.enter_context(closing(self._engine.stream(batch))):
+                    work.moved()
                     done.append(completion)
                     traced.finish(completion)
                     advance(len(completion.token_ids))
@@ -570,7 +613,10 @@ class Generation:
             return done
 
         try:
-            return call.lead(work)
+            if self._ranks.leading:
+                return call.lead(sample)
+            with work.rest():  # the leader sees to it
+                return call.lead(sample)
         except EngineError as error:
             self._broken("generate", error)
             raise
@@ -594,9 +640,10 @@ class Generation:
             then = EngineState.PAUSED
         with (
             profiling.span(names.WEIGHT_SYNC, {names.WEIGHT_VERSION: version}) as span,
+            self._watch.watching("sync_weights", span) as work,
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
-            trace = _SyncTrace(profiling, self._device, span)
+            trace = _SyncTrace(profiling, self._device, span, work)
             self._engine.sync(source, version, trace, verify)
             seconds = time.monotonic() - start
             sent, tensors = (source.bytes, source.tensors) if self._ranks.leading else (0, 0)
@@ -604,11 +651,27 @@ class Generation:
             own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}
             span.set({**own, names.SYNC_RATE: report.bandwidth, **self._memory()})
             self._version, self._stale = version, False
+            self._made.pop(version, None)
+            self._made[version] = Link(span.trace_id, span.span_id, {names.WEIGHT_VERSION: version})
+            if len(self._made) > KNOWN_SYNCS:
+                del self._made[next(iter(self._made))]
         if self._ranks.leading:
             transport = {names.TRANSPORT: span.attributes.get(names.TRANSPORT)}
             profiling.record(names.SYNCED_BYTES, report.bytes, **transport)
             profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **transport)
         return report
+
+    def _link(self, span: Span, version: str | None) -> None:
+        """Have a rollout's span point at the sync that made its weights, where this process did that."""
+        made = self._made.get(version) if version is not None else None
+        if made is not None:
+            span.link(made, **made.attributes)
+
+    def _link_later(self, span: Span, version: str, result: Completions) -> None:
+        """The same for weights that came while it was in flight."""
+        later = {name for completion in result for name, _, _ in completion.weight_versions or ()} - {version}
+        for other in sorted(later):
+            self._link(span, other)
 
     def _memory(self) -> dict[str, int]:
         return memory() if self._profiling.enabled else {}
@@ -617,12 +680,16 @@ class Generation:
 class _SyncTrace:
     """`engines.base.SyncTrace` over a profiling context; the phases' work on the device is timed too."""
 
-    def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span) -> None:
-        self._profiling, self._device, self._span = profiling, device, span
+    def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span, work: Work) -> None:
+        self._profiling, self._device, self._span, self._work = profiling, device, span, work
 
     @contextmanager
     def phase(self, name: str, /) -> Generator[Span]:
-        with self._profiling.span(f"{names.WEIGHT_SYNC}.{name}") as span, self._device.of(span):
+        with (
+            self._profiling.span(f"{names.WEIGHT_SYNC}.{name}") as span,
+            self._work.within(span),
+            self._device.of(span),
+        ):
             yield span
 
     def set(self, attributes: Mapping[str, Any], /) -> None:

@@ -11,6 +11,7 @@ from ..profiling.device import memory
 from ..ranks import GroupRanks, Ranks, SingleRank
 from ..weights.source import engine_dtype, source_of
 from .base import Generation
+from .stall import STALL_SECONDS
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,8 @@ class ColocateGeneration(Generation):
         request_spans: How many requests of a call, the slowest ones, become spans; all are in the metrics.
         traced_requests: How many requests of a call, random ones, are traced from their dispatch, the engine's own
             span beneath theirs; or a function of the step's number, for chosen steps.
+        stall_seconds: After how long without a token, a completion or a phase a call counts as stalled, which is
+            logged and shown while it lasts; None for never.
         show_progress: Whether long calls show a progress bar on a terminal.
         weight_version: What the weights are called until the first sync: a resumed run's own last version.
         profiling: Where spans and measurements go.
@@ -76,6 +79,7 @@ class ColocateGeneration(Generation):
         seed: int | None = None,
         request_spans: int = 8,
         traced_requests: int | Callable[[int | None], int] = 2,
+        stall_seconds: float | None = STALL_SECONDS,
         show_progress: bool = False,
         weight_version: str = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
@@ -128,6 +132,7 @@ class ColocateGeneration(Generation):
             structured_outputs_regex=structured_outputs_regex,
             request_spans=request_spans,
             traced_requests=traced_requests,
+            stall_seconds=stall_seconds,
             show_progress=show_progress,
             weight_version=weight_version,
             profiling=profiling,

@@ -131,15 +131,24 @@ class ProfilingContext:
         own = {**(attributes or {}), names.REBUILT: True}
         return self._core.rebuild(self._attributes, name, start_ns, end_ns, own, parent, error)
 
-    def detached(self, name: str, attributes: Attributes | None = None, /, *, parent: Span | None = None) -> Span:
+    def detached(
+        self,
+        name: str,
+        attributes: Attributes | None = None,
+        /,
+        *,
+        parent: Span | None = None,
+        start_ns: int | None = None,
+    ) -> Span:
         """A span that others do not nest under: it begins now, here, and `finish` ends it, on whatever thread.
 
         For what is in flight while the caller does other things. It lies beneath `parent`, or beneath the
-        open span; `carrier(span)` is what travels with the work.
+        open span; `carrier(span)` is what travels with the work. `start_ns` is for what is seen late.
         """
         if self._core is None:
             return NO_SPAN
-        return self._core.detach(self._attributes, name, time.monotonic_ns(), dict(attributes or {}), parent)
+        start_ns = time.monotonic_ns() if start_ns is None else start_ns
+        return self._core.detach(self._attributes, name, start_ns, dict(attributes or {}), parent)
 
     def finish(self, span: Span, error: str | None = None, *, end_ns: int | None = None) -> None:
         """End a `detached` span, now or at `end_ns` of `time.monotonic_ns`'s clock. Twice does no harm."""

@@ -123,8 +123,20 @@ FINISH_REASON = _attribute("gen_ai.response.finish_reasons", "string[]", "Why th
 REBUILT = _attribute("vgen.rebuilt", "bool", "The span was made after the fact, from the engine's own timings.")
 PROMPT_INDEX = _attribute("vgen.prompt.index", "int", "Which prompt of the call, from 0.")
 GENERATION_INDEX = _attribute("vgen.generation.index", "int", "Which completion of the prompt, from 0.")
+FINISHED_BY = _attribute("vgen.request.finish_reason", "string", "Why completions ended.", label=True)
+FIRST_VERSION = _attribute(
+    "vgen.weight_version.first", "string", "The version of the weights that sampled the first token."
+)
+ADMISSION_SECONDS = _attribute(
+    "vgen.request.admission", "double", "Seconds from arriving at the engine's front end to queueing in its core."
+)
 QUEUE_SECONDS = _attribute("vgen.request.queue", "double", "Seconds from queueing to the first scheduling.")
-TTFT_SECONDS = _attribute("vgen.request.time_to_first_token", "double", "Seconds from queueing to the first token.")
+PREFILL_SECONDS = _attribute("vgen.request.prefill", "double", "Seconds from scheduling to the first token.")
+DECODE_SECONDS = _attribute("vgen.request.decode", "double", "Seconds from the first token to the last.")
+E2E_SECONDS = _attribute("vgen.request.e2e", "double", "Seconds from arriving to the last token: the four together.")
+TTFT_SECONDS = _attribute(
+    "vgen.request.time_to_first_token", "double", "Seconds from arriving until the front end had the first token."
+)
 TPOT_SECONDS = _attribute(
     "vgen.request.time_per_output_token", "double", "Decode seconds for each token after the first."
 )
@@ -181,9 +193,41 @@ MEMORY_FREED = _attribute("vgen.sleep.memory_freed", "bool", "Whether sleeping g
 DEVICE_BYTES = _attribute(
     "vgen.memory.device.bytes", "int", "Device memory given back (sleep) or taken (wake up); absent on a CPU."
 )
+MEMORY_EXPECTED = _attribute(
+    "vgen.memory.device.expected", "int", "What that should be by the engine's own list of its memory."
+)
+WEIGHTS_BYTES = _attribute("vgen.memory.weights.bytes", "int", "Device memory that waking took for the weights.")
+WEIGHTS_EXPECTED = _attribute(
+    "vgen.memory.weights.expected", "int", "The engine's memory for weights, by its own list: given back or taken."
+)
+KV_CACHE_BYTES = _attribute("vgen.memory.kv_cache.bytes", "int", "Device memory that waking took for the KV cache.")
+KV_CACHE_EXPECTED = _attribute(
+    "vgen.memory.kv_cache.expected", "int", "The engine's KV cache, by its own list: given back or taken."
+)
+HOST_BYTES = _attribute(
+    "vgen.memory.host.bytes",
+    "int",
+    "Host memory taken (sleep: the weights' copy) or given back (wake up); absent on a CPU.",
+)
+LEAKED = _attribute(
+    "vgen.sleep.leaked_bytes",
+    "int",
+    "Device memory in use after sleeping beyond what was after the first sleep of this level, without what torch's "
+    "allocator holds.",
+)
 RESTORED = _attribute("vgen.wake_up.restores_weights", "bool", "The next generation restores the weights first.")
 DEVICE_FREE = _attribute("vgen.memory.device.free", "int", "Free device memory by the driver, in bytes.")
 DEVICE_USED = _attribute("vgen.memory.device.used", "int", "Device memory in use, of all processes, in bytes.")
+STATE = _attribute("vgen.engine.state.to", "string", "The engine's new state.")
+STATE_FROM = _attribute("vgen.engine.state.from", "string", "The state that it left.")
+ENGINE_NUMBER = _attribute(
+    "vgen.engine.number", "int", "Which engine of the process, from 0: where there are several of a kind.", label=True
+)
+STALLED_CALL = _attribute(
+    "vgen.stall.call", "string", "What does not go on: `generate`, `sync_weights`, `sleep`, …", label=True
+)
+STALL_SECONDS = _attribute("vgen.stall.seconds", "double", "How long nothing came.")
+OPEN_SPANS = _attribute("vgen.stall.open_spans", "string[]", "The spans that were open, the outermost first.")
 ALLOCATED = _attribute("vgen.memory.device.allocated", "int", "What torch's allocator has handed out, in bytes.")
 RESERVED_MEMORY = _attribute("vgen.memory.device.reserved", "int", "What torch's allocator holds, in bytes.")
 HOST_RESIDENT = _attribute("vgen.memory.host.resident", "int", "Host memory of this process, in bytes.")
@@ -235,8 +279,13 @@ REQUEST = _span(
     OUTPUT_TOKENS,
     FINISH_REASON,
     WEIGHT_VERSION,
+    FIRST_VERSION,
     SERVER,
+    ADMISSION_SECONDS,
     QUEUE_SECONDS,
+    PREFILL_SECONDS,
+    DECODE_SECONDS,
+    E2E_SECONDS,
     TTFT_SECONDS,
     TPOT_SECONDS,
     PREEMPTIONS,
@@ -287,8 +336,40 @@ SYNC_VERIFY = _span(
 SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weights computed are emptied.")
 PAUSE = _span("vgen.pause", "The engine stops scheduling.", PAUSE_MODE, ENGINE)
 RESUME = _span("vgen.resume", "It schedules again.", ENGINE)
-SLEEP = _span("vgen.sleep", "The engine goes to sleep.", SLEEP_LEVEL, MEMORY_FREED, DEVICE_BYTES, ENGINE)
-WAKE_UP = _span("vgen.wake_up", "The engine wakes up, in whole or in part.", WAKE_TAGS, DEVICE_BYTES, RESTORED, ENGINE)
+_EXPECTED = (MEMORY_EXPECTED, WEIGHTS_EXPECTED, KV_CACHE_EXPECTED)
+SLEEP = _span(
+    "vgen.sleep",
+    "The engine goes to sleep.",
+    SLEEP_LEVEL,
+    MEMORY_FREED,
+    DEVICE_BYTES,
+    *_EXPECTED,
+    HOST_BYTES,
+    LEAKED,
+    ENGINE,
+)
+WAKE_UP = _span(
+    "vgen.wake_up",
+    "The engine wakes up, in whole or in part.",
+    WAKE_TAGS,
+    SLEEP_LEVEL,
+    MEMORY_FREED,
+    DEVICE_BYTES,
+    WEIGHTS_BYTES,
+    KV_CACHE_BYTES,
+    *_EXPECTED,
+    HOST_BYTES,
+    RESTORED,
+    ENGINE,
+)
+ENGINE_CLOSE = _span("vgen.engine.close", "The engine is shut down, or its servers are let go.", ENGINE)
+STALL = _span(
+    "vgen.stall",
+    "A call of the engine's did not go on: no token, no completion, no phase. Open while that lasts.",
+    STALLED_CALL,
+    OPEN_SPANS,
+    ENGINE,
+)
 
 SELECTED = frozenset(name for name, spec in SPANS.items() if spec.selected)
 """Spans that only some of what they stand for get: their seconds are no distribution, so they are not aggregated."""
@@ -304,20 +385,72 @@ PROMPT_LENGTH = _metric(
     "vgen.prompt.length", "histogram", "{token}", "Prompt tokens of a request, once for each completion.", ENGINE
 )
 REQUEST_START = _metric(
-    "vgen.request.start", "histogram", "s", "From the start of the engine call to queueing in the engine.", ENGINE
+    "vgen.request.start", "histogram", "s", "From the start of the engine call to arriving at the engine.", ENGINE
 )
-REQUEST_E2E = _metric("vgen.request.e2e", "histogram", "s", "From queueing to the last token.", ENGINE)
+REQUEST_E2E = _metric("vgen.request.e2e", "histogram", "s", "From arriving to the last token.", ENGINE)
+REQUEST_ADMISSION = _metric(
+    "vgen.request.admission",
+    "histogram",
+    "s",
+    "From arriving at the engine's front end to queueing in its core.",
+    ENGINE,
+)
 REQUEST_QUEUE = _metric("vgen.request.queue", "histogram", "s", "From queueing to the first scheduling.", ENGINE)
 REQUEST_PREFILL = _metric("vgen.request.prefill", "histogram", "s", "From scheduling to the first token.", ENGINE)
+REQUEST_DECODE = _metric("vgen.request.decode", "histogram", "s", "From the first token to the last.", ENGINE)
 REQUEST_TTFT = _metric(
-    "vgen.request.time_to_first_token", "histogram", "s", "From queueing to the first token.", ENGINE
+    "vgen.request.time_to_first_token",
+    "histogram",
+    "s",
+    "From arriving until the engine's front end had the first token.",
+    ENGINE,
 )
 REQUEST_TPOT = _metric(
     "vgen.request.time_per_output_token", "histogram", "s", "Decode time for each token after the first.", ENGINE
 )
+REQUEST_PREEMPTED = _metric(
+    "vgen.request.preemptions", "counter", "{preemption}", "How often requests were taken off the device.", ENGINE
+)
+REQUEST_CACHED = _metric(
+    "vgen.request.cached_tokens", "counter", "{token}", "Prompt tokens found in the prefix cache.", ENGINE
+)
+REQUEST_FINISHED = _metric(
+    "vgen.request.finished", "counter", "{request}", "Completions, by what ended them.", ENGINE, FINISHED_BY
+)
 SYNCED_BYTES = _metric("vgen.weight_sync.sent", "counter", "By", "Bytes of weights sent.", ENGINE, TRANSPORT)
 SYNC_BANDWIDTH = _metric(
     "vgen.weight_sync.rate", "gauge", "By/s", "Bytes sent for each second of the last sync.", ENGINE, TRANSPORT
+)
+STATES = ("starting", "awake", "paused", "syncing", "asleep", "waking", "failed", "closed")
+"""The engine's states; the gauge's value is the place."""
+ENGINE_STATE = _metric(
+    "vgen.engine.state",
+    "gauge",
+    "1",
+    "What the engine is doing: " + ", ".join(f"{number} {state}" for number, state in enumerate(STATES)) + ".",
+    ENGINE,
+    ENGINE_NUMBER,
+)
+ENGINE_STATE_AGE = _metric(
+    "vgen.engine.state.age", "gauge", "s", "How long it has been doing that.", ENGINE, ENGINE_NUMBER
+)
+STALLED = _metric(
+    "vgen.engine.stalled",
+    "gauge",
+    "s",
+    "How long a call that has stalled has had no token, completion or phase; 0 while all goes on.",
+    ENGINE,
+    ENGINE_NUMBER,
+)
+STALLS = _metric("vgen.engine.stalls", "counter", "{stall}", "Stalls that have begun.", ENGINE, ENGINE_NUMBER)
+LEAKED_TOTAL = _metric(
+    "vgen.sleep.leaked",
+    "counter",
+    "By",
+    "Device memory that sleeping gave back at first and does not any more, by level; what torch's allocator holds is "
+    "none of it.",
+    ENGINE,
+    SLEEP_LEVEL,
 )
 DEVICE_TIME = _metric(
     "vgen.device.time", "histogram", "s", "What a span's work took on the device, by device events.", TIMED_SPAN
@@ -329,6 +462,9 @@ DROPPED = _metric(
 
 # Events -------------------------------------------------------------------------------------------------------------
 EXCEPTION_EVENT = _event("exception", "The exception that ended the span: its type, never its message.", EXCEPTION)
+
+STATE_CHANGED = _event("vgen.engine.state", "The engine's state changed.", STATE_FROM, STATE)
+STALL_OVER = _event("vgen.stall", "A stall is over, or was ended.", STALLED_CALL, STALL_SECONDS)
 
 # Resource -----------------------------------------------------------------------------------------------------------
 SERVICE_NAME = _resource("service.name", "string", "`OTEL_SERVICE_NAME`, or `vgen`.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from ..types import Completion, Completions, RequestTiming
@@ -51,17 +52,24 @@ def measure(
     for server, own in servers.items():
         # The same requests in the same order: together they say when each of them ran.
         where = {names.ENGINE_CALL: engine_span.span_id, names.SERVER: server}
-        starts = [(timing.queued_ns - engine_span.start_ns) / 1e9 for timing in own]
+        starts = [(timing.arrived_ns - engine_span.start_ns) / 1e9 for timing in own]
         profiling.record_many(names.REQUEST_START, starts, **where)
         profiling.record_many(names.REQUEST_E2E, [timing.e2e for timing in own], **where)
+    profiling.record_many(names.REQUEST_ADMISSION, [timing.admission for timing in timings])
     profiling.record_many(names.REQUEST_QUEUE, [timing.queue for timing in timings])
     profiling.record_many(names.REQUEST_PREFILL, [timing.prefill for timing in timings])
+    profiling.record_many(names.REQUEST_DECODE, [timing.decode for timing in timings])
     profiling.record_many(names.REQUEST_TTFT, [timing.time_to_first_token for timing in timings])
     per_token = [timing.time_per_output_token for timing in timings]
     profiling.record_many(names.REQUEST_TPOT, [seconds for seconds in per_token if seconds is not None])
+    if timings:
+        profiling.record(names.REQUEST_PREEMPTED, sum(timing.preemptions for timing in timings))
+        profiling.record(names.REQUEST_CACHED, sum(timing.cached_tokens for timing in timings))
+    for reason, count in Counter(completion.finish_reason or "unknown" for completion in done).items():
+        profiling.record(names.REQUEST_FINISHED, count, **{names.FINISHED_BY: reason})
     ranked = sorted(timed, key=lambda pair: pair[1].e2e, reverse=True)
     chosen = [*ranked[:slowest], *(pair for pair in ranked[slowest:] if pair[0].finish_reason == "abort")]
-    for completion, timing in sorted(chosen, key=lambda pair: pair[1].queued_ns):
+    for completion, timing in sorted(chosen, key=lambda pair: pair[1].arrived_ns):
         if (completion.prompt_index, completion.generation_index) in traced:
             continue
         attributes = {
@@ -70,7 +78,7 @@ def measure(
             **request_attributes(completion, result.prompt_ids[completion.prompt_index], profiling.capture, decode),
         }
         error = "aborted" if completion.finish_reason == "abort" else None
-        start, end = timing.queued_ns, timing.finished_ns
+        start, end = timing.arrived_ns, timing.finished_ns
         profiling.rebuilt(names.REQUEST, start, end, attributes, parent=engine_span, error=error)
 
 
@@ -84,12 +92,17 @@ def request_attributes(
         names.OUTPUT_TOKENS: len(completion.token_ids),
         names.FINISH_REASON: [completion.finish_reason or "unknown"],
         names.WEIGHT_VERSION: completion.weight_version,
+        names.FIRST_VERSION: completion.weight_versions[0][0] if completion.weight_versions else None,
         names.SERVER: completion.server,
     }
     timing = completion.timing
     if timing is not None:
         own |= {
+            names.ADMISSION_SECONDS: timing.admission,
             names.QUEUE_SECONDS: timing.queue,
+            names.PREFILL_SECONDS: timing.prefill,
+            names.DECODE_SECONDS: timing.decode,
+            names.E2E_SECONDS: timing.e2e,
             names.TTFT_SECONDS: timing.time_to_first_token,
             names.TPOT_SECONDS: timing.time_per_output_token,
             names.PREEMPTIONS: timing.preemptions,

@@ -190,16 +190,17 @@ def unpack_completions(message: Message, clock_ns: int) -> list[Completion]:
 
 
 def _seconds(t: RequestTiming) -> list[float | None]:
-    return [t.queue, t.prefill, t.decode, t.time_to_first_token, t.time_per_output_token, t.e2e]
+    return [t.admission, t.queue, t.prefill, t.decode, t.time_to_first_token, t.time_per_output_token, t.e2e]
 
 
 def _timings(counts: array[int], seconds: list[Any], shift: int) -> Iterable[RequestTiming]:
     for place in range(len(counts) // 4):
         queued, finished, preemptions, cached = counts[4 * place : 4 * place + 4]
-        queue, prefill, decode, first, per_token, e2e = seconds[6 * place : 6 * place + 6]
+        admission, queue, prefill, decode, first, per_token, e2e = seconds[7 * place : 7 * place + 7]
         yield RequestTiming(
             queued_ns=queued + shift,
             finished_ns=finished + shift,
+            admission=admission,
             queue=queue,
             prefill=prefill,
             decode=decode,

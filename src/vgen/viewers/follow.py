@@ -132,7 +132,7 @@ def _draw(follower: Follower, step: int | None) -> None:
                     continue
                 span = as_span(record, process)
                 asked = step is None or record["attributes"].get(names.STEP_NUMBER) == step
-                if asked and span.trace_id != trace and span.start_ns > latest:
+                if asked and span.trace_id != trace and span.start_ns > latest and span.name != names.ENGINE_CLOSE:
                     trace, latest = span.trace_id, span.start_ns
                     spans.clear()
                 if span.trace_id == trace and (span.end_ns is not None or span.span_id not in spans):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
+from .. import names
 from ..records import Attributes, Measurement, Sink, Span, Step
 
 logger = logging.getLogger("vgen.telemetry")
@@ -58,7 +59,7 @@ class JsonlSink(Sink):
             raise
 
     def on_start(self, span: Span, attributes: Attributes) -> None:
-        if span.current:
+        if span.current or span.name not in names.SELECTED:
             self._new[span.span_id] = span, attributes
 
     def on_end(self, span: Span) -> None:

@@ -131,9 +131,9 @@ class OTelSink(Sink):
         if made is None:
             return
         error, end_time = span.error, span.end_ns + span.offset_ns
+        if plan.time is not None and (attached is not None or names.REBUILT not in span.attributes):
+            plan.time((span.end_ns - span.start_ns) / 1e9, span.attributes, error, attached or before)
         if attached is not None:
-            if plan.time is not None:
-                plan.time((span.end_ns - span.start_ns) / 1e9, span.attributes, error, attached)
             if get_current() is attached:
                 attach(before)
             else:
