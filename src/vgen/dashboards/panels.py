@@ -117,7 +117,7 @@ def _latency() -> Row:
             ),
             percentiles("Time to first token", names.REQUEST_TTFT, names.ENGINE, span=names.GENERATE),
             percentiles("Time per output token", names.REQUEST_TPOT, names.ENGINE, span=names.GENERATE),
-            percentiles("Queue", names.REQUEST_QUEUE, names.ENGINE, span=names.GENERATE),
+            percentiles("Until it reaches the engine", names.REQUEST_START, names.ENGINE, span=names.GENERATE),
         ),
     )
 
@@ -150,7 +150,17 @@ def _tail() -> Row:
                 (Query(ratio, "p99 / p50"),),
                 span=names.GENERATE,
             ),
-            percentiles("Completion length", names.COMPLETION_LENGTH, names.ENGINE, span=names.GENERATE),
+            Panel(
+                "Lengths",
+                "Tokens of completions, and prompt tokens of requests.",
+                (
+                    Query(quantile(0.5, names.COMPLETION_LENGTH), "completion p50"),
+                    Query(quantile(0.99, names.COMPLETION_LENGTH), "completion p99"),
+                    Query(quantile(0.5, names.PROMPT_LENGTH), "prompt p50"),
+                    Query(quantile(0.99, names.PROMPT_LENGTH), "prompt p99"),
+                ),
+                span=names.GENERATE,
+            ),
             Panel(
                 "Requests by duration",
                 names.REQUEST_E2E.description,

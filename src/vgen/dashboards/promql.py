@@ -1,4 +1,4 @@
-"""PromQL about vgen's metrics. Their names come from `names.py` in the spelling of the exporter, and from nowhere else."""
+"""PromQL about vgen's metrics: their names are those of `names.py`, in the exporter's one spelling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..profiling.reference import prometheus_name
 CHOSEN = ('job="$job"', 'instance=~"$instance"')
 """Of the dashboard: the run and the processes that its reader has chosen."""
 WINDOW = "$window"
-"""Of the dashboard: how far back a rate looks. Calls and syncs are seldom; Grafana's own `$__rate_interval` misses them."""
+"""Of the dashboard: how far back a rate looks. Calls and syncs are seldom: `$__rate_interval` would miss them."""
 
 
 def label(attribute: str) -> str:

@@ -30,7 +30,7 @@ VLLM_TARGETS, SOURCES, PROVIDERS = "vllm-targets.yaml", "datasources/vgen.yaml",
 
 
 def compose() -> dict[str, Any]:
-    """`compose.yaml`. Ports are open on this machine alone, unless `BIND` says otherwise: nobody asks for a password."""
+    """`compose.yaml`. Ports are open to this machine alone unless `BIND` says otherwise: nobody asks for a password."""
 
     def ports(*numbers: int) -> list[str]:
         return [f"${{BIND:-127.0.0.1}}:{number}:{number}" for number in numbers]

@@ -1,4 +1,4 @@
-"""vLLM's own metrics that stand beside vgen's, as its servers export them (read in vLLM 0.32, `v1/metrics/loggers.py`)."""
+"""vLLM's own metrics that stand beside vgen's, as its servers export them (vLLM 0.32, `v1/metrics/loggers.py`)."""
 
 from __future__ import annotations
 

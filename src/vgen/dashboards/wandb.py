@@ -78,7 +78,8 @@ def save(target: str) -> int:
     try:
         made.save_as_new_view()
     except Exception as error:
-        print(f"vgen dashboards: W&B did not take the workspace: {type(error).__name__}", file=sys.stderr)
+        problem = f"{type(error).__name__} (is WANDB_API_KEY set, or `wandb login` done, and is {target} yours?)"
+        print(f"vgen dashboards: W&B did not take the workspace: {problem}", file=sys.stderr)
         return 1
     print(made.url)
     return 0
