@@ -61,7 +61,28 @@ def waiting(request: float, call: float) -> dict[str, str]:
     return histogram(names.REQUEST_E2E, both, request) | histogram(CALL, {"+Inf": "0+1x40"}, call)
 
 
+def gauge(instrument: Instrument, values: str) -> dict[str, str]:
+    return {series(instrument, (*RUN, COLOCATE, f'{label(names.ENGINE_NUMBER)}="0"')): values}
+
+
+def leaked(values: str) -> dict[str, str]:
+    return {series(names.LEAKED_TOTAL, (*RUN, COLOCATE, f'{label(names.SLEEP_LEVEL)}="2"')): values}
+
+
+AWAKE, FAILED_STATE = names.STATES.index("awake"), names.STATES.index("failed")
+
 CASES = {
+    "a stall, while it lasts": Case(
+        "VgenEngineStalled", gauge(names.STALLED, "0x4 70+60x5 0x20"), ("7m", "10m"), ("4m", "5m", "13m")
+    ),
+    "an engine that stays failed": Case(
+        "VgenEngineFailed", gauge(names.ENGINE_STATE, f"{AWAKE}x4 {FAILED_STATE}x20"), ("11m",), ("4m", "8m")
+    ),
+    "an engine that a sync repairs at once": Case(
+        "VgenEngineFailed", gauge(names.ENGINE_STATE, f"{FAILED_STATE}x2 {AWAKE}x20"), silent=("2m", "11m")
+    ),
+    "a leak stays": Case("VgenSleepLeaks", leaked(f"0x4 {2**29}x20"), ("6m", "20m"), ("3m",)),
+    "a little is not worth a call": Case("VgenSleepLeaks", leaked(f"{2**20}x20"), silent=("10m",)),
     "the first failed sync is seen, though its counter was not there before": Case(
         "VgenWeightSyncFailed", syncs("1+1x40") | syncs("_x10 1x30", FAILED), ("11m", "19m"), ("9m", "31m")
     ),

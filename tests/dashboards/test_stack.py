@@ -14,6 +14,8 @@ from scraper import needs_promtool
 
 from vgen.dashboards import stack
 from vgen.dashboards.files import files, write
+from vgen.profiling import names
+from vgen.profiling.records import Instrument
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,12 @@ def test_the_collector_hands_on_both_signals(folder: Path):
             assert set(pipeline[kind]) <= set(config[kind])
     used = {exporter for pipeline in pipelines.values() for exporter in pipeline["exporters"]}
     assert used == set(config["exporters"])
+
+
+@pytest.mark.parametrize("metric", names.METRICS.values(), ids=lambda metric: metric.name)
+def test_the_collector_spells_each_name_as_vgens_own_exporter_does(metric: Instrument):
+    """It adds `_ratio` to a gauge whose unit is `1`, and the exporter of OpenTelemetry's SDK does not."""
+    assert (metric.kind, metric.unit) != ("gauge", "1")
 
 
 def test_an_exemplar_leads_from_prometheus_to_jaeger(folder: Path, services: dict[str, Any]):

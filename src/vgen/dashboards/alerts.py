@@ -19,6 +19,10 @@ TAIL_REQUESTS = 100
 """Requests within the window, below which their p99 is one request and says nothing."""
 
 
+LEAK_BYTES = 256 * 2**20
+"""Device memory that sleeping may fail to give back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alert:
     """One rule. In `summary` and `description` Prometheus replaces `{{ $labels.x }}` and `{{ $value }}`."""
@@ -38,7 +42,7 @@ _BY = ("job",)
 
 def alerts() -> tuple[Alert, ...]:
     """All rules."""
-    return (_failed_sync(), _tail(), _tail_cost(), _dropped())
+    return (_stalled(), _failed_sync(), _failed_engine(), _leak(), _tail(), _tail_cost(), _dropped())
 
 
 def rules() -> dict[str, Any]:
@@ -62,6 +66,42 @@ def _value_of(attribute: str) -> str:
 
 def _grown(instrument: Instrument, *where: str, part: str = "") -> str:
     return newly(series(instrument, where, part), WINDOW)
+
+
+_ENGINE = f"{_PROCESS}, engine {_value_of(names.ENGINE_NUMBER)}"
+
+
+def _stalled() -> Alert:
+    return Alert(
+        "VgenEngineStalled",
+        f"{series(names.STALLED, ())} > 0",
+        f"{_ENGINE}: nothing has come for {{{{ $value | humanizeDuration }}}}",
+        f"A call has had no token, completion or phase. The process's log names the open spans, `{names.STALL}` is "
+        "open in its JSONL record, and `vgen trace RUN --follow` shows where it stands.",
+        "critical",
+        wait="1m",
+    )
+
+
+def _failed_engine() -> Alert:
+    return Alert(
+        "VgenEngineFailed",
+        f"{series(names.ENGINE_STATE, ())} == {names.STATES.index('failed')}",
+        f"{_ENGINE}: has failed and refuses to generate",
+        "Its weights are unknown or it broke. A sync that succeeds makes it usable again, where it still runs.",
+        "critical",
+        wait="5m",
+    )
+
+
+def _leak() -> Alert:
+    return Alert(
+        "VgenSleepLeaks",
+        f"{series(names.LEAKED_TOTAL, ())} > {LEAK_BYTES}",
+        f"{_PROCESS}: sleeping leaves {{{{ $value | humanize1024 }}}}B more on the device than at first",
+        f"After sleep level {_value_of(names.SLEEP_LEVEL)}. The trainer will miss it sooner or later. "
+        f"`{names.LEAKED}` on the spans `{names.SLEEP}` says since which step.",
+    )
 
 
 def _failed_sync() -> Alert:

@@ -17,6 +17,7 @@ SERVERS = (f'{vllm.SERVER}=~"$server"',)
 """The vLLM servers that the reader has chosen. They are scraped on their own, so no run is in their labels."""
 
 SYNC_PHASES = tuple(name for name in names.SPANS if name.startswith(names.WEIGHT_SYNC + "."))
+REQUEST_PHASES = (names.REQUEST_ADMISSION, names.REQUEST_QUEUE, names.REQUEST_PREFILL, names.REQUEST_DECODE)
 STEP_PARTS = (names.GENERATE, names.WEIGHT_SYNC, names.SLEEP, names.WAKE_UP)
 
 Unit = Literal["s", "bytes", "Bps", "percentunit", "short"]
@@ -72,7 +73,8 @@ def percentiles(
 
 def dashboard() -> tuple[Row, ...]:
     """All rows, in their order."""
-    return (_overview(), _latency(), _tail(), _throughput(), _sync(), _sleep(), _telemetry(), _vllm())
+    rows = (_overview, _latency, _tail, _throughput, _engine, _sync, _sleep, _telemetry, _vllm)
+    return tuple(row() for row in rows)
 
 
 def _overview() -> Row:
@@ -96,12 +98,7 @@ def _overview() -> Row:
 
 
 def _latency() -> Row:
-    decode = f"{mean(names.REQUEST_E2E)} - {mean(names.REQUEST_TTFT)}"
-    anatomy = (
-        Query(mean(names.REQUEST_QUEUE), "queue"),
-        Query(mean(names.REQUEST_PREFILL), "prefill"),
-        Query(decode, "decode"),
-    )
+    anatomy = tuple(Query(mean(phase), phase.name.rpartition(".")[2]) for phase in REQUEST_PHASES)
     return Row(
         "Rollout latency",
         (
@@ -109,7 +106,7 @@ def _latency() -> Row:
             percentiles("Request, end to end", names.REQUEST_E2E, names.ENGINE, span=names.GENERATE),
             Panel(
                 "Where a request's time goes",
-                "Mean seconds of a request's phases; together they are its end to end time.",
+                "Mean seconds of each phase of a request; together they are its time from end to end.",
                 anatomy,
                 "s",
                 "stack",
@@ -196,12 +193,69 @@ def _throughput() -> Row:
                 span=names.GENERATE,
             ),
             Panel(
+                "Completions by what ended them",
+                names.REQUEST_FINISHED.description,
+                (Query(rate(names.REQUEST_FINISHED, names.FINISHED_BY), legend(names.FINISHED_BY)),),
+                span=names.GENERATE,
+            ),
+            Panel(
+                "Prompt tokens from the prefix cache",
+                names.REQUEST_CACHED.description,
+                (Query(rate(names.REQUEST_CACHED, names.ENGINE), legend(names.ENGINE)),),
+                span=names.GENERATE,
+            ),
+            Panel(
+                "Preemptions",
+                names.REQUEST_PREEMPTED.description,
+                (Query(rate(names.REQUEST_PREEMPTED, names.ENGINE), legend(names.ENGINE)),),
+                span=names.GENERATE,
+            ),
+            Panel(
                 "Where a step's time goes",
                 f"Share of `{names.STEP}` in each of its parts; the rest is the trainer's.",
                 parts,
                 "percentunit",
                 "stack",
                 names.STEP,
+            ),
+        ),
+    )
+
+
+def _engine() -> Row:
+    who = (names.ENGINE, names.ENGINE_NUMBER, PROCESS)
+    return Row(
+        "Engine",
+        (
+            Panel(
+                "What each engine is doing",
+                names.ENGINE_STATE.description,
+                (Query(series(names.ENGINE_STATE), legend(*who)),),
+                kind="states",
+                width=24,
+                states=names.STATES,
+            ),
+            Panel(
+                "For how long",
+                names.ENGINE_STATE_AGE.description,
+                (Query(series(names.ENGINE_STATE_AGE), legend(*who)),),
+                "s",
+                width=12,
+            ),
+            Panel(
+                "Stalled",
+                names.STALLED.description,
+                (Query(series(names.STALLED), legend(*who)),),
+                "s",
+                span=names.STALL,
+                width=6,
+            ),
+            Panel(
+                "Stalls",
+                names.STALLS.description,
+                (Query(total(series(names.STALLS), *who), legend(*who)),),
+                span=names.STALL,
+                width=6,
             ),
         ),
     )
@@ -256,12 +310,22 @@ def _sync() -> Row:
 _ERROR = names.ERROR_TYPE.replace(".", "_")
 
 
+_LEVEL = legend(names.SLEEP_LEVEL, PROCESS, text="level")
+
+
 def _sleep() -> Row:
     return Row(
         "Sleep and memory",
         (
             percentiles("Sleep", names.duration(names.SLEEP), names.SLEEP_LEVEL, span=names.SLEEP),
             percentiles("Wake up", names.duration(names.WAKE_UP), span=names.WAKE_UP),
+            Panel(
+                "Leaked",
+                names.LEAKED_TOTAL.description,
+                (Query(total(series(names.LEAKED_TOTAL), names.SLEEP_LEVEL, PROCESS), _LEVEL),),
+                "bytes",
+                span=names.SLEEP,
+            ),
             percentiles("Device time", names.DEVICE_TIME, names.TIMED_SPAN, at=(0.5, 0.99)),
         ),
     )

@@ -9,7 +9,7 @@ from ..errors import MissingExtraError
 from ..profiling import names
 from ..profiling.records import Instrument
 from ..profiling.sinks.wandb import HISTOGRAM, STEP_METRIC, key
-from .panels import STEP_PARTS, SYNC_PHASES
+from .panels import REQUEST_PHASES, STEP_PARTS, SYNC_PHASES
 
 try:
     import wandb_workspaces.reports.v2 as reports
@@ -27,7 +27,7 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
             _line("Request, end to end", *_of(names.REQUEST_E2E, "p50", "p90", "p99")),
             _line("Time to first token", *_of(names.REQUEST_TTFT, "p50", "p90", "p99")),
             _line("Time per output token", *_of(names.REQUEST_TPOT, "p50", "p90", "p99")),
-            _line("Queue", *_of(names.REQUEST_QUEUE, "p50", "p90", "p99")),
+            _line("Where a request's time goes", *(_of(phase, "p50")[0] for phase in REQUEST_PHASES)),
             _line("Tokens per second", key(names.THROUGHPUT.name)),
         ),
         _section(
@@ -47,10 +47,12 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
         _section(
             "Sleep and memory",
             _line("Sleep and wake up", _sum(names.SLEEP), _sum(names.WAKE_UP)),
+            _line("Leaked", key(names.LEAKED_TOTAL.name)),
         ),
         _section(
             "Steps",
             _line("Where a step's time goes", _sum(names.STEP), *(_sum(part) for part in STEP_PARTS)),
+            _line("Stalls", key(names.STALLS.name)),
             _line("Telemetry lost", key(names.DROPPED.name)),
         ),
     ]

@@ -426,7 +426,7 @@ STATES = ("starting", "awake", "paused", "syncing", "asleep", "waking", "failed"
 ENGINE_STATE = _metric(
     "vgen.engine.state",
     "gauge",
-    "1",
+    "{state}",
     "What the engine is doing: " + ", ".join(f"{number} {state}" for number, state in enumerate(STATES)) + ".",
     ENGINE,
     ENGINE_NUMBER,
