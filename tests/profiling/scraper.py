@@ -25,10 +25,13 @@ needs_promtool = pytest.mark.skipif(
 
 
 @contextmanager
-def scraping(folder: Path, **jobs: str) -> Iterator[str]:
-    """The address of a Prometheus that scrapes each job's target, `host:port`, five times a second."""
+def scraping(folder: Path, every: str = "200ms", **jobs: str) -> Iterator[str]:
+    """The address of a Prometheus that scrapes each job's target, `host:port`.
+
+    A target that does not answer within `every` has no series until it does.
+    """
     scrapes = [{"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in jobs.items()]
-    config = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}, "scrape_configs": scrapes}
+    config = {"global": {"scrape_interval": every, "scrape_timeout": every}, "scrape_configs": scrapes}
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
