@@ -81,6 +81,9 @@ def replay_a_gpu(profiling: ProfilingContext) -> None:
         )
     freed = [found["freed_bytes"] for found in json.loads((RESULTS / "demo-h200.json").read_text())["steps"]]
     for bytes in freed:
+        profiling.record(names.SLEEP_FREED, bytes, **{names.SLEEP_LEVEL: 2})
+        profiling.record(names.WAKE_TAKEN, bytes)
+        profiling.record(names.MEMORY_USED, bytes)  # as much was in use before, at least
         profiling.record(names.LEAKED_TOTAL, max(freed[0] - bytes, 0), **{names.SLEEP_LEVEL: 2})
 
 

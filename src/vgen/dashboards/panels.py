@@ -314,11 +314,31 @@ _LEVEL = legend(names.SLEEP_LEVEL, PROCESS, text="level")
 
 
 def _sleep() -> Row:
+    sleeps = rate(names.duration(names.SLEEP), part="count")
     return Row(
         "Sleep and memory",
         (
             percentiles("Sleep", names.duration(names.SLEEP), names.SLEEP_LEVEL, span=names.SLEEP),
             percentiles("Wake up", names.duration(names.WAKE_UP), span=names.WAKE_UP),
+            Panel(
+                "Device memory, each sleep",
+                "What a sleep gave back on average, and what waking up after it took.",
+                (
+                    Query(f"{rate(names.SLEEP_FREED)} / {sleeps}", "given back"),
+                    Query(f"{rate(names.WAKE_TAKEN)} / {sleeps}", "taken"),
+                ),
+                "bytes",
+                span=names.SLEEP,
+            ),
+            Panel(
+                "Memory in use",
+                names.MEMORY_USED.description,
+                (
+                    Query(series(names.MEMORY_USED), legend(PROCESS, text="device")),
+                    Query(series(names.MEMORY_RESIDENT), legend(PROCESS, text="host, the process")),
+                ),
+                "bytes",
+            ),
             Panel(
                 "Leaked",
                 names.LEAKED_TOTAL.description,

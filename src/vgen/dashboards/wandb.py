@@ -47,12 +47,14 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
         _section(
             "Sleep and memory",
             _line("Sleep and wake up", _sum(names.SLEEP), _sum(names.WAKE_UP)),
+            _line("Device memory, given back and taken", key(names.SLEEP_FREED.name), key(names.WAKE_TAKEN.name)),
+            _line("Memory in use", key(names.MEMORY_USED.name), key(names.MEMORY_RESIDENT.name)),
             _line("Leaked", key(names.LEAKED_TOTAL.name)),
         ),
         _section(
             "Steps",
             _line("Where a step's time goes", _sum(names.STEP), *(_sum(part) for part in STEP_PARTS)),
-            _line("Stalls", key(names.STALLS.name)),
+            _line("Seconds of stalls", _sum(names.STALL)),
             _line("Telemetry lost", key(names.DROPPED.name)),
         ),
     ]
