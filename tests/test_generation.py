@@ -48,7 +48,7 @@ def test_memory_given_back_and_taken_is_counted(generation, sink):
         generation.wake_up(["weights"])
         generation.wake_up(["kv_cache"])
     freed = [m for m in sink.measurements if m.instrument is names.SLEEP_FREED]
-    assert [m.values for m in freed] == [[1 << 20]] * 2
+    assert [m.values for m in freed] == [(1 << 20,)] * 2
     assert freed[0].attributes[names.SLEEP_LEVEL] == 2
     taken = [m.values[0] for m in sink.measurements if m.instrument is names.WAKE_TAKEN]
     assert len(taken) == 4

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from expressions import EVERY_EXPRESSION, EXPOSED, filled
+from expressions import EVERY_EXPRESSION, EXPOSED, OF_THE_PAGE, filled
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -64,7 +64,7 @@ def test_every_metric_of_vgens_is_shown():
         assert shown & {prometheus_name(metric) + part for part in parts}, metric.name
 
 
-@pytest.mark.parametrize("expression", EVERY_EXPRESSION)
+@pytest.mark.parametrize("expression", [*EVERY_EXPRESSION, *OF_THE_PAGE])
 def test_each_query_asks_for_metrics_and_labels_that_exist(expression: str):
     asked = re.findall(r"([a-zA-Z_:]\w*(?::\w+)?){([^}]*)}", expression)
     assert asked
@@ -79,7 +79,10 @@ def test_each_query_asks_for_metrics_and_labels_that_exist(expression: str):
 
 @needs_promtool
 def test_promtool_understands_each_query(tmp_path: Path):
-    rules = [{"record": f"q{number}", "expr": filled(expression)} for number, expression in enumerate(EVERY_EXPRESSION)]
+    rules = [
+        {"record": f"q{number}", "expr": filled(expression)}
+        for number, expression in enumerate([*EVERY_EXPRESSION, *OF_THE_PAGE])
+    ]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     checked = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr

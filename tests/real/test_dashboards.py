@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import wandb_runs
-from expressions import EVERY_EXPRESSION, filled
+from expressions import EVERY_EXPRESSION, OF_THE_PAGE, filled
 from prometheus_client import CollectorRegistry, start_http_server
 from scraper import eventually, needs_prometheus, scraping
 
@@ -143,7 +143,7 @@ def number(found: list[dict[str, Any]]) -> float:
     return float(answer["value"][1])
 
 
-@pytest.mark.parametrize("expression", EVERY_EXPRESSION)
+@pytest.mark.parametrize("expression", [*EVERY_EXPRESSION, *OF_THE_PAGE])
 def test_each_query_has_an_answer_in_numbers(watched: Any, expression: str):
     found = eventually(watched.address, filled(expression, job="vgen"))
     values = [float(answer["value"][1]) for answer in found]
