@@ -26,7 +26,7 @@ from vgen.profiling.sinks.prometheus import prometheus_provider
 from vgen.profiling.sinks.wandb import WandbSink
 from vgen.testing import tiny_model
 
-pytestmark = [pytest.mark.slow, needs_prometheus]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), needs_prometheus]
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 PROMPTS = [*("once upon a time", "the quick brown fox") * 4, list(range(100))]
