@@ -17,10 +17,10 @@ level=${1:-}
 case $level in
   build) extras='' covers='build test lint slow' ;;
   demo) extras=otel covers='demo test lint slow' ;;
-  test) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint slow' ;;
-  lint) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,test,lint covers='lint' ;;
+  test) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint slow' ;;
+  lint) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,test,lint covers='lint' ;;
   # Not in `test`: where DeepSpeed is installed, every process that saves a model imports it.
-  slow) extras=otel,otlp,server,wandb,mlflow,trackio,nvtx,trl,peft,deepspeed,bitsandbytes,test covers='slow' ;;
+  slow) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,deepspeed,bitsandbytes,test covers='slow' ;;
   *) die 'which level? scripts/install.sh build|demo|test|lint|slow' ;;
 esac
 

@@ -42,6 +42,22 @@ def test_the_default_context_is_off_and_everything_works(engine):
     assert engine.calls == ["stream", "load", "reset_cache", "sleep", "wake_up", "close"]
 
 
+def test_memory_given_back_and_taken_is_counted(generation, sink):
+    for _ in range(2):
+        generation.sleep(2)
+        generation.wake_up(["weights"])
+        generation.wake_up(["kv_cache"])
+    freed = [m for m in sink.measurements if m.instrument is names.SLEEP_FREED]
+    assert [m.values for m in freed] == [(1 << 20,)] * 2
+    assert freed[0].attributes[names.SLEEP_LEVEL] == 2
+    taken = [m.values[0] for m in sink.measurements if m.instrument is names.WAKE_TAKEN]
+    assert len(taken) == 4
+    assert min(taken) > 0
+    resident = [m.values[0] for m in sink.measurements if m.instrument is names.MEMORY_RESIDENT]
+    assert len(resident) == 6
+    assert min(resident) > 1e6
+
+
 def test_a_sink_that_raises_everywhere_does_not_stop_generation(engine):
     class Bad(Sink):
         inline = True

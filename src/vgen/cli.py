@@ -76,12 +76,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.add_argument("--quiet", action="store_true", help="do not repeat the server's log on standard error")
     serve.add_argument("--json", action="store_true", help="print one JSON object with the URL and the key's file")
 
+    boards = commands.add_parser(
+        "dashboards",
+        help="write a Grafana dashboard, alert rules and a compose file that runs them; or make a W&B workspace",
+    )
+    boards.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="where the files go")
+    boards.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a workspace in that project")
+
     given = sys.argv[1:] if arguments is None else list(arguments)
     options, rest = parser.parse_known_args(given)
     if rest and options.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest and given[given.index("serve") + 1].startswith("-"):
         serve.error("MODEL comes before the options")  # or the value of an unknown one is taken for it
+    if options.command == "dashboards" and not (options.folder or options.wandb):
+        boards.error("DIR, --wandb ENTITY/PROJECT, or both")
     options.vllm_arguments = rest
     try:
         return _run(options)
@@ -97,6 +106,8 @@ def _run(options: argparse.Namespace) -> int:
         return demo_command.run(steps=options.steps, out=options.out, model=options.model, as_json=options.json)
     if options.command == "serve":
         return _serve(options)
+    if options.command == "dashboards":
+        return _dashboards(options)
     if options.command == "report":
         from .analysis import command as report_command
 
@@ -113,6 +124,25 @@ def _run(options: argparse.Namespace) -> int:
     return trace_command.run(
         options.run, step=options.step, files={k: v for k, v in files.items() if v}, follow=options.follow
     )
+
+
+def _dashboards(options: argparse.Namespace) -> int:
+    from .errors import MissingExtraError
+
+    try:
+        status = 0
+        if options.folder:
+            from .dashboards import files
+
+            status = files.write(options.folder)
+        if options.wandb and not status:
+            from .dashboards import wandb
+
+            status = wandb.save(options.wandb)
+        return status
+    except MissingExtraError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from scraper import eventually, needs_prometheus, needs_promtool, scraping
 
 from vgen.profiling import Instrument, ProfilingContext, names
 from vgen.profiling.reference import prometheus_name
 from vgen.profiling.sinks.otel import OTelSink
 from vgen.profiling.sinks.prometheus import prometheus_provider
-
-needs_prometheus = pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="no Prometheus here: apt-get install prometheus"
-)
 
 OBSERVED = Instrument("vgen.engine.age", "gauge", "s", "Seconds in the state.", (names.ENGINE,))
 DURATIONS = [names.duration(span.name) for span in names.SPANS.values() if not span.selected]
@@ -91,7 +82,7 @@ def test_the_default_registry_is_left_alone(exposition: str):
     assert "vgen" not in generate_latest(REGISTRY).decode()
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here: apt-get install prometheus")
+@needs_promtool
 def test_promtool_finds_no_fault(exposition: str):
     checked = subprocess.run(["promtool", "check", "metrics"], input=exposition, capture_output=True, text=True)
     # what it does not like is a convention of Prometheus that OpenTelemetry's exporter does not follow
@@ -114,62 +105,17 @@ sys.stdin.read()
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prometheus that scrapes a vgen process."""
-    folder = tmp_path_factory.mktemp("prometheus")
     code = PROCESS.format(folder=str(Path(__file__).parent))
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as vgen:
         assert vgen.stdout is not None
         assert vgen.stdin is not None
         target = f"127.0.0.1:{int(vgen.stdout.readline())}"
-        scrape = {"job_name": "vgen", "static_configs": [{"targets": [target]}]}
-        config = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}, "scrape_configs": [scrape]}
-        (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-        with (folder / "log").open("w") as log:
-            server = subprocess.Popen(
-                [
-                    "prometheus",
-                    f"--config.file={folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    "--web.listen-address=127.0.0.1:0",
-                    "--log.format=json",
-                ],
-                stderr=log,
-            )
         try:
-            yield f"http://{listening(folder / 'log', server)}"
+            with scraping(tmp_path_factory.mktemp("prometheus"), vgen=target) as address:
+                yield address
         finally:
-            server.terminate()
-            server.wait(10)
             vgen.stdin.close()
-
-
-def listening(log: Path, server: subprocess.Popen[Any]) -> str:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        for line in log.read_text().splitlines():
-            if "Listening on" in line:
-                return json.loads(line)["address"]
-        time.sleep(0.05)
-    raise TimeoutError(log.read_text())
-
-
-def query(address: str, expression: str) -> list[dict[str, Any]]:
-    url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        return json.load(answer)["data"]["result"]
-
-
-def eventually(address: str, expression: str) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 15
-    while True:
-        try:
-            if found := query(address, expression):
-                return found
-        except urllib.error.URLError:
-            pass
-        assert time.monotonic() < deadline, f"Prometheus has nothing for {expression}"
-        time.sleep(0.1)
 
 
 @needs_prometheus

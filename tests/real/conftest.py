@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "profiling"))  # for its collectors
+for folder in ("dashboards", "profiling"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))  # for their collectors and expressions
 
 
 @dataclass

@@ -398,6 +398,7 @@ class Generation:
                 seconds = time.monotonic() - start
                 leaked = {names.LEAKED: self._leaks.note(level, report.device_in_use)}
                 span.set({**memory_attributes(report), **leaked, **self._memory()})
+                self._profiling.record(names.SLEEP_FREED, max(report.device_bytes or 0, 0), **own)
         return replace(report, seconds=seconds)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> SleepReport:
@@ -429,6 +430,7 @@ class Generation:
                 seconds = time.monotonic() - start
                 restored = {names.RESTORED: self._stale or None}
                 span.set({**memory_attributes(report), **restored, **self._memory()})
+                self._profiling.record(names.WAKE_TAKEN, max(report.device_bytes or 0, 0))
         return replace(report, seconds=seconds)
 
     def pause(self, mode: PauseMode = "keep") -> None:
@@ -674,7 +676,13 @@ class Generation:
             self._link(span, other)
 
     def _memory(self) -> dict[str, int]:
-        return memory() if self._profiling.enabled else {}
+        if not self._profiling.enabled:
+            return {}
+        found = memory()
+        for instrument in (names.MEMORY_USED, names.MEMORY_RESIDENT):
+            if instrument.name in found:
+                self._profiling.record(instrument, found[instrument.name])
+        return found
 
 
 class _SyncTrace:

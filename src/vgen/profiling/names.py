@@ -426,7 +426,7 @@ STATES = ("starting", "awake", "paused", "syncing", "asleep", "waking", "failed"
 ENGINE_STATE = _metric(
     "vgen.engine.state",
     "gauge",
-    "1",
+    "{state}",
     "What the engine is doing: " + ", ".join(f"{number} {state}" for number, state in enumerate(STATES)) + ".",
     ENGINE,
     ENGINE_NUMBER,
@@ -452,6 +452,13 @@ LEAKED_TOTAL = _metric(
     ENGINE,
     SLEEP_LEVEL,
 )
+SLEEP_FREED = _metric(
+    "vgen.sleep.freed", "counter", "By", "Device memory that sleeping has given back.", ENGINE, SLEEP_LEVEL
+)
+WAKE_TAKEN = _metric("vgen.wake_up.taken", "counter", "By", "Device memory that waking up has taken.", ENGINE)
+_LAST = "when an engine last slept, woke up or was brought new weights."
+MEMORY_USED = _metric(DEVICE_USED, "gauge", "By", f"Device memory in use, of all processes, {_LAST}", ENGINE)
+MEMORY_RESIDENT = _metric(HOST_RESIDENT, "gauge", "By", f"Host memory of the trainer's process, {_LAST}", ENGINE)
 DEVICE_TIME = _metric(
     "vgen.device.time", "histogram", "s", "What a span's work took on the device, by device events.", TIMED_SPAN
 )

@@ -130,12 +130,12 @@ class WandbSink(Sink):
 
     def _row(self, steps: _Steps) -> dict[str, Any]:
         summary = steps.row.summary()
-        row: dict[str, Any] = {_key(name): value for name, value in summary.items()}
+        row: dict[str, Any] = {key(name): value for name, value in summary.items()}
         if self._histogram is not None:
             for name in [n.removesuffix(".p99") for n in summary if n.endswith(".p99")]:
                 histogram = None if name.endswith(".duration") else steps.row.histogram(name)
                 if histogram is not None:
-                    row[_key(name) + HISTOGRAM] = self._histogram(np_histogram=_bins(histogram))
+                    row[key(name) + HISTOGRAM] = self._histogram(np_histogram=_bins(histogram))
         return {**row, STEPS: steps.count, STEP_METRIC: steps.last}
 
 
@@ -156,7 +156,8 @@ class _Steps:
         self.last = step.number
 
 
-def _key(name: str) -> str:
+def key(name: str) -> str:
+    """What `name` of a step's summary is called in the run."""
     return PREFIX + name.removeprefix("vgen.")
 
 
