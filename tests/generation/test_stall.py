@@ -138,7 +138,7 @@ def test_what_goes_on_slowly_has_not_stalled(signs, sink, caplog):
             if signs == "tokens":
                 yield from super().stream(replace(batch, requests=batch.requests[:1]))
 
-        def sync(self, source, version, trace):
+        def sync(self, source, version, trace, verify=None):
             for _ in range(5):
                 with trace.phase("load"):
                     time.sleep(0.3)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from vgen import ProfilingContext, Sampling, ServerGeneration
+from vgen import ColocateGeneration, ProfilingContext, Sampling, ServerGeneration
 from vgen.profiling import names
-from vgen.testing import MemorySink
+from vgen.testing import MemorySink, tiny_model
 
 SECONDS = {
     names.REQUEST_QUEUE: "vllm:request_queue_time_seconds",
@@ -84,11 +84,16 @@ def test_behind_a_server(server):
     profiling = ProfilingContext([MemorySink()])
     keys = {"api_key": server.api_key, "control_key": server.control_key}
     with ServerGeneration(server.model, base_urls=[server.base_url], profiling=profiling, **keys) as generation:
+        generation.sync_weights()  # the first sends a probe of its own
         agree(profiling, generation.generate, lambda: scraped(server.base_url))
 
 
-def test_in_process(real):
-    agree(real.profiling, real.generation.generate, lambda: in_process(real.generation.engine))
+def test_in_process(tmp_path):
+    profiling = ProfilingContext([MemorySink()])
+    settings: dict[str, Any] = {"max_model_length": 512, "engine_kwargs": {"kv_cache_memory_bytes": 64 << 20}}
+    # its own: vLLM's metrics are those of the process's last engine
+    with ColocateGeneration(tiny_model(tmp_path)[0], profiling=profiling, **settings) as generation:
+        agree(profiling, generation.generate, lambda: in_process(generation.engine))
 
 
 def test_a_request_says_all_of_itself(real):
