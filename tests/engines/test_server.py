@@ -378,6 +378,18 @@ def test_threads_generate_at_once_and_a_failed_sync_ends_what_is_in_flight(serve
         release.set()
 
 
+def test_images_go_to_servers_that_take_them_and_to_no_other(ours, server):
+    image = pytest.importorskip("PIL.Image").new("RGB", (4, 4))
+    with generation(server, ours) as made:
+        assert len(made.generate(PROMPTS, images=[[image]] * 20)) == 20
+    assert len(calls(ours, BATCH)) == 1
+    assert calls(server, COMPLETIONS) == []
+    with generation(server) as made, pytest.raises(ValueError, match=r"takes no images.*vgen serve"):
+        made.generate([[1]], images=[[image]])
+    with generation(server) as made, pytest.raises(PromptError, match="not a PIL"):
+        made.generate([[1]], images=[["a path"]])
+
+
 def test_a_server_named_twice_is_refused(server):
     with pytest.raises(ValueError, match="twice"):
         generation(server, server)

@@ -105,6 +105,10 @@ class ServerEngine:
             return
         self._load_adapter(batch.lora_request)
         peers = self._ready()
+        if any(request.images for request in batch.requests):
+            peers = [peer for peer in peers if "batch" in peer.features]
+            if not peers:
+                raise ValueError("a stock server takes no images beside token ids: start it with `vgen serve`")
         work = Work(batch, self._request_timing, self._timeout)
         self._in_flight.add(work)
         future = self._loop.start(serve(work, peers))

@@ -21,6 +21,7 @@ from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
 from .chat import Chat
 from .images import Placeholders
+from .images import check as check_images
 from .job import Job, Options, make_requests
 from .progress import progress_bar
 from .traced import Traced
@@ -534,6 +535,7 @@ class Generation:
                 encoded[index] = self._ids(index, prompt)
                 self._check(index, encoded[index])
                 own = (images[index] or ()) if images is not None else ()
+                check_images(index, own)
                 placed[index] = placeholders.one_each(index, encoded[index], own)
             except PromptError as error:
                 errors[index] = error
