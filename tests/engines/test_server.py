@@ -401,6 +401,14 @@ def test_another_model_than_the_trainers_and_too_old_a_server_are_said_so(ours):
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100, hidden_size=256))
     with pytest.raises(EngineError, match=r"hidden_size of 128.*has 256"):
         ServerGeneration(model, base_urls=ours.url)
+    with FaultyServer(vocabulary_size=272) as stock, pytest.raises(EngineError, match=r"vocab_size of 272.*has 100"):
+        generation(stock)
+    with FaultyServer(vocabulary_size=100) as stock:
+        stock.answers["/collective_rpc"] = {"results": ["M()(\n (e): VocabParallelEmbedding(a=1, embedding_dim=128)\n"]}
+        model = Model()
+        model.get_input_embeddings = lambda: SimpleNamespace(embedding_dim=256)
+        with pytest.raises(EngineError, match=r"embedding_dim of 128.*has 256.*start it with the trainer's model"):
+            ServerGeneration(model, base_urls=stock.url)
     ours.answers["/version"] = {"version": "0.11.2+cpu"}
     with pytest.raises(EngineError, match=r"0\.11\.2.*0\.30 or newer"):
         generation(ours)

@@ -22,7 +22,7 @@ KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
 FEATURES = ("batch", "control_key", "lease", "weights_state")
 
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Fields of a model's configuration that the trainer's model and the server's must have in common."""
 
 INFERENCE = ("/v1", "/v2", "/inference", "/cohere")

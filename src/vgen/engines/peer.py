@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from ..errors import EngineError, ServerError
 from .http import CONTROL_HEADER, Server
@@ -88,7 +92,7 @@ class Peer:
     controlled: bool = False
     """Whether its weights, sleep and pause can be had: it is in development mode, and the keys are right."""
     shape: dict[str, int] = field(default_factory=dict[str, int])
-    """Of its model: `hidden_size` and the like, where it says."""
+    """Of its model: `hidden_size` and the like, as far as it can be had."""
     max_num_seqs: int = 256
     weight_version: str | None = None
     """What it should hold; None where it cannot say."""
@@ -136,8 +140,8 @@ class Peer:
         return True
 
 
-async def describe(server: Server) -> Peer:
-    """Ask a server what it is. Raises `ServerError` or `EngineError`, with what to do."""
+async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
+    """Ask a server what it is, and what its model's `shape` is. Raises `ServerError` or `EngineError`, with what to do."""
     try:
         found = dict((await server.get("/v1/models", timeout=PROBE_SECONDS))["data"][0])
         peer = Peer(server, str(found["id"]), int(found["max_model_len"]))
@@ -160,6 +164,8 @@ async def describe(server: Server) -> Peer:
             peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
         except (ServerError, KeyError, TypeError, ValueError):
             pass
+    if not peer.shape:
+        peer.shape = await _shape(peer, shape)
     if mode not in (None, "processed_logprobs"):
         logger.warning(
             "vgen: %s returns %s: its log-probabilities are not those that tokens were sampled with; "
@@ -181,6 +187,28 @@ async def describe(server: Server) -> Peer:
         with suppress(ServerError):
             peer.weight_version = await held_version(server)
     return peer
+
+
+async def _shape(peer: Peer, wanted: Collection[str]) -> dict[str, int]:
+    """What a server that does not describe its model lets on about it. Nothing is generated for it.
+
+    A bias on a token that the model does not have is refused with the size of its vocabulary, by any vLLM. How wide
+    its embeddings are is in what it prints of its modules, in development mode.
+    """
+    found: dict[str, int] = {}
+    nowhere = {"model": peer.model, "prompt": [0], "max_tokens": 1, "logit_bias": {str(2**31 - 1): 1.0}}
+    try:
+        await peer.server.infer("/v1/completions", msgspec.json.encode(nowhere), {}, len, PROBE_SECONDS)
+    except ServerError as error:
+        if match := re.search(r"Vocabulary size: (\d+)", error.said):
+            found["vocab_size"] = int(match[1])
+    if "embedding_dim" in wanted and peer.controlled and not peer.features:
+        with suppress(ServerError, KeyError, TypeError, IndexError):
+            inspect = {"method": "get_model_inspection"}
+            said = (await peer.server.post("/collective_rpc", inspect, timeout=PROBE_SECONDS))["results"][0]
+            if match := re.search(r"VocabParallelEmbedding\([^)]*\bembedding_dim=(\d+)", said):
+                found["embedding_dim"] = int(match[1])
+    return found
 
 
 async def _check_version(server: Server) -> None:

@@ -66,7 +66,7 @@ class ServerEngine:
         self._peers: list[Peer] = []
         self._servers = tuple(servers)
         try:
-            self._peers = self._gather([describe(server) for server in servers])
+            self._peers = self._gather([describe(server, shape or ()) for server in servers])
             for peer in self._peers:
                 if model is not None and model != peer.model:
                     raise EngineError(f"{peer.name} serves {peer.model!r}, not {model!r}: start it with that model")
