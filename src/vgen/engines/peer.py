@@ -141,7 +141,7 @@ class Peer:
 
 
 async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
-    """Ask a server what it is, and what its model's `shape` is. Raises `ServerError` or `EngineError`, with what to do."""
+    """Ask a server what it is, and the `shape` of its model. Raises `ServerError` or `EngineError`, with what to do."""
     try:
         found = dict((await server.get("/v1/models", timeout=PROBE_SECONDS))["data"][0])
         peer = Peer(server, str(found["id"]), int(found["max_model_len"]))
