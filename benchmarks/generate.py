@@ -36,7 +36,7 @@ from vgen import Sampling, ServerGeneration
 from vgen.engines.launch import ServerProcess, on_cpu, start_server
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {},
+    "tiny": dict(max_position_embeddings=4096),
     "1.5b": dict(
         vocab_size=151_936,
         hidden_size=1536,

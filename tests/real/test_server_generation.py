@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -155,6 +156,33 @@ def test_leaving_a_stream_and_an_interrupt_abort_what_is_left_on_the_server(serv
 
     with pytest.raises(KeyboardInterrupt):
         generation.generate([[5]] * 8, Sampling(max_tokens=30), on_completion=interrupt)
+    until = time.monotonic() + 20
+    while busy(server) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not busy(server)
+
+
+def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
+    short, long = Sampling(max_tokens=8, ignore_eos=True), Sampling(max_tokens=400, ignore_eos=True)
+
+    async def main() -> list[Any]:
+        tasks = [
+            asyncio.create_task(generation.agenerate([[1 + i % 250, i // 250]], long if i % 3 == 0 else short, 2))
+            for i in range(300)
+        ]
+        await asyncio.wait(tasks[1::3])
+        for task in tasks[::3]:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = asyncio.run(main())
+    given_up = [isinstance(each, asyncio.CancelledError) for each in found[::3]]
+    assert sum(given_up) > 50  # a few may have been done before
+    for i in range(300):
+        if i % 3:
+            assert found[i].prompt_ids == [[1 + i % 250, i // 250]]
+            assert [len(completion.token_ids) for completion in found[i]] == [8, 8]
+            assert max_logprob_difference(server.model, found[i]) <= 1e-4
     until = time.monotonic() + 20
     while busy(server) and time.monotonic() < until:
         time.sleep(0.1)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -518,10 +518,17 @@ class Generation:
         mine = [(placed[index], tuple(images[index] or ()) if images is not None else ()) for index in good]
         gathered, start = call.gather(mine, options.terms())
         if self._stale:
-            self._sync(self._version)
+            self._freshen()
         requests = make_requests(gathered, options.num_generations, options.sampling.seed)
         prompt_ids = [[] if index in errors else ids for index, ids in enumerate(encoded)]
         return Job(prompt_ids, errors, good, start, requests, options)
+
+    def _freshen(self) -> None:
+        """Bring the trainer's weights before the first token. Of calls that come together, one does."""
+        with self._busy if self._engine.concurrent else nullcontext():
+            if self._stale:
+                self._states.require("generate", EngineState.AWAKE)  # the one that did may have failed
+                self._sync(self._version)
 
     def _encode(
         self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any] | None] | None
