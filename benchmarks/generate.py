@@ -216,11 +216,12 @@ def decode(rounds: int = 5) -> dict[str, Any]:
     def stock() -> Any:
         answer = completions._decode(completions._Answer, reply)
         pairs = zip(requests, answer.choices, strict=True)
-        return [completions._completion(request, choice, "", None) for request, choice in pairs]
+        return [completions._completion(request, choice, "", "", None) for request, choice in pairs]
 
     def route() -> Any:
         return [
-            batches._completion(requests[done.index], done, "") for done in (frames.decode_frame(raw) for raw in packed)
+            batches._completion(requests[done.index], done, "", "")
+            for done in (frames.decode_frame(raw) for raw in packed)
         ]
 
     ways: dict[str, Callable[[], Any]] = {"vgen, stock routes": stock, "vgen": route}

@@ -17,6 +17,7 @@ import msgspec
 
 from ..errors import EngineError, ServerError
 from .http import CONTROL_HEADER, Server
+from .router import is_router
 
 logger = logging.getLogger("vgen.engines.server")
 
@@ -91,6 +92,8 @@ class Peer:
     """Of vgen's own, where `vgen serve` started it: `batch`, `lease`, `shared_memory`, …; none on a stock server."""
     controlled: bool = False
     """Whether its weights, sleep and pause can be had: it is in development mode, and the keys are right."""
+    fix: str = ""
+    """What to do so that they can."""
     shape: dict[str, int] = field(default_factory=dict[str, int])
     """Of its model: `hidden_size` and the like, as far as it can be had."""
     max_num_seqs: int = 256
@@ -173,10 +176,15 @@ async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
             server.name,
             mode,
         )
-    if not peer.controlled:
+    if (peer.features or peer.controlled) and await is_router(server, stock=not peer.features):
+        # What changes a server would reach one of them, and the batch route, which is not JSON, perhaps none.
+        peer.features, peer.controlled, peer.fix = frozenset(), False, "name the servers behind it in base_urls"
+        logger.warning("vgen: %s is a router: it generates; no weight sync, sleep or pause; %s", server.name, peer.fix)
+    elif not peer.controlled:
         what = "not in development mode" if not peer.features else "asking for a control key"
-        fix = "pass control_key" if peer.features else "start it with `vgen serve`, or with VLLM_SERVER_DEV_MODE=1"
-        logger.warning("vgen: %s is %s: no weight sync, sleep or pause; %s", server.name, what, fix)
+        stock = "start it with `vgen serve`, or with VLLM_SERVER_DEV_MODE=1"
+        peer.fix = "pass control_key" if peer.features else stock
+        logger.warning("vgen: %s is %s: no weight sync, sleep or pause; %s", server.name, what, peer.fix)
     if peer.controlled:
         if not peer.features:
             logger.info(

@@ -149,12 +149,7 @@ class ServerEngine:
         """
         for peer in self._peers:
             if not peer.controlled:
-                raise WeightSyncError(
-                    "it takes no weights: start it with `vgen serve` and pass its control_key, or with "
-                    "VLLM_SERVER_DEV_MODE=1",
-                    phase="pause",
-                    receiver=peer.name,
-                )
+                raise WeightSyncError(f"it takes no weights: {peer.fix}", phase="pause", receiver=peer.name)
         try:
             self._updater.sync(source, version, trace, mode=self.pause_mode, resume=not self._held)
         except BaseException:
@@ -231,10 +226,10 @@ class ServerEngine:
                 peer.adapters[wanted.lora_name] = found
 
     def _control(self, call: Callable[[Peer], Coroutine[Any, Any, Any]]) -> None:
-        """`call` for every server, side by side; an error of one that is not in development mode says so."""
+        """`call` for every server, side by side; one that does not take it is refused before any is asked."""
         for peer in self._peers:
             if not peer.controlled:
-                raise EngineStateError("that", "not in development mode", f"start {peer.name} with `vgen serve`")
+                raise EngineStateError("that", f"beyond control ({peer.name})", peer.fix)
         self._gather([call(peer) for peer in self._peers])
 
     def _gather(self, calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -452,9 +452,14 @@ class Generation:
 
     @contextmanager
     def _failing(self, call: str) -> Iterator[None]:
-        """Whatever is raised within leaves the engine failed."""
+        """Whatever is raised within leaves the engine failed, unless the engine says that it does not do that at all."""
         try:
             yield
+        except EngineStateError:
+            if self._states.state is EngineState.ASLEEP and not self._asleep:
+                self._states.move(call, EngineState.WAKING)
+                self._states.move(call, EngineState.AWAKE)
+            raise
         except BaseException as error:
             self._states.fail(call, f"{call} raised {type(error).__name__}")
             if isinstance(error, VgenError) or not isinstance(error, Exception):
