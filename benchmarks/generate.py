@@ -31,6 +31,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the result's
 
 from vgen import Sampling, ServerGeneration
 from vgen.engines.launch import ServerProcess, on_cpu, start_server
@@ -219,10 +220,8 @@ def decode(rounds: int = 5) -> dict[str, Any]:
         return [completions._completion(request, choice, "", "", None) for request, choice in pairs]
 
     def route() -> Any:
-        return [
-            batches._completion(requests[done.index], done, "", "")
-            for done in (frames.decode_frame(raw) for raw in packed)
-        ]
+        done = [frames.decode_frame(raw) for raw in packed]
+        return [batches._completion(requests[each.index], each, "", "") for each in done]
 
     ways: dict[str, Callable[[], Any]] = {"vgen, stock routes": stock, "vgen": route}
     try:

@@ -17,7 +17,6 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-
 SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 

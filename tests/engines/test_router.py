@@ -11,9 +11,9 @@ from vgen import EngineStateError, Sampling, ServerGeneration, WeightSyncError
 from vgen.testing import FaultyServer
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install 'vgen[server]'")
-
-from routers import round_robin, vllm_router
+routers = pytest.importorskip(
+    "routers", reason="aiohttp is not installed: pip install 'vgen[server]'", exc_type=ImportError
+)
 
 COMPLETIONS, BATCH = "/v1/completions", "/inference/vgen/generate"
 CHANGES = ("/pause", "/sleep", "/collective_rpc", "/vgen/lease", "/start_weight_update", "/update_weights")
@@ -62,7 +62,7 @@ def generates_and_changes_nothing(url: str, servers: list[FaultyServer], caplog)
 def test_a_router_generates_and_takes_no_weights(caplog, kind):
     with ExitStack() as stack:
         servers = pair(stack, kind)
-        url = stack.enter_context(round_robin([server.url for server in servers]))
+        url = stack.enter_context(routers.round_robin([server.url for server in servers]))
         generates_and_changes_nothing(url, servers, caplog)
         assert all(COMPLETIONS in paths(server) for server in servers)
 
@@ -71,7 +71,7 @@ def test_a_proxy_in_front_of_one_server_changes_nothing(caplog):
     pytest.importorskip("safetensors")
     with ExitStack() as stack:
         server, _ = pair(stack, "vgen")
-        url = stack.enter_context(round_robin([server.url]))
+        url = stack.enter_context(routers.round_robin([server.url]))
         with ServerGeneration(Model(), base_urls=url, timeout=30.0) as made:
             assert len(made.generate([[1, 2], [3]])) == 2
             made.pause()
@@ -89,5 +89,5 @@ def test_vllms_own_router_is_known_however_it_chooses(caplog, kind, policy):
         servers = pair(stack, kind)
         for server in servers:
             server.answers["/v1/models"]["data"][0]["object"] = "model"  # it asks for more than vgen does
-        url = stack.enter_context(vllm_router([server.url for server in servers], policy))
+        url = stack.enter_context(routers.vllm_router([server.url for server in servers], policy))
         generates_and_changes_nothing(url, servers, caplog)

@@ -9,7 +9,7 @@ from ..errors import ServerError
 from .http import Server
 
 ASKED = 8
-"""How often an address is asked who answers. Of two servers that take turns at random, one in 128 pairs stays unseen."""
+"""How often an address is asked who answers. One pair in 128 stays unseen where two take turns at random."""
 PROBE_SECONDS = 10.0
 STOCK_SECONDS = 60.0
 """vLLM lists all installed packages before it describes itself for the first time."""

@@ -452,7 +452,7 @@ class Generation:
 
     @contextmanager
     def _failing(self, call: str) -> Iterator[None]:
-        """Whatever is raised within leaves the engine failed, unless the engine says that it does not do that at all."""
+        """Whatever is raised within leaves the engine failed, unless the engine has refused and changed nothing."""
         try:
             yield
         except EngineStateError:
