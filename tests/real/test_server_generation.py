@@ -170,14 +170,14 @@ def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
             asyncio.create_task(generation.agenerate([[1 + i % 250, i // 250]], long if i % 3 == 0 else short, 2))
             for i in range(300)
         ]
-        await asyncio.wait(tasks[1::3])
+        await asyncio.wait(tasks[1::3], return_when=asyncio.FIRST_COMPLETED)
         for task in tasks[::3]:
             task.cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     found = asyncio.run(main())
     given_up = [isinstance(each, asyncio.CancelledError) for each in found[::3]]
-    assert sum(given_up) > 50  # a few may have been done before
+    assert sum(given_up) > 50  # hardly one was done, with fifty times the tokens
     for i in range(300):
         if i % 3:
             assert found[i].prompt_ids == [[1 + i % 250, i // 250]]
