@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "profiling"))  # for its collectors
+sys.path += [str(Path(__file__).parents[1] / "profiling"), str(Path(__file__).parents[1] / "engines")]  # their helpers
 
 
 @dataclass
