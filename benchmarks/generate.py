@@ -31,12 +31,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the result's
 
 from vgen import Sampling, ServerGeneration
 from vgen.engines.launch import ServerProcess, on_cpu, start_server
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {},
+    "tiny": dict(max_position_embeddings=4096),
     "1.5b": dict(
         vocab_size=151_936,
         hidden_size=1536,
@@ -216,12 +217,11 @@ def decode(rounds: int = 5) -> dict[str, Any]:
     def stock() -> Any:
         answer = completions._decode(completions._Answer, reply)
         pairs = zip(requests, answer.choices, strict=True)
-        return [completions._completion(request, choice, "", None) for request, choice in pairs]
+        return [completions._completion(request, choice, "", "", None) for request, choice in pairs]
 
     def route() -> Any:
-        return [
-            batches._completion(requests[done.index], done, "") for done in (frames.decode_frame(raw) for raw in packed)
-        ]
+        done = [frames.decode_frame(raw) for raw in packed]
+        return [batches._completion(requests[each.index], each, "", "") for each in done]
 
     ways: dict[str, Callable[[], Any]] = {"vgen, stock routes": stock, "vgen": route}
     try:

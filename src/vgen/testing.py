@@ -227,7 +227,9 @@ class FaultyServer:
 
     Each request to a path takes the next of its faults; without one it is answered well, completions with
     each prompt's own tokens. `seen` keeps every request's path, headers and body. With `features` it answers as a
-    server that `vgen serve` started, on the batch route `/inference/vgen/generate` too.
+    server that `vgen serve` started, on the batch route `/inference/vgen/generate` too. A bias on a token beyond
+    `vocabulary_size` is refused in vLLM's words, beside all faults and not in `seen`: it is how a generation asks
+    for that size.
 
         with FaultyServer() as server:
             server.faults["/v1/completions"] = ["silent"]
@@ -235,8 +237,15 @@ class FaultyServer:
     """
 
     def __init__(
-        self, *, model: str = "tiny", max_model_len: int = 64, features: Sequence[str] = (), port: int = 0
+        self,
+        *,
+        model: str = "tiny",
+        max_model_len: int = 64,
+        vocabulary_size: int | None = None,
+        features: Sequence[str] = (),
+        port: int = 0,
     ) -> None:
+        self.vocabulary_size = vocabulary_size
         self.faults: dict[str, list[Fault]] = {}
         self.seen: list[tuple[str, dict[str, str], Any]] = []
         self.answers: dict[str, Any] = {
@@ -296,6 +305,11 @@ class FaultyServer:
         body: dict[str, Any] = {} if batch or not raw else json.loads(raw)
         if batch:
             body = {"batch": raw}
+        if "logit_bias" in body:
+            size = f"Vocabulary size: {self.vocabulary_size}" if self.vocabulary_size else ""
+            said = f"token_id(s) in logit_bias contain out-of-vocab token ids. {size}"
+            self._send(handler, 400, json.dumps({"error": {"message": said}}).encode())
+            return
         self.seen.append((handler.path, dict(handler.headers), body))
         waiting = self.faults.get(path)
         fault = waiting.pop(0) if waiting else None

@@ -378,6 +378,18 @@ def test_threads_generate_at_once_and_a_failed_sync_ends_what_is_in_flight(serve
         release.set()
 
 
+def test_images_go_to_servers_that_take_them_and_to_no_other(ours, server):
+    image = pytest.importorskip("PIL.Image").new("RGB", (4, 4))
+    with generation(server, ours) as made:
+        assert len(made.generate(PROMPTS, images=[[image]] * 20)) == 20
+    assert len(calls(ours, BATCH)) == 1
+    assert calls(server, COMPLETIONS) == []
+    with generation(server) as made, pytest.raises(ValueError, match=r"takes no images.*vgen serve"):
+        made.generate([[1]], images=[[image]])
+    with generation(server) as made, pytest.raises(PromptError, match="not a PIL"):
+        made.generate([[1]], images=[["a path"]])
+
+
 def test_a_server_named_twice_is_refused(server):
     with pytest.raises(ValueError, match="twice"):
         generation(server, server)
@@ -389,6 +401,14 @@ def test_another_model_than_the_trainers_and_too_old_a_server_are_said_so(ours):
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100, hidden_size=256))
     with pytest.raises(EngineError, match=r"hidden_size of 128.*has 256"):
         ServerGeneration(model, base_urls=ours.url)
+    with FaultyServer(vocabulary_size=272) as stock, pytest.raises(EngineError, match=r"vocab_size of 272.*has 100"):
+        generation(stock)
+    with FaultyServer(vocabulary_size=100) as stock:
+        stock.answers["/collective_rpc"] = {"results": ["M()(\n (e): VocabParallelEmbedding(a=1, embedding_dim=128)\n"]}
+        model = Model()
+        model.get_input_embeddings = lambda: SimpleNamespace(embedding_dim=256)
+        with pytest.raises(EngineError, match=r"embedding_dim of 128.*has 256.*start it with the trainer's model"):
+            ServerGeneration(model, base_urls=stock.url)
     ours.answers["/version"] = {"version": "0.11.2+cpu"}
     with pytest.raises(EngineError, match=r"0\.11\.2.*0\.30 or newer"):
         generation(ours)

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-for folder in ("dashboards", "profiling"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))  # for their collectors and expressions
+for folder in ("dashboards", "engines", "profiling"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))  # for their helpers
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import time
+import urllib.request
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,17 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from vgen import ColocateGeneration, ProfilingContext, PromptError, Sampling
+from vgen import ColocateGeneration, ProfilingContext, PromptError, Sampling, ServerGeneration
+from vgen.engines import batches
 from vgen.engines.base import EngineState
+from vgen.engines.launch import start_server
 from vgen.profiling import names
 from vgen.testing import MemorySink, tiny_vision_model
 
 SAMPLING = Sampling(max_tokens=8, ignore_eos=True, seed=1)
 SHAPES = {"noise": (40, 50), "other": (40, 50), "wide": (20, 64), "small": (8, 8), "fresh": (30, 50)}
-ENGINES = ["colocate"]
+ENGINES = ["colocate", "server"]
 """Each names a fixture `vision_<name>`."""
 
-pytestmark = pytest.mark.slow  # an engine of its own, for a vision model
+pytestmark = pytest.mark.slow  # engines of their own, for a vision model
 
 
 def picture(name: str) -> Image.Image:
@@ -57,6 +61,15 @@ class Vision:
         own = self.logprobs(text, [picture(name) for name in images], completion.token_ids)
         return max(abs(a - b) for a, b in zip(own, completion.logprobs, strict=True))
 
+    def idle(self) -> bool:
+        """Whether nothing is left in the engine."""
+        engine = self.generation.engine
+        if engine.kind == "colocate":
+            return not engine.llm.llm_engine.has_unfinished_requests()
+        lines = urllib.request.urlopen(f"{engine.peers[0].name}/metrics", timeout=10).read().decode().splitlines()
+        counts = [line for line in lines if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))]
+        return len(counts) >= 2 and all(float(line.split()[-1]) == 0 for line in counts)
+
 
 @pytest.fixture(scope="module")
 def vision_colocate(tmp_path_factory) -> Iterator[Vision]:
@@ -71,6 +84,27 @@ def vision_colocate(tmp_path_factory) -> Iterator[Vision]:
     )
     yield Vision(model, processor, generation, sink)
     generation.close()
+
+
+@pytest.fixture(scope="module")
+def vision_server(tmp_path_factory) -> Iterator[Vision]:
+    folder = tmp_path_factory.mktemp("vision")
+    model, processor = tiny_vision_model(folder)
+    sink = MemorySink()
+    arguments = ["--max-model-len", "256", "--dtype", "float32", "--kv-cache-memory-bytes", str(32 << 20)]
+    arguments += ["--limit-mm-per-prompt", '{"image": 3}']
+    with (
+        start_server(folder, arguments=arguments, timeout=280) as served,
+        ServerGeneration(
+            model,
+            base_urls=served.url,
+            control_key=served.control_key,
+            processing_class=processor,
+            timeout=120.0,
+            profiling=ProfilingContext([sink]),
+        ) as generation,
+    ):
+        yield Vision(model, processor, generation, sink)
 
 
 @pytest.fixture(params=ENGINES)
@@ -159,7 +193,22 @@ def test_a_prompt_that_does_not_fit_its_images_is_refused_and_the_others_go_on(v
     assert sorted((c.prompt_index, c.error is None) for c in streamed) == [(0, True), (1, False), (2, True)]
     with pytest.raises(PromptError, match="prompt 1"):
         list(vision.generation.stream(**asked, sampling=SAMPLING))
-    assert not vision.generation.engine.llm.llm_engine.has_unfinished_requests()
+    until = time.monotonic() + 20
+    while not vision.idle():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_bytes_that_are_no_picture_are_one_prompts_matter(vision, monkeypatch):
+    if vision.generation.engine.kind != "server":
+        pytest.skip("images travel as bytes to a server alone")
+    sent = iter([b"no picture", batches._png(picture("wide"))])
+    monkeypatch.setattr(batches, "_png", lambda image: next(sent))
+    own = [[picture("noise")], [picture("wide")]]
+    marked = vision.generation.generate(["a<image>", "z<image>"], SAMPLING, images=own, refused="mark")
+    assert [completion.error is None for completion in marked] == [False, True]
+    assert "has an image that PIL does not open" in str(marked[0].error)
+    assert vision.difference(marked[1], "z<image>", "wide") < 1e-4
 
 
 def test_an_image_of_a_refused_prompt_may_come_again(vision):

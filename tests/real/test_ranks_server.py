@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vgen import Sampling, ServerGeneration
 from vgen.demo import max_logprob_difference
 
@@ -24,6 +26,28 @@ def difference(model, completions: list[dict]) -> float:
     return max_logprob_difference(model, Completions([c["prompt"] for c in completions], made, 1, None))
 
 
+def on_two_ranks(server, worker: str, arguments: list[str], folder: Path) -> list[dict]:
+    """What each rank has written."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name(worker)), *arguments, str(folder)]
+    keys = {"API_KEY": server.api_key, "CONTROL_KEY": server.control_key}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **keys})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ranks_that_hold_shards_bring_whole_weights(server, tmp_path):
+    found = on_two_ranks(server, "ranks_fsdp.py", [server.folder, server.base_url], tmp_path)
+    for rank, each in enumerate(found):
+        assert each["prompts"] == [[[1, 2, 3], [4, 5]] if rank == 0 else [[9, 8, 7, 6]]] * 2
+        assert each["versions"] == [["one"], ["two"]]
+        assert max(each["own"]) <= 1e-4
+        assert min(each["stale"]) > 1e-2  # the step has moved them
+        assert each["verified"] == (["logprobs", None] if rank == 0 else [None, None])  # by both, beside the engine
+
+
 def test_ranks_share_a_server(server, tmp_path):
     import torch
     from safetensors.torch import save_file
@@ -35,13 +59,8 @@ def test_ranks_share_a_server(server, tmp_path):
         for parameter in fresh.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.05)
     save_file({name: parameter.detach() for name, parameter in fresh.named_parameters()}, tmp_path / "fresh")
-    worker = str(Path(__file__).with_name("ranks_server.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker]
-    command += [server.folder, str(tmp_path / "fresh"), server.base_url, str(tmp_path)]
-    keys = {"API_KEY": server.api_key, "CONTROL_KEY": server.control_key}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **keys})
-    assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    arguments = [server.folder, str(tmp_path / "fresh"), server.base_url]
+    zero, one = on_two_ranks(server, "ranks_server.py", arguments, tmp_path)
     assert [len(c["tokens"]) for c in zero["first"]] == [8, 8, 0, 0, 8, 8]
     assert [c["error"] for c in zero["first"]] == [None, None, "prompt 1 is empty", "prompt 1 is empty", None, None]
     assert [(c["prompt"], len(c["tokens"])) for c in one["first"]] == [([9, 8, 7, 6], 8)] * 2
@@ -54,7 +73,7 @@ def test_ranks_share_a_server(server, tmp_path):
     assert difference(saved, one["after"]) > 1e-2
     for rank, found in enumerate((zero, one)):
         assert difference(fresh, [{"prompt": [5, 6], "tokens": [7, 8 + rank], "logprobs": found["score"][0]}]) <= 1e-4
-    assert (zero["links"], one["links"]) == (0, 1)
+    assert (zero["links"], one["links"]) == (1, 2)  # the sync that made the weights; the leader's call
     assert zero["bytes"] == one["bytes"]
     # One process with all prompts samples the same: seeds are numbered over all ranks.
     keys = {"api_key": server.api_key, "control_key": server.control_key}

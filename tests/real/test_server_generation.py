@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import torch
 from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
-from vgen.engines.launch import start_server
+from vgen.engines.launch import ServerProcess, start_server
 from vgen.engines.update import Updater
 from vgen.profiling import names
 from vgen.testing import MemorySink
@@ -222,6 +223,33 @@ def test_leaving_a_stream_and_an_interrupt_abort_what_is_left_on_the_server(serv
     assert not busy(server)
 
 
+def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
+    short, long = Sampling(max_tokens=8, ignore_eos=True), Sampling(max_tokens=400, ignore_eos=True)
+
+    async def main() -> list[Any]:
+        tasks = [
+            asyncio.create_task(generation.agenerate([[1 + i % 250, i // 250]], long if i % 3 == 0 else short, 2))
+            for i in range(300)
+        ]
+        await asyncio.wait(tasks[1::3], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks[::3]:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = asyncio.run(main())
+    given_up = [isinstance(each, asyncio.CancelledError) for each in found[::3]]
+    assert sum(given_up) > 50  # hardly one was done, with fifty times the tokens
+    for i in range(300):
+        if i % 3:
+            assert found[i].prompt_ids == [[1 + i % 250, i // 250]]
+            assert [len(completion.token_ids) for completion in found[i]] == [8, 8]
+            assert max_logprob_difference(server.model, found[i]) <= 1e-4
+    until = time.monotonic() + 20
+    while busy(server) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not busy(server)
+
+
 def test_sleep_is_the_servers_own_and_weights_arrive_between_the_two_wakings(server, generation):
     generation.sleep(2)
     assert generation.state is EngineState.ASLEEP
@@ -288,6 +316,16 @@ def test_without_the_control_key_it_generates_and_says_what_is_missing(server, c
     assert "pass control_key" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def second(server) -> Iterator[ServerProcess]:
+    """Another server in front of the same model, with the same keys."""
+    arguments = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+    arguments += ["--max-logprobs", "20"]
+    settings = dict(api_key=server.api_key, control_key=server.control_key, arguments=arguments, timeout=280)
+    with start_server(server.folder, **settings) as started:
+        yield started
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_server_that_is_killed_in_the_middle_loses_nothing_and_comes_back_only_with_the_right_weights(server, caplog):
@@ -318,3 +356,27 @@ def test_a_server_that_is_killed_in_the_middle_loses_nothing_and_comes_back_only
                 rollouts = generation.generate(prompts, sampling, 2)
                 assert max_logprob_difference(server.model, rollouts) <= 1e-4
                 assert {completion.server for completion in rollouts} == {server.base_url, second.url}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("policy", ["round_robin", "consistent_hash"])
+def test_vllms_own_router_in_front_of_two_servers(server, second, policy, caplog):
+    pytest.importorskip("vllm_router", reason="vllm-router is not installed: pip install 'vgen[router]'")
+    from routers import vllm_router
+
+    prompts, sampling = [[i, i + 1] for i in range(1, 33)], Sampling(max_tokens=8, ignore_eos=True)
+    keys = {"api_key": server.api_key, "control_key": server.control_key, "timeout": 120.0}
+    urls = [server.base_url, second.url]
+    with ServerGeneration(server.model, base_urls=urls, **keys) as direct:
+        randomize(server.model)
+        direct.sync_weights(version="both")
+        with vllm_router(urls, policy) as url, ServerGeneration(server.model, base_urls=url, **keys) as generation:
+            assert f"{url} is a router" in caplog.text
+            rollouts = generation.generate(prompts, sampling, 2)
+            assert [completion.prompt_index for completion in rollouts] == [i for i in range(32) for _ in range(2)]
+            assert max_logprob_difference(server.model, rollouts) <= 1e-4
+            assert all(completion.timing is not None for completion in rollouts)
+            with pytest.raises(WeightSyncError, match="name the servers behind it"):
+                generation.sync_weights()
+        assert max_logprob_difference(server.model, direct.generate(prompts, sampling)) <= 1e-4

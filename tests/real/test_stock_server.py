@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vgen import ProfilingContext, Sampling, ServerError, ServerGeneration
+from vgen import EngineError, ProfilingContext, Sampling, ServerError, ServerGeneration
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
 from vgen.profiling import names
@@ -174,6 +174,13 @@ def test_sleep_is_real_on_the_server(url, served):
     with urllib.request.urlopen(f"{url}/is_sleeping") as answer:
         assert b"false" in answer.read()
     assert len(generation.generate([[1]], Sampling(max_tokens=2))) == 1
+
+
+@pytest.mark.parametrize(("change", "says"), [({"vocab_size": 304}, "vocab_size of 272"), ({}, "embedding_dim of 128")])
+def test_a_server_with_another_model_than_the_trainers_is_said_so(url, tmp_path, change, says):
+    model, _ = tiny_model(tmp_path, hidden_size=192, num_attention_heads=6, **change)
+    with pytest.raises(EngineError, match=f"{says}, and the trainer's model has .*: start it with the trainer's"):
+        ServerGeneration(model, base_urls=url, api_key="the-api-key")
 
 
 def test_a_wrong_key_is_refused_in_the_servers_words(url, served):

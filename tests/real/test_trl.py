@@ -64,6 +64,55 @@ def test_grpo_trainer_takes_two_steps(tmp_path, monkeypatch, sleep):
 
 
 @pytest.mark.slow
+def test_grpo_trainer_takes_two_steps_with_a_server(server, tmp_path, monkeypatch):
+    import trl.trainer.grpo_trainer
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    from vgen.integrations.trl import TRLGeneration
+
+    model = AutoModelForCausalLM.from_pretrained(server.folder, dtype="auto")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    sink = MemorySink()
+    keys = {"api_key": server.api_key, "control_key": server.control_key, "timeout": 120.0}
+    ours = partial(TRLGeneration, profiling=ProfilingContext([sink]), server_kwargs=keys)
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", ours)
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=server.tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
+        train_dataset=Dataset.from_dict({"prompt": ["hello", "once upon", "abc", "the end"] * 4}),
+        args=GRPOConfig(
+            output_dir=str(tmp_path / "out"),
+            use_vllm=True,
+            vllm_mode="server",
+            vllm_server_base_url=server.base_url,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=16,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+        ),
+    )
+    try:
+        trainer.train()
+        logged = [row for row in trainer.state.log_history if "sampling/sampling_logp_difference/max" in row]
+        assert len(logged) == 2
+        assert max(float(row["sampling/sampling_logp_difference/max"]) for row in logged) < 1e-4
+        assert any(not parameter.equal(before[name]) for name, parameter in model.named_parameters())
+        assert [span.attributes[names.TRANSPORT] for span in sink.named(names.WEIGHT_SYNC)] == ["shared_memory"] * 2
+        assert [span.attributes[names.ENGINE] for span in sink.named(names.GENERATE)] == ["server"] * 2
+    finally:
+        trainer.vllm_generation.generation.close()
+
+
+@pytest.mark.slow
 def test_grpo_trainer_takes_steps_with_images(tmp_path, monkeypatch):
     import numpy as np
     import trl.trainer.grpo_trainer

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from ..errors import EngineStateError, PromptError
+from ..errors import EngineStateError, PromptError, ServerError
 from ..profiling import Span
 from ..types import Completion, LoRARequest, Sampling, SleepReport
 
@@ -164,6 +164,13 @@ def refusal(request: Request, error: PromptError) -> Completion:
         finish_reason="error",
         error=error,
     )
+
+
+def refused_by(request: Request, error: ServerError, limit: int | None = None) -> Completion:
+    """`refusal` by a server, in its own words."""
+    refused = PromptError(request.prompt_index, f"was refused by {error.url}: {error.said or error}", limit)
+    refused.__cause__ = error
+    return refusal(request, refused)
 
 
 @dataclass(frozen=True, slots=True)

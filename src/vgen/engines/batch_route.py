@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from . import frames
+from ..errors import PromptError
+from . import frames, prompts
 from .frames import Alive, BatchRequest, Done, End, Failed, Wanted
 from .timing import times_of
 
@@ -116,8 +117,7 @@ class _Work:
             outputs = [output async for output in stream]  # one alone: it asks for the final one
             self._done.put_nowait(_done(index, outputs[-1]))
         except Exception as error:
-            status = 400 if isinstance(error, _refusals()) else 503
-            self._done.put_nowait(Failed(index, status, f"{type(error).__name__}: {error}"))
+            self._done.put_nowait(_failed(index, error))
 
 
 def _verify(sampling: Any, state: Any) -> None:
@@ -148,24 +148,34 @@ def _problem(sampling: Any, state: Any) -> str | None:
 
 async def _input(batch: BatchRequest, index: int, state: Any) -> Any:
     """The prompt as the engine takes it, or the error that it is refused with."""
-    prompt: dict[str, Any] = {"prompt_token_ids": frames.to_ints(batch.prompts[index])}
-    if batch.images and batch.images[index]:
-        from PIL import Image
-
-        prompt["multi_modal_data"] = {"image": [Image.open(io.BytesIO(raw)) for raw in batch.images[index]]}
+    config, renderer = state.vllm_config.model_config, state.engine_client.renderer
     try:
-        (engine_input,) = await state.engine_client.renderer.render_cmpl_async([prompt])
-        return engine_input
+        images = _opened(index, batch.images[index]) if batch.images else []
+        prompt = prompts.model_prompt(index, frames.to_ints(batch.prompts[index]), images, config)
+        if not images:
+            return (await renderer.render_cmpl_async([prompt]))[0]
+        try:
+            (found,) = await renderer.render_cmpl_async([prompt], skip_mm_cache=True)
+        except prompts.refusals() as error:
+            return prompts.misplaced(index, error)
+        return prompts.rendered(index, found, config)
     except _refusals() as error:
         return error
+
+
+def _opened(index: int, pictures: list[bytes]) -> list[Any]:
+    from PIL import Image
+
+    try:
+        return [Image.open(io.BytesIO(raw)) for raw in pictures]
+    except Exception as error:  # PIL has many
+        raise PromptError(index, f"has an image that PIL does not open ({type(error).__name__})") from error
 
 
 @functools.cache
 def _refusals() -> tuple[type[Exception], ...]:
     """What the engine raises for a request that is not right."""
-    from vllm.exceptions import VLLMClientError
-
-    return VLLMClientError, ValueError, TypeError
+    return (*prompts.said(), TypeError)
 
 
 def _final(parameters: Any) -> Any:
@@ -173,6 +183,13 @@ def _final(parameters: Any) -> Any:
 
     parameters.output_kind = RequestOutputKind.FINAL_ONLY
     return parameters
+
+
+def _failed(index: int, error: Exception) -> Failed:
+    """A refusal travels without the place that its prompt has here: the client knows its own."""
+    if isinstance(error, PromptError):
+        return Failed(index, 400, error.problem, error.limit)
+    return Failed(index, 400 if isinstance(error, _refusals()) else 503, f"{type(error).__name__}: {error}")
 
 
 def _done(index: int, output: Any) -> Done:

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ServerError
 from ..types import Completion, RequestTiming, Sampling
 from . import frames
-from .base import Batch, Request
+from .base import Batch, Request, refused_by
 from .frames import Alive, BatchRequest, Done, End, Failed, Wanted
 from .http import Server
 from .timing import timing
@@ -21,7 +21,7 @@ from .timing import timing
 async def complete(
     server: Server, batch: Batch, requests: Sequence[Request], timeout: float
 ) -> AsyncGenerator[Completion | tuple[Request, ServerError]]:
-    """Yield each of `requests` as it is done, or with the error that it alone has met."""
+    """Yield each of `requests` as it is done, or refused, or with the error that it alone has met in the engine."""
     call = f"vgen-{secrets.token_hex(6)}"
     body = frames.encode(_body(batch, requests, call))
     answers = server.frames(frames.PATH, body, frames.decode_frame, timeout, frames.SILENCE_SECONDS)
@@ -30,11 +30,10 @@ async def complete(
         if isinstance(frame, Done):
             yield _completion(requests[frame.index], frame, f"{call}-{frame.index}", server.name)
         elif isinstance(frame, Failed):
-            retryable, problem = frame.status >= 500, f"a request failed in the engine: {frame.message}"
-            yield (
-                requests[frame.index],
-                ServerError(problem, url=server.name, status=frame.status, said=frame.message, retryable=retryable),
-            )
+            request, said = requests[frame.index], {"status": frame.status, "said": frame.message}
+            problem = f"a request failed in the engine: {frame.message}"
+            error = ServerError(problem, url=server.name, retryable=frame.status >= 500, **said)
+            yield (request, error) if error.retryable else refused_by(request, error, frame.limit)
         elif isinstance(frame, Alive):
             # that a server is there does not say that its engine is at work
             before, tokens = tokens, frame.tokens or 0

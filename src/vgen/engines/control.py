@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,13 +25,14 @@ KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
 FEATURES = ("batch", "control_key", "lease", "weights_state")
 
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Fields of a model's configuration that the trainer's model and the server's must have in common."""
 
 INFERENCE = ("/v1", "/v2", "/inference", "/cohere")
 """Below these vLLM's own API key decides."""
+INSTANCE = "/vgen/instance"
 READABLE = frozenset({"/health", "/ping", "/version", "/metrics"})
-"""May be read without any key: what load balancers and Prometheus ask for."""
+"""May be read without any key, as may `INSTANCE`: what load balancers and Prometheus ask for."""
 ADAPTERS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """They change what the server computes, so they are no inference."""
 HARMLESS = frozenset({"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/invocations"})
@@ -64,6 +66,8 @@ class ControlMiddleware:
         self.app = app
         self._key = _digest(key or _key_from_file())
         self._leases = leases or LeaseBook()
+        self._instance = secrets.token_hex(8)
+        """Tells this server from others behind the same address."""
         self._weights = "ready"
         """`ready`, `updating`, or `failed`: then their content is mixed."""
 
@@ -90,6 +94,9 @@ class ControlMiddleware:
         reads = method in ("GET", "HEAD")
         if reads and (path in READABLE or _below(path, ("/metrics",))):
             await self.app(scope, receive, send)
+            return
+        if reads and path == INSTANCE:
+            await _answer(send, 200, {"instance": self._instance})
             return
         self._authenticate(scope)
         if _below(path, ("/vgen",)):

@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from ..errors import EngineError, PromptError, ServerError
+from ..errors import EngineError, ServerError
 from ..types import Completion
 from . import batches, completions
-from .base import Batch, Request
+from .base import Batch, Request, refused_by
 from .peer import Peer
 
 CONCURRENCY = 1024
@@ -234,11 +234,8 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
                     continue
                 request, error = answer
                 del waiting[place(request)]
-                if error.retryable:
-                    failed = error
-                    work.put_back([request], error, load.peer.name)
-                else:
-                    work.answer(refused(request, error))
+                failed = error
+                work.put_back([request], error, load.peer.name)
         load.peer.measured(tokens, time.monotonic() - start)
     except ServerError as error:
         load.outstanding -= len(waiting)
@@ -246,7 +243,7 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
             raise ValueError(error.said) from error  # of all: a prompt that it refuses is answered by itself
         if error.status in REFUSALS:
             if len(requests) == 1:
-                work.answer(refused(requests[0], error))
+                work.answer(refused_by(requests[0], error))
             else:  # whichever it is: one by one
                 work.one_by_one = True
                 work.waiting.extendleft(reversed(requests))
@@ -255,16 +252,3 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
         work.put_back(list(waiting.values()), error, load.peer.name)
         return error
     return failed
-
-
-def refused(request: Request, error: ServerError) -> Completion:
-    """A completion that the server refused."""
-    refusal = PromptError(request.prompt_index, f"was refused by {error.url}: {error.said or error}")
-    refusal.__cause__ = error
-    return Completion(
-        prompt_index=request.prompt_index,
-        generation_index=request.generation_index,
-        token_ids=[],
-        finish_reason="error",
-        error=refusal,
-    )

@@ -76,6 +76,8 @@ class Failed(msgspec.Struct, array_like=True, tag=1):
     status: int
     """As of HTTP: 400 for what the engine refuses, 500 and above for its own fault."""
     message: str
+    limit: int | None = None
+    """The bound that its prompt broke, where it broke one."""
 
 
 class Alive(msgspec.Struct, array_like=True, tag=2):

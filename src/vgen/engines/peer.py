@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from ..errors import EngineError, ServerError
 from .http import CONTROL_HEADER, Server
+from .router import is_router
 
 logger = logging.getLogger("vgen.engines.server")
 
@@ -90,8 +95,10 @@ class Peer:
     """Of vgen's own, where `vgen serve` started it: `batch`, `lease`, `shared_memory`, …; none on a stock server."""
     controlled: bool = False
     """Whether its weights, sleep and pause can be had: it is in development mode, and the keys are right."""
+    fix: str = ""
+    """What to do so that they can."""
     shape: dict[str, int] = field(default_factory=dict[str, int])
-    """Of its model: `hidden_size` and the like, where it says."""
+    """Of its model: `hidden_size` and the like, as far as it can be had."""
     max_num_seqs: int = 256
     weight_version: str | None = None
     """What it should hold; None where it cannot say."""
@@ -142,8 +149,8 @@ class Peer:
         return True
 
 
-async def describe(server: Server) -> Peer:
-    """Ask a server what it is. Raises `ServerError` or `EngineError`, with what to do."""
+async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
+    """Ask a server what it is, and the `shape` of its model. Raises `ServerError` or `EngineError`, with what to do."""
     try:
         found = dict((await server.get("/v1/models", timeout=PROBE_SECONDS))["data"][0])
         peer = Peer(server, str(found["id"]), int(found["max_model_len"]))
@@ -169,6 +176,8 @@ async def describe(server: Server) -> Peer:
             peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
         except (ServerError, KeyError, TypeError, ValueError):
             pass
+    if not peer.shape:
+        peer.shape = await _shape(peer, shape)
     if mode not in (None, "processed_logprobs"):
         logger.warning(
             "vgen: %s returns %s: its log-probabilities are not those that tokens were sampled with; "
@@ -176,10 +185,15 @@ async def describe(server: Server) -> Peer:
             server.name,
             mode,
         )
-    if not peer.controlled:
+    if (peer.features or peer.controlled) and await is_router(server, stock=not peer.features):
+        # What changes a server would reach one of them, and the batch route, which is not JSON, perhaps none.
+        peer.features, peer.controlled, peer.fix = frozenset(), False, "name the servers behind it in base_urls"
+        logger.warning("vgen: %s is a router: it generates; no weight sync, sleep or pause; %s", server.name, peer.fix)
+    elif not peer.controlled:
         what = "not in development mode" if not peer.features else "asking for a control key"
-        fix = "pass control_key" if peer.features else "start it with `vgen serve`, or with VLLM_SERVER_DEV_MODE=1"
-        logger.warning("vgen: %s is %s: no weight sync, sleep or pause; %s", server.name, what, fix)
+        stock = "start it with `vgen serve`, or with VLLM_SERVER_DEV_MODE=1"
+        peer.fix = "pass control_key" if peer.features else stock
+        logger.warning("vgen: %s is %s: no weight sync, sleep or pause; %s", server.name, what, peer.fix)
     if peer.controlled:
         if not peer.features:
             logger.info(
@@ -190,6 +204,28 @@ async def describe(server: Server) -> Peer:
         with suppress(ServerError):
             peer.weight_version = await held_version(server)
     return peer
+
+
+async def _shape(peer: Peer, wanted: Collection[str]) -> dict[str, int]:
+    """What a server that does not describe its model lets on about it. Nothing is generated for it.
+
+    A bias on a token that the model does not have is refused with the size of its vocabulary, by any vLLM. How wide
+    its embeddings are is in what it prints of its modules, in development mode.
+    """
+    found: dict[str, int] = {}
+    nowhere = {"model": peer.model, "prompt": [0], "max_tokens": 1, "logit_bias": {str(2**31 - 1): 1.0}}
+    try:
+        await peer.server.infer("/v1/completions", msgspec.json.encode(nowhere), {}, len, PROBE_SECONDS)
+    except ServerError as error:
+        if match := re.search(r"Vocabulary size: (\d+)", error.said):
+            found["vocab_size"] = int(match[1])
+    if "embedding_dim" in wanted and peer.controlled and not peer.features:
+        with suppress(ServerError, KeyError, TypeError, IndexError):
+            inspect = {"method": "get_model_inspection"}
+            said = (await peer.server.post("/collective_rpc", inspect, timeout=PROBE_SECONDS))["results"][0]
+            if match := re.search(r"VocabParallelEmbedding\([^)]*\bembedding_dim=(\d+)", said):
+                found["embedding_dim"] = int(match[1])
+    return found
 
 
 async def _check_version(server: Server) -> None:

@@ -82,7 +82,7 @@ class ServerEngine:
         self._peers: list[Peer] = []
         self._servers = tuple(servers)
         try:
-            self._peers = self._gather([describe(server) for server in servers])
+            self._peers = self._gather([describe(server, shape or ()) for server in servers])
             for peer in self._peers:
                 if model is not None and model != peer.model:
                     raise EngineError(f"{peer.name} serves {peer.model!r}, not {model!r}: start it with that model")
@@ -124,9 +124,15 @@ class ServerEngine:
 
     def stream(self, batch: Batch) -> Generator[Completion]:
         """Yield each completion as it arrives. Leaving early hangs up, which aborts the rest on the servers."""
-        if batch.requests:
-            self._load_adapter(batch.lora_request)
-            yield from self.stream_from(batch, self._ready())
+        if not batch.requests:
+            return
+        self._load_adapter(batch.lora_request)
+        peers = self._ready()
+        if any(request.images for request in batch.requests):
+            peers = [peer for peer in peers if "batch" in peer.features]
+            if not peers:
+                raise ValueError("a stock server takes no images beside token ids: start it with `vgen serve`")
+        yield from self.stream_from(batch, peers)
 
     def stream_from(self, batch: Batch, peers: Sequence[Peer]) -> Generator[Completion]:
         """`stream` from these servers alone."""
@@ -170,12 +176,7 @@ class ServerEngine:
         """
         for peer in self._peers:
             if not peer.controlled:
-                raise WeightSyncError(
-                    "it takes no weights: start it with `vgen serve` and pass its control_key, or with "
-                    "VLLM_SERVER_DEV_MODE=1",
-                    phase="pause",
-                    receiver=peer.name,
-                )
+                raise WeightSyncError(f"it takes no weights: {peer.fix}", phase="pause", receiver=peer.name)
         try:
             peers = self._updater.sync(
                 source, version, trace, mode=self.pause_mode, resume=not self._held, spoil=verify is None
@@ -279,10 +280,10 @@ class ServerEngine:
                 peer.adapters[wanted.lora_name] = found
 
     def _control(self, call: Callable[[Peer], Coroutine[Any, Any, Any]]) -> None:
-        """`call` for every server, side by side; an error of one that is not in development mode says so."""
+        """`call` for every server, side by side; one that does not take it is refused before any is asked."""
         for peer in self._peers:
             if not peer.controlled:
-                raise EngineStateError("that", "not in development mode", f"start {peer.name} with `vgen serve`")
+                raise EngineStateError("that", f"beyond control ({peer.name})", peer.fix)
         self._gather([call(peer) for peer in self._peers])
 
     def _gather(self, calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

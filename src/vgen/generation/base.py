@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
 from .chat import Chat
 from .images import Placeholders
+from .images import check as check_images
 from .job import Job, Options, make_requests
 from .memory import Leaks, memory_attributes
 from .progress import progress_bar
@@ -496,9 +497,14 @@ class Generation:
 
     @contextmanager
     def _failing(self, call: str) -> Iterator[None]:
-        """Whatever is raised within leaves the engine failed."""
+        """Whatever is raised within leaves the engine failed, unless the engine has refused and changed nothing."""
         try:
             yield
+        except EngineStateError:
+            if self._states.state is EngineState.ASLEEP and not self._asleep:
+                self._states.move(call, EngineState.WAKING)
+                self._states.move(call, EngineState.AWAKE)
+            raise
         except BaseException as error:
             self._states.fail(call, f"{call} raised {type(error).__name__}")
             if isinstance(error, VgenError) or not isinstance(error, Exception):
@@ -562,10 +568,17 @@ class Generation:
         mine = [(placed[index], tuple(images[index] or ()) if images is not None else ()) for index in good]
         gathered, start = call.gather(mine, options.terms())
         if self._stale:
-            self._sync(self._version)
+            self._freshen()
         requests = make_requests(gathered, options.num_generations, options.sampling.seed)
         prompt_ids = [[] if index in errors else ids for index, ids in enumerate(encoded)]
         return Job(prompt_ids, errors, good, start, requests, options)
+
+    def _freshen(self) -> None:
+        """Bring the trainer's weights before the first token. Of calls that come together, one does."""
+        with self._busy if self._engine.concurrent else nullcontext():
+            if self._stale:
+                self._states.require("generate", EngineState.AWAKE)  # the one that did may have failed
+                self._sync(self._version)
 
     def _encode(
         self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any] | None] | None
@@ -579,6 +592,7 @@ class Generation:
                 encoded[index] = self._ids(index, prompt)
                 self._check(index, encoded[index])
                 own = (images[index] or ()) if images is not None else ()
+                check_images(index, own)
                 placed[index] = placeholders.one_each(index, encoded[index], own)
             except PromptError as error:
                 errors[index] = error

@@ -52,6 +52,15 @@ def _opened(index: int, uri: str) -> Any:
     return image
 
 
+def check(index: int, images: Sequence[Any]) -> None:
+    """Raise for what is no image: `PromptError`."""
+    if images:
+        from PIL.Image import Image
+
+        if not all(isinstance(image, Image) for image in images):
+            raise PromptError(index, "has an image that is not a PIL.Image.Image")
+
+
 class Placeholders:
     """Brings prompts into the form that engines take: one placeholder token for each image.
 

@@ -108,9 +108,12 @@ class ServerGeneration(Generation):
             keys: dict[str, Any] = dict(api_key=api_key, control_key=control_key, ssl=ssl)
             servers = [Server(url, timeout=timeout, connect_timeout=connect_timeout, **keys) for url in urls]
             text = unwrapped(model).config.get_text_config()
+            shape = {name: found for name in SHAPE if isinstance(found := getattr(text, name, None), int)}
+            if isinstance(width := _embedding_width(unwrapped(model)), int):
+                shape["embedding_dim"] = width
             return ServerEngine(
                 servers,
-                shape={name: found for name in SHAPE if isinstance(found := getattr(text, name, None), int)},
+                shape=shape,
                 vocabulary_size=getattr(text, "vocab_size", None),
                 request_timing=request_timing,
                 pause_mode=pause_mode,
@@ -142,3 +145,11 @@ class ServerGeneration(Generation):
             weight_version=weight_version,
             profiling=profiling,
         )
+
+
+def _embedding_width(model: Any) -> int | None:
+    """As the module says: on a rank that holds a shard, its weight's own shape is another."""
+    try:
+        return model.get_input_embeddings().embedding_dim
+    except (AttributeError, NotImplementedError):
+        return None
