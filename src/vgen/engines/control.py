@@ -18,12 +18,12 @@ from typing import Any
 from .. import __version__
 from .lease import MAX_TTL_SECONDS, LeaseBook, LeaseConflict
 
+EXTENSION = "vgen.engines.memory.WorkerMemory"
+"""What `vgen serve` gives a server's workers, to say how much memory there is."""
 KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
 FEATURES = ("batch", "control_key", "lease", "weights_state")
 
-EXTENSION = "vgen.engines.memory.WorkerMemory"
-"""What `vgen serve` gives a server's workers, to say how much memory there is."""
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 """Fields of a model's configuration that the trainer's model and the server's must have in common."""
 
