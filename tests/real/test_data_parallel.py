@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vgen import Sampling, ServerGeneration
+from vgen import Sampling, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.testing import tiny_model
 
@@ -26,6 +26,20 @@ def answered(url: str) -> dict[str, float]:
     for engine, count in re.findall(r'^vllm:request_success_total\{engine="(\d+)".*\} (\S+)$', text, re.MULTILINE):
         found[engine] = found.get(engine, 0.0) + float(count)
     return found
+
+
+class Broken:
+    """A source with one tensor of a wrong shape."""
+
+    bytes = tensors = 0
+    seconds = 0.0
+
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        for name, tensor in self.source:
+            yield name, tensor[1:] if name == "model.layers.1.self_attn.k_proj.weight" else tensor
 
 
 @pytest.mark.slow
@@ -56,6 +70,14 @@ def test_every_data_parallel_engine_gets_the_weights(tmp_path):
                 after = answered(described["url"])
                 assert sorted(after) == ["0", "1"]
                 assert all(after[engine] - before.get(engine, 0.0) > 10 for engine in after)
+            source = generation._source
+            generation._source = Broken(source)
+            with pytest.raises(WeightSyncError, match="k_proj"):
+                generation.sync_weights(version="broken")
+            generation._source = source
+            generation.sync_weights(version="mended")
+            rollouts = generation.generate(prompts, Sampling(max_tokens=16, ignore_eos=True), 2)
+            assert max_logprob_difference(model, rollouts) <= 1e-4
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
