@@ -81,7 +81,10 @@ def test_metadata_says_who_may_install_what(metadata: Message) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     core = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(line.split("<")[0] for line in core) == ["ddsketch", "rich"]
-    promised = "vllm cpu server dashboards otel otlp wandb mlflow trackio nvtx trl peft deepspeed bitsandbytes router test lint dev"
+    promised = (
+        "vllm cpu server dashboards otel otlp wandb mlflow trackio nvtx "
+        "trl peft deepspeed bitsandbytes router test lint dev"
+    )
     assert set(metadata.get_all("Provides-Extra", [])) == set(promised.split())
 
 

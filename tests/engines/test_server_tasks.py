@@ -103,5 +103,5 @@ def test_tasks_that_find_another_trainers_weights_bring_their_own_once():
             found = asyncio.run(main(generation))
     assert [rollouts[0].token_ids for rollouts in found] == [prompt(i) for i in range(50)]
     order = [path.partition("?")[0] for path, _, _ in server.seen]
-    assert order.count("/collective_rpc") == 1
+    assert order.count("/update_weight_version") == 1
     assert order.index("/resume") < order.index(COMPLETIONS)

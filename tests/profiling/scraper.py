@@ -25,13 +25,17 @@ needs_promtool = pytest.mark.skipif(
 
 
 @contextmanager
-def scraping(folder: Path, every: str = "200ms", **jobs: str) -> Iterator[str]:
+def scraping(folder: Path, every: str = "200ms", rules: Any = None, **jobs: str) -> Iterator[str]:
     """The address of a Prometheus that scrapes each job's target, `host:port`.
 
-    A target that does not answer within `every` has no series until it does.
+    `rules` is the content of a rule file. A target that does not answer within `every` has no series until it does.
     """
     scrapes = [{"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in jobs.items()]
-    config = {"global": {"scrape_interval": every, "scrape_timeout": every}, "scrape_configs": scrapes}
+    config: dict[str, Any] = {"global": {"scrape_interval": every, "scrape_timeout": every}, "scrape_configs": scrapes}
+    if rules is not None:
+        (folder / "rules.yml").write_text(json.dumps(rules))
+        config |= {"rule_files": ["rules.yml"]}
+        config["global"]["evaluation_interval"] = every
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(

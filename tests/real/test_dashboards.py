@@ -18,6 +18,7 @@ from scraper import eventually, needs_prometheus, scraping
 
 from vgen import ColocateGeneration, ProfilingContext, Sampling, ServerGeneration, WeightSyncError
 from vgen.dashboards import vllm
+from vgen.dashboards.alerts import rules
 from vgen.dashboards.promql import series
 from vgen.dashboards.wandb import keys, workspace
 from vgen.profiling import Sink, names
@@ -106,7 +107,7 @@ def watched(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     access = {"api_key": server.api_key, "control_key": server.control_key, "processing_class": server.tokenizer}
     targets = {"vgen": f"127.0.0.1:{metrics.server_port}", "vllm": urlsplit(server.base_url).netloc}
     with (
-        scraping(folder, every="1s", **targets) as address,
+        scraping(folder, every="1s", rules=rules(), **targets) as address,
         ProfilingContext(sinks) as profiling,
         ColocateGeneration(
             model,
@@ -157,6 +158,12 @@ def test_the_answers_are_the_runs_own(watched: Any):
     states = eventually(watched.address, series(names.ENGINE_STATE, ()))
     assert {names.STATES[int(float(state["value"][1]))] for state in states} == {"awake"}
     assert {state["metric"]["vgen_engine"] for state in states} == {"colocate", "server"}
+
+
+def test_the_alerts_are_those_of_what_happened(watched: Any):
+    """A sync failed, a backend was dead; no engine stays failed, and nothing has leaked."""
+    firing = eventually(watched.address, 'ALERTS{alertstate="firing"}')
+    assert {alert["metric"]["alertname"] for alert in firing} == {"VgenWeightSyncFailed", "VgenTelemetryDropped"}
 
 
 def test_vllm_counts_the_same_requests(watched: Any):

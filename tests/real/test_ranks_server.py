@@ -32,7 +32,7 @@ def on_two_ranks(server, worker: str, arguments: list[str], folder: Path) -> lis
     command += [str(Path(__file__).with_name(worker)), *arguments, str(folder)]
     keys = {"API_KEY": server.api_key, "CONTROL_KEY": server.control_key}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **keys})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

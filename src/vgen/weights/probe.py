@@ -35,6 +35,12 @@ from random weights of unit variance in the engine, so a module that it misses d
 `benchmarks/weight_sync.py` prints the differences of right engines, of a stale layer and of stale models.
 """
 
+USUAL = 12.0
+"""How large log-probabilities are, in nats, where nothing is known of a token among 150,000.
+
+Larger ones, of a model that has gone astray, are computed to fewer decimals, and the tolerances grow in proportion.
+"""
+
 
 class Probed(Protocol):
     """An engine, or one server among several."""
@@ -151,7 +157,9 @@ def compare(engine: Probed, said: Said, *, tolerance: float | None = None) -> Co
     kind = "experts" if said.experts else "dense"
     rounded = said.rounded or engine.dtype != "float32"
     if tolerance is None:
+        size = float(said.logprobs.abs().mean() if rounded else said.logprobs.abs().max())
         tolerance = ROUNDED if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
+        tolerance *= max(1.0, size / USUAL)
     return Comparison(float(differences.max()), float(differences.mean()), tolerance, rounded)
 
 
