@@ -117,6 +117,7 @@ def test_sdist_works_in_an_empty_environment(dist: Path, tmp_path: Path) -> None
     assert "demo" in run(tmp_path / "venv/bin/vgen", "--help").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_wheel_works_in_an_empty_environment(wheel: Path, metadata: Message, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv")

@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -74,38 +75,59 @@ def _json(raw: bytes) -> Any:
         return raw.decode(errors="replace")
 
 
+class Starting:
+    """The server's process. It starts with the session and is ready, or nearly, when the first test needs it."""
+
+    def __init__(self) -> None:
+        from collectors import HttpCollector
+
+        from vgen.testing import tiny_model
+
+        self.folder = tempfile.TemporaryDirectory(prefix="vgen-tests-")
+        place = self.place = Path(self.folder.name)
+        self.model, self.tokenizer = tiny_model(place / "model")
+        self.api_key = secrets.token_hex(8)
+        (place / "api-key").write_text(self.api_key + "\n")
+        self.collector = HttpCollector()
+        traces = f"{self.collector.endpoint}/v1/traces"
+        command = [sys.executable, "-m", "vgen.cli", "serve", str(place / "model"), "--port", "0", "--json"]
+        command += ["--api-key-file", str(place / "api-key"), "--otlp-traces-endpoint", traces]
+        command += ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
+        command += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-loras", "2"]
+        command += ["--max-logprobs", "20", "--scheduling-policy", "priority"]
+        with (place / "stderr").open("w") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, "OTEL_BSP_SCHEDULE_DELAY": "200"},
+            )
+
+
+STARTING = pytest.StashKey[Starting | None]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    here = [item for item in session.items if item.path.parent == Path(__file__).parent]
+    if any("server" in getattr(item, "fixturenames", ()) for item in here) and not session.config.option.collectonly:
+        session.stash[STARTING] = Starting()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (starting := session.stash.get(STARTING, None)) is not None:
+        if starting.process.poll() is None:  # no test has come to it
+            starting.process.terminate()
+            starting.process.wait(60)
+        starting.folder.cleanup()
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    from collectors import HttpCollector
-
-    from vgen.testing import tiny_model
-
-    place = tmp_path_factory.mktemp("serve")
-    model, tokenizer = tiny_model(place / "model")
-    api_key = secrets.token_hex(8)
-    (place / "api-key").write_text(api_key + "\n")
-    collector = HttpCollector()
-    command = [sys.executable, "-m", "vgen.cli", "serve", str(place / "model"), "--port", "0", "--json"]
-    command += ["--api-key-file", str(place / "api-key"), "--otlp-traces-endpoint", f"{collector.endpoint}/v1/traces"]
-    command += ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
-    command += [
-        "--enable-lora",
-        "--max-lora-rank",
-        "8",
-        "--max-loras",
-        "2",
-        "--max-cpu-loras",
-        "2",
-    ]
-    command += ["--max-logprobs", "20", "--scheduling-policy", "priority"]
-    with (place / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env={**os.environ, "OTEL_BSP_SCHEDULE_DELAY": "200"},
-        )
+def server(request: pytest.FixtureRequest) -> Iterator[Served]:
+    starting = request.session.stash.setdefault(STARTING, None) or Starting()
+    request.session.stash[STARTING] = starting
+    place, process, api_key = starting.place, starting.process, starting.api_key
+    model, tokenizer, collector = starting.model, starting.tokenizer, starting.collector
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line, (place / "stderr").read_text()[-3000:]

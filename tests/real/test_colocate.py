@@ -75,6 +75,7 @@ def test_a_model_that_was_never_saved_is_handed_over_before_the_first_token(tmp_
         assert agrees(model, generation.generate([[1, 2, 3]], Sampling(max_tokens=16), 2))
 
 
+@pytest.mark.slow
 def test_two_engines_in_one_process_do_not_share_weights(real, tmp_path):
     other, _ = tiny_model(tmp_path, seed=9)
     with ColocateGeneration(other, max_model_length=128) as second:

@@ -49,6 +49,7 @@ def test_the_record_brings_fresh_weights_three_times(tmp_path, plain_layout, kin
     assert [attributes.get(names.VERIFY) for attributes in syncs(sink)] == ["logprobs", None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", pytest.param("experts", marks=ALONE)])
 def test_repacked_layers_take_the_engines_reload_and_the_span_says_why(tmp_path, kind):
     model, sink = MODELS[kind](tmp_path), MemorySink()
