@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scraper import needs_promtool
 
 pytestmark = pytest.mark.slow
 """Half a minute, most of it the imports of other libraries."""
@@ -37,7 +37,6 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """The page's examples, run one after the other in one process and folder."""
-    sys.path.append(str(Path(__file__).parent / "profiling"))
     from collectors import HttpCollector
 
     folder, collector = tmp_path_factory.mktemp("docs"), HttpCollector()
@@ -74,7 +73,7 @@ def test_prometheus_can_scrape_the_port_of_its_example(shown: Any):
     assert "otel_scope" not in text
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here: apt-get install prometheus")
+@needs_promtool
 def test_prometheus_accepts_its_configuration(tmp_path: Path):
     [(_, config)] = blocks(PAGE, "yaml")
     assert f"localhost:{PORT}" in config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def test_prometheus_accepts_its_configuration_with_the_rules(folder: Path):
     checked = subprocess.run(["promtool", "check", "config", config], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     assert "rules.yaml is valid" in checked.stdout or "1 rule files found" in checked.stdout
+
+
+def test_the_compose_file_is_of_the_compose_specification(folder: Path):
+    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", folder / "compose.yaml"]
+    checked = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="no docker here")

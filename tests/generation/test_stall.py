@@ -6,10 +6,10 @@ import json
 import logging
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from threads import at_work
 
 from vgen import EngineError, ProfilingContext, Sampling
 from vgen.engines.base import EngineState
@@ -50,27 +50,6 @@ class Held(FakeEngine):
             if self.call == "stream" and number == self.after:
                 assert self.gate.wait(30)
             yield completion
-
-
-@contextmanager
-def at_work(call):
-    """Run `call` on a thread, which must have ended well by the end of the block."""
-    failed = []
-
-    def work():
-        try:
-            call()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield thread
-    finally:
-        thread.join(30)
-    assert not thread.is_alive()
-    assert failed == []
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from vgen import EngineError, ProfilingContext, Sampling
+from vgen import EngineError, EngineStateError, ProfilingContext, Sampling
 from vgen.engines.base import EngineState
 from vgen.generation import Generation
 from vgen.profiling import names
@@ -84,6 +84,29 @@ def test_every_transition_is_in_a_span_of_its_own_kind(generation, engine, sink)
     recorded = [names.STATES[int(m.values[0])] for m in sink.measurements if m.instrument is names.ENGINE_STATE]
     assert recorded == [to for _, _, to in transitions(sink)]
     assert not unknown(sink.spans, sink.measurements)
+
+
+def test_a_call_that_the_engine_refuses_leaves_the_state_as_it_was(generation, engine, sink):
+    engine.raises["sleep"] = engine.raises["wake_up"] = EngineStateError("that", "beyond control", "name the servers")
+    with pytest.raises(EngineStateError, match="beyond control"):
+        generation.sleep()
+    assert generation.state == EngineState.AWAKE
+    del engine.raises["sleep"]
+    generation.sleep(2)
+    with pytest.raises(EngineStateError, match="beyond control"):
+        generation.wake_up()
+    assert generation.state == EngineState.ASLEEP
+    assert generation._states.describe() == "asleep (level 2)"
+    assert transitions(sink) == [
+        (names.SLEEP, "awake", "asleep"),
+        (names.SLEEP, "asleep", "awake"),
+        (names.SLEEP, "awake", "asleep"),
+        (names.WAKE_UP, "asleep", "waking"),
+        (names.WAKE_UP, "waking", "asleep"),
+    ]
+    del engine.raises["wake_up"]
+    generation.wake_up()
+    assert generation.state == EngineState.AWAKE
 
 
 def test_state_and_age_can_be_scraped_while_nothing_happens_and_while_a_call_lasts():

@@ -19,9 +19,6 @@ from typing import Any
 import psutil
 import pytest
 
-for folder in ("dashboards", "engines", "profiling"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))  # for their helpers
-
 
 @dataclass
 class Served:
@@ -105,13 +102,19 @@ class Starting:
             )
 
 
-STARTING = pytest.StashKey[Starting | None]()
+STARTING = pytest.StashKey[Starting]()
+
+
+def started(session: pytest.Session) -> Starting:
+    if STARTING not in session.stash:
+        session.stash[STARTING] = Starting()
+    return session.stash[STARTING]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     here = [item for item in session.items if item.path.parent == Path(__file__).parent]
     if any("server" in getattr(item, "fixturenames", ()) for item in here) and not session.config.option.collectonly:
-        session.stash[STARTING] = Starting()
+        started(session)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -124,8 +127,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> Iterator[Served]:
-    starting = request.session.stash.setdefault(STARTING, None) or Starting()
-    request.session.stash[STARTING] = starting
+    starting = started(request.session)
     place, process, api_key = starting.place, starting.process, starting.api_key
     model, tokenizer, collector = starting.model, starting.tokenizer, starting.collector
     assert process.stdout is not None

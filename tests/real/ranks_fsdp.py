@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks_server import connected
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from vgen import ProfilingContext, Sampling, ServerGeneration
+from vgen import Sampling
 from vgen.demo import max_logprob_difference
 from vgen.profiling import names
 from vgen.testing import MemorySink
@@ -39,14 +40,7 @@ def main(path: str, url: str) -> dict:
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=50.0)
     sink = MemorySink()
-    generation = ServerGeneration(
-        model,
-        base_urls=[url],
-        api_key=os.environ["API_KEY"],
-        control_key=os.environ["CONTROL_KEY"],
-        timeout=120.0,
-        profiling=ProfilingContext([sink]),
-    )
+    generation = connected(model, url, sink)
     sampling = Sampling(max_tokens=8, ignore_eos=True, seed=3)
     before = whole(model, path)
     found: dict[str, Any] = {"rank": rank, "own": [], "stale": [], "prompts": [], "versions": []}

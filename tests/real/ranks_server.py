@@ -50,20 +50,18 @@ def shown(completions: Completions) -> list[dict]:
     ]
 
 
+def connected(model: torch.nn.Module, url: str, sink: MemorySink) -> ServerGeneration:
+    keys = {"api_key": os.environ["API_KEY"], "control_key": os.environ["CONTROL_KEY"]}
+    return ServerGeneration(model, base_urls=[url], timeout=120.0, profiling=ProfilingContext([sink]), **keys)
+
+
 def main(path: str, fresh: str, url: str) -> dict:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     weights = load_file(os.path.join(path, "model.safetensors"))
     model = bare_module(weights)
     sink = MemorySink()
-    generation = ServerGeneration(
-        model,
-        base_urls=[url],
-        api_key=os.environ["API_KEY"],
-        control_key=os.environ["CONTROL_KEY"],
-        timeout=120.0,
-        profiling=ProfilingContext([sink]),
-    )
+    generation = connected(model, url, sink)
     held = generation.engine.weight_version
 
     def train(to: dict[str, torch.Tensor], version: str | None) -> None:

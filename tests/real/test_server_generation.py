@@ -62,6 +62,10 @@ def test_the_first_sync_is_verified_and_spoils_the_server_before(generation, sin
     generation.sync_weights()
     assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes.get(names.VERIFY)) == ([], None)
     generation.engine.peers[0].verified = False  # as after it was started anew
+    generation.pause()
+    generation.sync_weights()  # nothing can be asked now, and no random weights go before
+    assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY]) == ([], "skipped")
+    generation.resume()
     generation.sync_weights()
     assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY]) == ([1], "logprobs")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+import statistics
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
+from threads import at_work
 
 from vgen import ProfilingContext, Sampling, ServerGeneration
 from vgen.cli import main
@@ -28,27 +29,6 @@ def until(condition, seconds=60.0):
     while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return found
-
-
-@contextmanager
-def at_work(call):
-    """Run `call` on a thread; yields where its result will be. It must have ended well by the end of the block."""
-    results, failed = [], []
-
-    def work():
-        try:
-            results.append(call())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield results
-    finally:
-        thread.join(120)
-    assert not thread.is_alive()
-    assert failed == []
 
 
 def connect(server, profiling, **more):
@@ -113,7 +93,8 @@ def test_sleeping_on_a_cpu_says_that_nothing_was_freed(real):
 
 
 def test_the_phases_of_generations_and_syncs_add_up(real):
-    for _ in range(3):
+    real.sink.spans.clear()
+    for _ in range(5):
         real.generation.generate([[1, 2, 3]] * 4, Sampling(max_tokens=64, ignore_eos=True), 8)
         real.generation.sync_weights()
     for kind in (names.GENERATE, names.WEIGHT_SYNC):
@@ -122,7 +103,7 @@ def test_the_phases_of_generations_and_syncs_add_up(real):
             parts = sum(phase.duration for phase in real.sink.spans if phase.parent is span and phase.current)
             covered.append(parts / span.duration)
         assert max(covered) <= 1
-        assert max(covered) >= 0.98, (kind, covered)  # a busy machine may stop between two phases of some
+        assert statistics.median(covered) >= 0.98, (kind, covered)
 
 
 def test_a_server_that_is_paused_has_stalled_and_rollouts_point_at_their_sync(server, sink, caplog):

@@ -9,7 +9,7 @@ from typing import Literal
 from ..profiling import names
 from ..profiling.records import Instrument
 from . import vllm
-from .promql import CHOSEN, legend, mean, quantile, rate, series, share, total
+from .promql import CHOSEN, label, legend, mean, quantile, rate, series, share, total
 
 PROCESS = "instance"
 """Prometheus's label of the process that a series comes from."""
@@ -267,7 +267,9 @@ def _sync() -> Row:
         Query(mean(names.duration(phase), of=sync), phase.removeprefix(names.WEIGHT_SYNC + "."))
         for phase in SYNC_PHASES
     )
-    failed = total(series(sync, (*CHOSEN, f'{_ERROR}!=""'), part="count"), names.ENGINE, names.ERROR_TYPE)
+    failed = total(
+        series(sync, (*CHOSEN, f'{label(names.ERROR_TYPE)}!=""'), part="count"), names.ENGINE, names.ERROR_TYPE
+    )
     return Row(
         "Weight sync",
         (
@@ -305,9 +307,6 @@ def _sync() -> Row:
             ),
         ),
     )
-
-
-_ERROR = names.ERROR_TYPE.replace(".", "_")
 
 
 _LEVEL = legend(names.SLEEP_LEVEL, PROCESS, text="level")

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..errors import EngineStateError, PromptError, ServerError
-from ..profiling import Span
+from ..profiling import Span, names
 from ..types import Completion, LoRARequest, Sampling, SleepReport
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class EngineState(StrEnum):
     CLOSED = "closed"
 
 
-_NUMBERS = {state: number for number, state in enumerate(EngineState)}
 _S = EngineState
 _ALLOWED: dict[EngineState, frozenset[EngineState]] = {
     _S.STARTING: frozenset({_S.AWAKE, _S.FAILED, _S.CLOSED}),
@@ -71,11 +70,20 @@ class StateMachine:
 
     def number(self) -> float:
         """The state's place among all, as `names.STATES` has them."""
-        return float(_NUMBERS[self.state])
+        return float(names.STATES.index(self.state))
 
     def age(self) -> float:
         """Seconds for which it has been that."""
         return (time.monotonic_ns() - self.since_ns) / 1e9
+
+    def back(self, to: EngineState, detail: str) -> None:
+        """Be what a call has found: it was refused, and has changed nothing."""
+        with self._changed:
+            was = self.state
+            self.state, self.detail, self.since_ns = to, detail, time.monotonic_ns()
+            self._changed.notify_all()
+        if was is not to:
+            self.moved(was, to)
 
     def require(self, call: str, *states: EngineState) -> None:
         """Raise unless the engine is in one of `states`."""
@@ -213,6 +221,8 @@ PauseMode: TypeAlias = Literal["abort", "wait", "keep"]
 """What becomes of requests in flight: ended as they are, waited for, or frozen until `resume`."""
 
 
+BUCKET_BYTES = 256 << 20
+"""Of each of the two pieces of shared memory that weights travel in, unless told otherwise."""
 Transport: TypeAlias = Literal["shared_memory", "checkpoint"]
 """How weights travel to servers: through memory that both sides map, or as a folder that the server loads."""
 InProcess: TypeAlias = Literal["recorded", "reload"]

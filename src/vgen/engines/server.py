@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from ..errors import EngineError, EngineStateError, ServerError, WeightSyncError
 from ..types import Completion, LoRARequest, SleepReport
 from ..weights.verified import verified
-from . import update
 from .adapters import fingerprint
-from .base import Batch, PauseMode, Source, SyncTrace, Transport, Verify
+from .base import BUCKET_BYTES, Batch, PauseMode, Source, SyncTrace, Transport, Verify
 from .dispatch import Work, serve
 from .http import Loop, Server
 from .memory import Reading, reading_of, slept, woken
 from .peer import LeaseHolder, Peer, describe
+from .update import Updater
 
 T = TypeVar("T")
 logger = logging.getLogger("vgen.engines.server")
@@ -62,7 +62,7 @@ class ServerEngine:
         pause_mode: PauseMode = "keep",
         weight_transport: Transport | None = None,
         weights_folder: str | None = None,
-        bucket_bytes: int = update.BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
         timeout: float = 600.0,
         takeover: bool = False,
     ) -> None:
@@ -98,7 +98,7 @@ class ServerEngine:
         except BaseException:
             self.close()
             raise
-        self._updater = update.Updater(
+        self._updater = Updater(
             self._peers,
             self._loop,
             transport=weight_transport,
@@ -178,8 +178,9 @@ class ServerEngine:
             if not peer.controlled:
                 raise WeightSyncError(f"it takes no weights: {peer.fix}", phase="pause", receiver=peer.name)
         try:
+            looked_at = verify is None and not self._held
             peers = self._updater.sync(
-                source, version, trace, mode=self.pause_mode, resume=not self._held, spoil=verify is None
+                source, version, trace, mode=self.pause_mode, resume=not self._held, spoil=looked_at
             )
             due = [peer for peer in peers if verify == "logprobs" or (verify is None and not peer.verified)]
             self._verify(due, source, trace, asked=verify is not None)

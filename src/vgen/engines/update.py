@@ -17,7 +17,7 @@ from ..errors import ServerError, WeightSyncError
 from ..profiling import Span, names
 from ..weights.checkpoint import write_checkpoint
 from ..weights.probe import obstacle
-from ..weights.shared_memory import BUCKET_BYTES, SharedMemoryTransfer, as_sync_error
+from ..weights.shared_memory import SharedMemoryTransfer, as_sync_error
 from ..weights.source import model_of
 from ..weights.spoil import RandomWeights, metadata_of
 from .base import PauseMode, Source, SyncTrace, Transport
@@ -25,8 +25,6 @@ from .http import Loop
 from .peer import STOCK_VERSION, Peer, held_version
 
 logger = logging.getLogger("vgen.engines.server")
-
-__all__ = ["BUCKET_BYTES", "Updater"]
 
 _REASONS = {
     "shared_memory": "servers with vgen's plugin on this host",
@@ -79,8 +77,9 @@ class Updater:
         with ExitStack() as folders:
             written = list[str]()
             if stock:  # before the pause: the servers generate while it is written
+                sources = [source] if random is None else [random, source]
                 with trace.phase("transfer") as span:
-                    written = [folders.enter_context(self._written(weights)) for weights in (random, source) if weights]
+                    written = [folders.enter_context(self._written(weights)) for weights in sources]
                     span.set({names.GATHER_SECONDS: source.seconds})
             paused_at = time.monotonic()
             with trace.phase("pause"):
@@ -186,7 +185,7 @@ class Updater:
 def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
     """Weights to spoil the servers' with; None where no probe could tell."""
     model = model_of(source)
-    if model is None or obstacle(model, peers[0].device_type) is not None:
+    if model is None or any(obstacle(model, peer) for peer in peers):
         return None
     return RandomWeights(metadata_of(source), next(model.parameters()).device)
 

@@ -391,8 +391,8 @@ class Generation:
             own = {names.SLEEP_LEVEL: level}
             with self._profiling.span(names.SLEEP, own) as span, self._watch.watching("sleep", span):
                 self._level, start = f"level {level}", time.monotonic()
-                self._states.move("sleep", EngineState.ASLEEP, self._level)
                 with self._failing("sleep"):
+                    self._states.move("sleep", EngineState.ASLEEP, self._level)
                     report = self._engine.sleep(level)
                 self._asleep = set(TAGS)
                 self._stale = self._stale or (level == 2 and report.memory_freed)
@@ -420,8 +420,8 @@ class Generation:
             asked = [tag for tag in TAGS if tag in (tags or TAGS)]
             own = {names.WAKE_TAGS: asked, names.SLEEP_LEVEL: int(self._level.removeprefix("level "))}
             with self._profiling.span(names.WAKE_UP, own) as span, self._watch.watching("wake_up", span):
-                self._states.move("wake_up", EngineState.WAKING, self._level)
                 with self._failing("wake_up"):
+                    self._states.move("wake_up", EngineState.WAKING, self._level)
                     report = self._engine.wake_up(asked)
                 self._asleep -= set(asked)
                 if self._asleep:
@@ -498,12 +498,11 @@ class Generation:
     @contextmanager
     def _failing(self, call: str) -> Iterator[None]:
         """Whatever is raised within leaves the engine failed, unless the engine has refused and changed nothing."""
+        found = self._states.state, self._states.detail
         try:
             yield
         except EngineStateError:
-            if self._states.state is EngineState.ASLEEP and not self._asleep:
-                self._states.move(call, EngineState.WAKING)
-                self._states.move(call, EngineState.AWAKE)
+            self._states.back(*found)
             raise
         except BaseException as error:
             self._states.fail(call, f"{call} raised {type(error).__name__}")

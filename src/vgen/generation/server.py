@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..engines.base import PauseMode, Transport
+from ..engines.base import BUCKET_BYTES, PauseMode, Transport
 from ..profiling import ProfilingContext, names
 from ..ranks import DistributedRanks, LedEngine, ranks_of
 from ..weights.names import unwrapped
@@ -87,7 +87,7 @@ class ServerGeneration(Generation):
         pause_mode: PauseMode = "keep",
         weight_transport: Transport | None = None,
         weights_folder: str | None = None,
-        bucket_bytes: int = 256 << 20,
+        bucket_bytes: int = BUCKET_BYTES,
         takeover: bool = False,
         request_timing: bool = True,
         structured_outputs_regex: str | None = None,

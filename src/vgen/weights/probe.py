@@ -42,13 +42,22 @@ Larger ones, of a model that has gone astray, are computed to fewer decimals, an
 """
 
 
-class Probed(Protocol):
+class Described(Protocol):
+    """What tells whether an engine can be probed."""
+
+    @property
+    def device_type(self) -> str: ...
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are quantized."""
+        ...
+
+
+class Probed(Described, Protocol):
     """An engine, or one server among several."""
 
     @property
     def kind(self) -> str: ...
-    @property
-    def device_type(self) -> str: ...
     @property
     def max_model_length(self) -> int: ...
     @property
@@ -58,16 +67,11 @@ class Probed(Protocol):
         """Of the weights and of what is computed: `float32`, `bfloat16`, …"""
         ...
 
-    @property
-    def quantization(self) -> str | None:
-        """How the weights are quantized."""
-        ...
-
     def stream(self, batch: Batch) -> Generator[Completion]: ...
 
 
 class CannotProbe(Exception):
-    """The trainer's model cannot be run here by this rank alone; says why."""
+    """Nothing can be compared; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +125,13 @@ def ask(model: torch.nn.Module, token_ids: list[int]) -> Said:
 def probe_of(engines: Sequence[Probed], model: torch.nn.Module) -> list[int]:
     """The probe that all of these engines can take, and the trainer's model too. Raises `CannotProbe`."""
     for engine in engines:
-        if engine.quantization is not None:
-            raise CannotProbe(f"the engine's weights are quantized ({engine.quantization})")
-        if (why := obstacle(model, engine.device_type)) is not None:
+        if (why := obstacle(model, engine)) is not None:
             raise CannotProbe(why)
     vocabulary = min(_text_config(model).vocab_size, *(engine.vocabulary_size for engine in engines))
     return probe(vocabulary, min(TOKENS, *(engine.max_model_length - 1 for engine in engines)))
 
 
-def judge(engine: Probed, said: Said, *, tolerance: float | None = None) -> Comparison:
+def judge(engine: Probed, said: Said) -> Comparison:
     """Run the probe through the engine, which must be awake, and compare with what the trainer's model has `said`.
 
     Any engine will do, a server too. Every layer, the normalizations and the output head take part in every token,
@@ -137,9 +139,9 @@ def judge(engine: Probed, said: Said, *, tolerance: float | None = None) -> Comp
 
     Raises:
         CannotProbe: The engine does not answer such questions; nothing was found out.
-        WeightSyncError: In phase `verify`: they differ by more than `tolerance`, by default what the dtype allows.
+        WeightSyncError: In phase `verify`: they differ by more than the dtype allows.
     """
-    found = compare(engine, said, tolerance=tolerance)
+    found = compare(engine, said)
     if not found.right:
         which = "mean" if found.rounded else "largest"
         raise WeightSyncError(
@@ -151,24 +153,25 @@ def judge(engine: Probed, said: Said, *, tolerance: float | None = None) -> Comp
     return found
 
 
-def compare(engine: Probed, said: Said, *, tolerance: float | None = None) -> Comparison:
+def compare(engine: Probed, said: Said) -> Comparison:
     """As `judge`, without judging."""
     differences = (said.logprobs - torch.tensor(_engine_logprobs(engine, said.token_ids))).abs()
     kind = "experts" if said.experts else "dense"
     rounded = said.rounded or engine.dtype != "float32"
-    if tolerance is None:
-        size = float(said.logprobs.abs().mean() if rounded else said.logprobs.abs().max())
-        tolerance = ROUNDED if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
-        tolerance *= max(1.0, size / USUAL)
+    size = float(said.logprobs.abs().mean() if rounded else said.logprobs.abs().max())
+    tolerance = ROUNDED if rounded else FLOAT32[kind] if engine.device_type == "cpu" else TF32
+    tolerance *= max(1.0, size / USUAL)
     return Comparison(float(differences.max()), float(differences.mean()), tolerance, rounded)
 
 
-def obstacle(model: torch.nn.Module, device_type: str) -> str | None:
-    """Why the model cannot be run beside an engine on such a device; None when it can."""
+def obstacle(model: torch.nn.Module, engine: Described) -> str | None:
+    """Why the model and the engine cannot be compared; None when they can, as far as can be seen."""
+    if engine.quantization is not None:
+        return f"the engine's weights are quantized ({engine.quantization})"
     for parameter in model.parameters():
         if parameter.is_meta:
             return "the trainer's model has no weights yet"
-        if parameter.device.type != device_type:
+        if parameter.device.type != engine.device_type:
             return "the trainer's model is on another device"
     return None
 

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ..engines.base import BUCKET_BYTES
 from ..errors import WeightSyncError
 
 BACKEND = "vgen_shm"
 """The name in vLLM's weight-transfer registry."""
 DIRECTORY_VARIABLE = "VGEN_SHARED_MEMORY_DIR"
-BUCKET_BYTES = 256 << 20
 BUCKETS = 2
 """One is filled while the other is loaded."""
 ALIGNMENT = 64

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from ..engines.base import Source, SyncTrace
 from ..errors import WeightSyncError
 from ..profiling import names
-from .probe import CannotProbe, Probed, judge, probe_of
+from .probe import CannotProbe, Probed, Said, ask, judge, probe_of
 from .source import model_of
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ def verified(engines: Sequence[Probed], source: Source, trace: SyncTrace, *, awa
                 raise CannotProbe("the source has no model")
             if not awake:
                 raise CannotProbe("the engine is not awake")
-            said = source.ask(probe_of(engines, model))  # pyright: ignore[reportAttributeAccessIssue]
+            said = _ask(source, model, probe_of(engines, model))
             difference = max(judge(engine, said).difference for engine in engines)
         except CannotProbe as error:
             if asked:
@@ -46,4 +50,10 @@ def take_part(engines: Sequence[Probed], source: Source) -> None:
     model = model_of(source)
     if model is not None and getattr(source, "collective", False):
         with suppress(CannotProbe):
-            source.ask(probe_of(engines, model))  # pyright: ignore[reportAttributeAccessIssue]
+            _ask(source, model, probe_of(engines, model))
+
+
+def _ask(source: Source, model: torch.nn.Module, token_ids: list[int]) -> Said:
+    """By the source, where it knows of other ranks that must take part; else by the model alone."""
+    own = getattr(source, "ask", None)
+    return own(token_ids) if own is not None else ask(model, token_ids)
