@@ -136,7 +136,7 @@ def test_a_transport_of_ones_choice(tmp_path):
 
 @SLOW
 def test_experts_in_a_process_of_their_own():
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "experts and not own", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-k", "experts and not own", __file__]
     environment = {**os.environ, "VGEN_TEST_ALONE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stdout[-3000:]
