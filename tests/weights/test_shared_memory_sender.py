@@ -20,7 +20,8 @@ import torch
 
 from vgen import WeightSyncError
 from vgen.weights import shared_memory
-from vgen.weights.shared_memory import LEFT_OPEN, SharedMemoryTransfer
+from vgen.weights.buckets import LEFT_OPEN
+from vgen.weights.shared_memory import SharedMemoryTransfer
 
 
 class Worker:

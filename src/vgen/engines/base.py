@@ -223,7 +223,7 @@ PauseMode: TypeAlias = Literal["abort", "wait", "keep"]
 
 BUCKET_BYTES = 256 << 20
 """Of each of the two pieces of shared memory that weights travel in, unless told otherwise."""
-Transport: TypeAlias = Literal["shared_memory", "checkpoint"]
+Transport: TypeAlias = Literal["resident", "shared_memory", "nccl", "gloo", "checkpoint"]
 """How weights travel to servers: through memory that both sides map, or as a folder that the server loads."""
 InProcess: TypeAlias = Literal["recorded", "reload"]
 """How weights reach an engine in this process: copied by a record of its loader, or by vLLM's own reload."""

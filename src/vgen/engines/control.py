@@ -11,8 +11,9 @@ import hmac
 import json
 import os
 import secrets
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,11 @@ class ControlMiddleware:
         config = getattr(state, "vllm_config", None)
         model = getattr(config, "model_config", None)
         backend = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
-        shared = backend == "vgen_shm"
+        ours = ["shared_memory", "group", "resident"] if backend == "vgen_shm" else []
         extended = getattr(getattr(config, "parallel_config", None), "worker_extension_cls", "") == EXTENSION
         return {
             "vgen": __version__,
-            "features": [*FEATURES, *(["shared_memory"] if shared else []), *(["memory"] if extended else [])],
+            "features": [*FEATURES, *ours, *(["memory"] if extended else [])],
             "lease": self._leases.describe(),
             "weights": self._weights,
             "model": getattr(model, "model", None),
@@ -173,7 +174,8 @@ class ControlMiddleware:
             "shape": _shape(model),
             "world_size": getattr(getattr(config, "parallel_config", None), "world_size_across_dp", None),
             "weight_transfer": backend,
-            "shared_memory_directory": _shared_directory() if shared else None,
+            "shared_memory_directory": _shared_directory() if ours else None,
+            "host": this_host(),
         }
 
     async def _refuse(self, scope: Scope, send: Send, refused: Refused) -> None:
@@ -184,6 +186,13 @@ class ControlMiddleware:
         if refused.kind == "lease":
             error["lease"] = self._leases.describe()
         await _answer(send, refused.status, {"error": error})
+
+
+def this_host() -> str:
+    """Tells this machine from others, since it was started. Containers on it have it in common."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 def _shape(model: Any) -> dict[str, int]:

@@ -43,13 +43,21 @@ class Reading:
 
 
 class WorkerMemory:
-    """Gives a server's workers a method for `/collective_rpc`, as vLLM's `--worker-extension-cls`."""
+    """Gives a server's workers methods for `/collective_rpc`, as vLLM's `--worker-extension-cls`."""
 
     def vgen_memory(self) -> dict[str, Any]:
         """The fields of a `Reading`; empty without a CUDA device."""
         import torch
 
         return asdict(Reading.now()) if torch.cuda.is_available() else {}
+
+    def vgen_device(self) -> str:
+        """Which GPU this worker has; empty without CUDA."""
+        import torch
+
+        from ..weights.resident import uuid_of
+
+        return uuid_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ""
 
 
 def reading_of(workers: Iterable[Any]) -> Reading | None:

@@ -102,6 +102,12 @@ class Peer:
     max_num_seqs: int = 256
     weight_version: str | None = None
     """What it should hold; None where it cannot say."""
+    host: str = ""
+    """Tells the machine that it is on, where it says so."""
+    workers: int = 1
+    """Of all its data parallel engines together."""
+    devices: frozenset[str] | None = None
+    """The GPUs of its workers, once they were asked for."""
     adapters: dict[str, Any] = field(default_factory=dict[str, Any])
     """LoRA adapters that were loaded here, and what tells each from what it was before."""
     verified: bool = False
@@ -120,7 +126,7 @@ class Peer:
     async def rejoin(self, timeout: float) -> None:
         """Be again the one who may change a server that was started anew."""
         self.adapters.clear()
-        self.verified = False
+        self.verified, self.devices = False, None
         if self.lease is not None:
             await self.lease.take(timeout, takeover=False)
 
@@ -166,6 +172,7 @@ async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
         peer.quantization = info.get("quantization")
         peer.max_num_seqs = int(info.get("max_num_seqs") or peer.max_num_seqs)
         peer.shape = dict(info.get("shape") or {})
+        peer.host, peer.workers = str(info.get("host") or ""), int(info.get("world_size") or 1)
     elif not peer.features:
         try:
             config = (await server.get("/server_info?config_format=json", timeout=SERVER_INFO_SECONDS))["vllm_config"]

@@ -63,6 +63,7 @@ class ServerEngine:
         weight_transport: Transport | None = None,
         weights_folder: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        weights_port: int = 0,
         timeout: float = 600.0,
         takeover: bool = False,
     ) -> None:
@@ -86,8 +87,9 @@ class ServerEngine:
             for peer in self._peers:
                 if model is not None and model != peer.model:
                     raise EngineError(f"{peer.name} serves {peer.model!r}, not {model!r}: start it with that model")
-                if weight_transport == "shared_memory" and weight_transport not in peer.features:
-                    raise EngineError(f"{peer.name} takes no shared memory: start it with `vgen serve` on this host")
+                needed = "group" if weight_transport in ("nccl", "gloo") else weight_transport
+                if needed not in (None, "checkpoint") and needed not in peer.features:
+                    raise EngineError(f"{peer.name} takes no weights by {weight_transport}: start it with `vgen serve`")
                 for field, own in (shape or {}).items():
                     if peer.shape.get(field, own) != own:
                         raise EngineError(
@@ -104,8 +106,11 @@ class ServerEngine:
             transport=weight_transport,
             folder=weights_folder,
             bucket_bytes=bucket_bytes,
+            port=weights_port,
             timeout=timeout,
         )
+        if any("resident" in peer.features and peer.device_type == "cuda" for peer in self._peers):
+            self.verifications = ("bits", *self.verifications)
         self.model: str = self._peers[0].model
         self.max_model_length: int = min(peer.max_model_length for peer in self._peers)
         self.vocabulary_size = vocabulary_size or 1 << 31
@@ -180,7 +185,13 @@ class ServerEngine:
         try:
             looked_at = verify is None and not self._held
             peers = self._updater.sync(
-                source, version, trace, mode=self.pause_mode, resume=not self._held, spoil=looked_at
+                source,
+                version,
+                trace,
+                mode=self.pause_mode,
+                resume=not self._held,
+                spoil=looked_at,
+                verify_bits=verify == "bits",
             )
             due = [peer for peer in peers if verify == "logprobs" or (verify is None and not peer.verified)]
             self._verify(due, source, trace, asked=verify is not None)

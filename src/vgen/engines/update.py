@@ -15,21 +15,27 @@ import torch
 
 from ..errors import ServerError, WeightSyncError
 from ..profiling import Span, names
+from ..weights.buckets import as_sync_error
 from ..weights.checkpoint import write_checkpoint
+from ..weights.group import Backend, GroupTransfer
 from ..weights.probe import obstacle
-from ..weights.shared_memory import SharedMemoryTransfer, as_sync_error
+from ..weights.resident import NotResident, ResidentTransfer, uuid_of
+from ..weights.shared_memory import SharedMemoryTransfer
 from ..weights.source import model_of
 from ..weights.spoil import RandomWeights, metadata_of
 from .base import PauseMode, Source, SyncTrace, Transport
+from .control import this_host
 from .http import Loop
 from .peer import STOCK_VERSION, Peer, held_version
 
 logger = logging.getLogger("vgen.engines.server")
 
-_REASONS = {
+_REASONS: dict[Transport, str] = {
+    "resident": "servers on the trainer's own GPU",
     "shared_memory": "servers with vgen's plugin on this host",
+    "nccl": "servers with vgen's plugin on other GPUs",
+    "gloo": "servers with vgen's plugin on other hosts",
     "checkpoint": "servers without vgen's plugin reload from a folder",
-    "shared_memory+checkpoint": "some servers have vgen's plugin, some have not",
 }
 _CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
 
@@ -45,35 +51,45 @@ class Updater:
         transport: Transport | None,
         folder: str | None,
         bucket_bytes: int,
+        port: int,
         timeout: float,
     ) -> None:
-        self._transport = transport
+        self._transport: Transport | None = transport
         self._peers, self._loop, self._folder, self._bucket_bytes = peers, loop, folder, bucket_bytes
-        self._timeout = timeout
-        self._transfer: SharedMemoryTransfer | None = None
-        self._known: tuple[str, ...] = ()
-        """Whom the transfer's memory is shared with."""
+        self._port, self._timeout = port, timeout
+        self._resident: ResidentTransfer | None = None
+        self._buckets: dict[Transport, tuple[Any, Any]] = {}
+        """By what the transfer is for, and itself."""
 
     def sync(
-        self, source: Source, version: str, trace: SyncTrace, *, mode: PauseMode, resume: bool, spoil: bool
+        self,
+        source: Source,
+        version: str,
+        trace: SyncTrace,
+        *,
+        mode: PauseMode,
+        resume: bool,
+        spoil: bool,
+        verify_bits: bool = False,
     ) -> list[Peer]:
         """Replace the weights of every server that can be reached; returns these. Raises `WeightSyncError`.
 
         With `spoil`, where one of them was never verified, random weights go before: see `weights.spoil`.
         """
         peers = self._reachable(trace)
+        groups, reasons = self._chosen(source, peers)
+        if verify_bits and (others := [peer.name for kind in groups if kind != "resident" for peer in groups[kind]]):
+            problem = "bits are compared where weights are copied by their record: on the trainer's own GPU"
+            raise WeightSyncError(problem, phase="verify", receiver=", ".join(others))
         random = _random_like(source, peers) if spoil and not all(peer.verified for peer in peers) else None
-        shared = [peer for peer in peers if self._transport != "checkpoint" and "shared_memory" in peer.features]
-        stock = [peer for peer in peers if peer not in shared]
-        kinds = [kind for kind, those in (("shared_memory", shared), ("checkpoint", stock)) if those]
-        transport = "+".join(kinds)
         trace.set(
             {
-                names.TRANSPORT: transport,
-                names.TRANSPORT_REASON: "asked for" if self._transport else _REASONS[transport],
+                names.TRANSPORT: "+".join(groups),
+                names.TRANSPORT_REASON: "asked for" if self._transport else "; ".join(reasons),
                 names.SYNC_RECEIVERS: len(peers),
             }
         )
+        stock = groups.pop("checkpoint", [])
         with ExitStack() as folders:
             written = list[str]()
             if stock:  # before the pause: the servers generate while it is written
@@ -84,8 +100,8 @@ class Updater:
             paused_at = time.monotonic()
             with trace.phase("pause"):
                 self._all(peers, "pause", lambda peer: peer.server.post(f"/pause?mode={mode}"))
-            if shared:
-                self._share(shared, random, source, version, trace)
+            for kind, those in groups.items():
+                self._send(kind, those, random, source, version, trace, verify_bits)
             if stock:
                 self._reload(stock, written, version, trace)
         with trace.phase("reset_cache"):
@@ -100,9 +116,36 @@ class Updater:
         return peers
 
     def close(self) -> None:
-        """Give the shared memory back."""
-        if self._transfer is not None:
-            self._transfer.close()
+        """Give the buckets' memory back."""
+        for _, transfer in self._buckets.values():
+            transfer.close()
+        self._buckets.clear()
+
+    def _chosen(self, source: Source, peers: Sequence[Peer]) -> tuple[dict[Transport, list[Peer]], list[str]]:
+        """How the weights go to each server, and why."""
+        device = _device(source)
+        on_gpu = [peer for peer in peers if "resident" in peer.features and peer.device_type == "cuda"]
+        self._all([peer for peer in on_gpu if peer.devices is None], "pause", _ask_devices)
+        beside = [peer for peer in on_gpu if device is not None and peer.devices == {uuid_of(device)}]
+        reasons = list[str]()
+        if self._transport == "resident" or (beside and self._transport is None):
+            self._resident = self._resident or ResidentTransfer(_Fleet(self._loop, beside))
+            try:
+                self._resident.table(source)
+            except NotResident as error:
+                if self._transport:
+                    raise WeightSyncError(str(error), phase="gather", receiver="trainer") from error
+                beside = []
+                reasons.append(f"not resident: {error}")
+            else:
+                self._resident.client = _Fleet(self._loop, beside)
+        groups = dict[Transport, list[Peer]]()
+        for peer in peers:
+            kind = self._transport or _kind(peer, device, peer in beside)
+            groups.setdefault(kind, []).append(peer)
+        if others := [peer.name for peer in groups.get("resident", ()) if peer not in beside]:
+            raise WeightSyncError("not on the trainer's own GPU", phase="transfer", receiver=", ".join(others))
+        return groups, [*(_REASONS[kind] for kind in groups), *reasons]
 
     def _reachable(self, trace: SyncTrace) -> list[Peer]:
         """All servers, but for those that were lost before and still are; and who else has changed their weights."""
@@ -136,31 +179,68 @@ class Updater:
             raise WeightSyncError("no server can be reached", phase="pause", receiver=who)
         return reachable
 
-    def _share(
-        self, peers: Sequence[Peer], random: RandomWeights | None, source: Source, version: str, trace: SyncTrace
+    def _send(
+        self,
+        kind: Transport,
+        peers: Sequence[Peer],
+        random: RandomWeights | None,
+        source: Source,
+        version: str,
+        trace: SyncTrace,
+        verify_bits: bool,
     ) -> None:
         fleet = _Fleet(self._loop, peers)
-        known = tuple(peer.name for peer in peers)
-        if self._transfer is None or known != self._known:
-            self.close()
-            self._transfer, self._known = SharedMemoryTransfer(fleet, bucket_bytes=self._bucket_bytes), known
-        transfer = self._transfer
-        transfer.client = fleet
-        with trace.phase("transfer") as span:
-            if random is not None:
-                transfer.send(random, version)
-            transfer.stream(source)
-            span.set(
-                {
-                    names.GATHER_SECONDS: source.seconds,
-                    names.COPY_SECONDS: transfer.copy_seconds,
-                    names.BUCKETS: transfer.buckets_sent,
-                }
-            )
-            fleet.tell(span, "update_weights")
+        if kind == "resident":
+            assert self._resident is not None
+            self._resident.client = fleet
+            with trace.phase("transfer") as span:
+                self._resident.stream(source, verify=verify_bits)
+                span.set({names.GATHER_SECONDS: source.seconds})
+                fleet.tell(span, "update_weights")
+            finish = self._resident.finish
+        else:
+            transfer = self._bucket_transfer(kind, peers, source, fleet)
+            with trace.phase("transfer") as span:
+                if random is not None:
+                    transfer.send(random, version)
+                transfer.stream(source)
+                span.set(
+                    {
+                        names.GATHER_SECONDS: source.seconds,
+                        names.COPY_SECONDS: transfer.copy_seconds,
+                        names.BUCKETS: transfer.buckets_sent,
+                    }
+                )
+                fleet.tell(span, "update_weights")
+            finish = transfer.finish
         with trace.phase("load") as span:
-            transfer.finish(version)
+            finish(version)
             fleet.tell(span, "finish_weight_update")
+
+    def _bucket_transfer(self, kind: Transport, peers: Sequence[Peer], source: Source, fleet: _Fleet) -> Any:
+        """The one that was used the last time, where it still fits."""
+        device = _device(source) if kind == "nccl" else None
+        wanted = device, tuple((peer.name, peer.workers) for peer in peers)
+        known, transfer = self._buckets.get(kind, (None, None))
+        if known != wanted:
+            if transfer is not None:
+                transfer.close()
+            if kind == "shared_memory":
+                transfer = SharedMemoryTransfer(fleet, bucket_bytes=self._bucket_bytes)
+            else:
+                backend: Backend = "nccl" if kind == "nccl" else "gloo"
+                transfer = GroupTransfer(
+                    fleet,
+                    workers={peer.name: peer.workers for peer in peers},
+                    device=device or torch.device("cpu"),
+                    backend=backend,
+                    bucket_bytes=self._bucket_bytes,
+                    port=self._port,
+                    timeout=self._timeout,
+                )
+            self._buckets[kind] = wanted, transfer
+        transfer.client = fleet
+        return transfer
 
     @contextmanager
     def _written(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
@@ -188,6 +268,31 @@ def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
     if model is None or any(obstacle(model, peer) for peer in peers):
         return None
     return RandomWeights(metadata_of(source), next(model.parameters()).device)
+
+
+def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
+    """The first of the transports that trainer and server can both take."""
+    if "shared_memory" not in peer.features:
+        return "checkpoint"
+    if beside:
+        return "resident"
+    if "group" not in peer.features:
+        return "shared_memory"
+    if device is not None and peer.device_type == "cuda" and uuid_of(device) not in (peer.devices or ()):
+        return "nccl"
+    return "shared_memory" if peer.host == this_host() else "gloo"
+
+
+def _device(source: Source) -> torch.device | None:
+    """The GPU that the trainer's model is on."""
+    model = model_of(source)
+    device = next((parameter.device for parameter in model.parameters()), None) if model is not None else None
+    return device if device is not None and device.type == "cuda" else None
+
+
+async def _ask_devices(peer: Peer) -> None:
+    answer = await peer.server.post("/collective_rpc", {"method": "vgen_device"})
+    peer.devices = frozenset(str(found) for found in answer["results"])
 
 
 async def _reset(peer: Peer, path: str) -> None:
@@ -227,16 +332,26 @@ class _Fleet:
         self._seconds: dict[str, list[float]] = {}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._post("init_weight_transfer_engine", "transfer", {"init_info": init_info})
+        """In a group each server has a place of its own."""
+        offsets, offset = dict[str, int](), 1
+        for peer in self._peers:
+            offsets[peer.name] = offset
+            offset += peer.workers
+
+        def body(peer: Peer) -> Any:
+            own = {"rank_offset": offsets[peer.name]} if "group" in init_info else {}
+            return {"init_info": {**init_info, **own}}
+
+        self._post("init_weight_transfer_engine", "transfer", body)
 
     def start_weight_update(self) -> None:
-        self._post("start_weight_update", "transfer", None)
+        self._post("start_weight_update", "transfer", lambda peer: None)
 
     def update_weights(self, update_info: Any) -> None:
-        self._post("update_weights", "transfer", {"update_info": update_info})
+        self._post("update_weights", "transfer", lambda peer: {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._post("finish_weight_update", "load", {"weight_version": weight_version})
+        self._post("finish_weight_update", "load", lambda peer: {"weight_version": weight_version})
 
     def tell(self, span: Span, call: str) -> None:
         """The seconds that each server spent on `call`, all of one sync together, as attributes."""
@@ -246,7 +361,7 @@ class _Fleet:
                 {names.RECEIVER_MIN: min(seconds), names.RECEIVER_MEDIAN: middle, names.RECEIVER_MAX: max(seconds)}
             )
 
-    def _post(self, call: str, phase: str, body: Any) -> None:
-        answers = _together(self._loop, self._peers, phase, lambda peer: peer.server.post(f"/{call}", body))
+    def _post(self, call: str, phase: str, body: Callable[[Peer], Any]) -> None:
+        answers = _together(self._loop, self._peers, phase, lambda peer: peer.server.post(f"/{call}", body(peer)))
         before = self._seconds.get(call) or [0.0] * len(answers)
         self._seconds[call] = [total + seconds for total, (_, seconds) in zip(before, answers, strict=True)]

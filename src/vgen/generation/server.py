@@ -41,12 +41,16 @@ class ServerGeneration(Generation):
         connect_timeout: Seconds in which a server must accept a connection.
         ssl: An `ssl.SSLContext` for `https` addresses whose certificates the system does not know.
         group_port: Where rank 0 listens for the others; any free port by default. On one machine it is only there.
+            Servers that take weights by `nccl` or `gloo` meet it on the next port.
         api_key: What guards the servers' inference routes.
         control_key: What guards all others, where `vgen serve` started them.
         pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
-        weight_transport: `shared_memory` or `checkpoint`; by default the first of these that each server can take.
+        weight_transport: `resident` (a server on the trainer's own GPU), `shared_memory` (on its host), `nccl` (on
+            another GPU), `gloo` (elsewhere) or `checkpoint` (one that `vgen serve` has not started); by default the
+            first of these that each server can take.
         weights_folder: A folder that servers see too, for syncs by checkpoint. The system's temporary one by default.
-        bucket_bytes: Of shared memory, of which two such buckets are held; a larger tensor gets what it needs.
+        bucket_bytes: Of memory in which weights travel; two such buckets are held, and a larger tensor gets what it
+            needs.
         takeover: Whether servers are taken from a trainer that is alive. One that is gone is waited for, a minute at
             most.
         request_timing: Whether a stock server is asked for each completion's timing, which takes a call for each;
@@ -120,6 +124,7 @@ class ServerGeneration(Generation):
                 weight_transport=weight_transport,
                 weights_folder=weights_folder,
                 bucket_bytes=bucket_bytes,
+                weights_port=group_port and group_port + 1,
                 timeout=timeout,
                 takeover=takeover,
             )

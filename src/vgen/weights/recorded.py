@@ -201,7 +201,7 @@ class RecordedCopy:
 
     def _walk(self, source: Any, record: Record, verify: bool) -> None:
         """One pass over the source. Parts of a plain model are copied together at its end, all else as it comes."""
-        live = Live.of(model_of(source))
+        live = _live_of(source)
         waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         names: list[str] = []
         given, everything = set[str](), True
@@ -453,6 +453,12 @@ def _covered(tensor: torch.Tensor, held: list[tuple[Any, Any, str, torch.Tensor]
 
 def _moved(tensor: torch.Tensor, address: int, shape: torch.Size) -> bool:
     return tensor.is_meta or tensor.data_ptr() != address or tensor.shape != shape
+
+
+def _live_of(source: Any) -> Any:
+    """Where the source's weights lie: as it says itself, or its model."""
+    own = getattr(source, "live", None)
+    return Live.of(model_of(source)) if own is None else own()
 
 
 def _count(source: Any) -> None:

@@ -1,4 +1,4 @@
-"""vgen inside vLLM's processes: the shared-memory engine of its weight-transfer registry.
+"""vgen inside vLLM's processes: its engine in the weight-transfer registry.
 
 vLLM calls `register` in each of its processes, through the entry point group `vllm.general_plugins`.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from math import prod
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -21,14 +22,18 @@ from vllm.distributed.weight_transfer import base, factory
 from ..engines.lifeline import follow_parent
 from ..engines.reload import Reload
 from ..errors import WeightSyncError
-from .shared_memory import BACKEND, BUCKET_BYTES, BUCKETS, LEFT_OPEN, SharedMemoryTransfer, shared_directory
+from .buckets import BUCKETS, LEFT_OPEN, Described
+from .group import Receiver
+from .recorded import RecordedCopy
+from .resident import UNKNOWN, NotResident, ResidentWeights
+from .shared_memory import BACKEND, BUCKET_BYTES, SharedMemoryTransfer, shared_directory
 
 
 def register() -> None:
     """Make vgen known to this process. May be called any number of times."""
     follow_parent()
     if BACKEND not in factory.WeightTransferEngineFactory._registry:
-        factory.WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+        factory.WeightTransferEngineFactory.register_engine(BACKEND, VgenEngine)
     if BACKEND not in factory.WeightTransferTrainerFactory._registry:
         factory.WeightTransferTrainerFactory.register_engine(BACKEND, SharedMemorySender)
     from vllm.platforms import current_platform
@@ -40,28 +45,40 @@ def register() -> None:
 
 @dataclass
 class InitInfo(base.WeightTransferInitInfo):
-    """A trainer introduces itself by its buckets, which have no name any more once all workers have opened them."""
+    """A trainer introduces itself, by one of these: how its weights will come."""
 
-    paths: list[str]
+    paths: list[str] = field(default_factory=list[str])
+    """Of its buckets in shared memory, which have no name any more once all workers have opened them."""
+    group: dict[str, Any] | None = None
+    """Where the trainer and all workers meet, for buckets that are broadcast: see `group.Receiver`."""
+    rank_offset: int = 0
+    """The rank in that group of this server's first worker."""
+    table: dict[str, Any] | None = None
+    """Where the weights lie on this very GPU: a `resident.Table`, or its name alone once that is known here."""
 
 
 @dataclass
 class UpdateInfo(base.WeightTransferUpdateInfo):
-    """One bucket: what lies where in the file `path`; or that the update is over and came to nothing."""
+    """One bucket, or all weights of a table; or that the update is over and came to nothing."""
 
     path: str = ""
-    tensors: list[tuple[str, str, list[int], int]] = field(default_factory=list)
-    """Name, dtype, shape and offset of each."""
+    """The file in which the tensors lie."""
+    bytes: int | None = None
+    """So many are broadcast, and the tensors lie in them."""
+    tensors: list[Described] = field(default_factory=list[Described])
+    table: str = ""
+    verify: bool = False
+    """Whether every destination is compared with its source, where a record is copied."""
     last: bool = False
     abort: bool = False
 
 
-class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads buckets out of shared memory by vLLM's layerwise reload.
+class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads what a trainer sends: buckets by vLLM's layerwise reload, weights on its own GPU by the recorded copy.
 
     All ranks of a server agree on whether a bucket was loaded, and the last one alone raises: vLLM's executor
     reads no further than the first error, and would take the others' for the answers to its next calls.
-    The files must lie in the directory that was allowed when the server started.
+    Files must lie in the directory that was allowed when the server started.
     """
 
     init_info_cls = InitInfo
@@ -70,36 +87,43 @@ class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reload: Reload | None = None
-        self._open = False
-        """As the worker sees it: an update has been started, and neither finished nor failed on this rank."""
+        self._open = self._pending = False
+        """As the worker sees it: an update has been started, and neither finished nor failed on this rank; and its
+        last bucket has not come."""
         self._failed = False
         """This update has failed, on this rank or another, and its layers are back."""
         self._maps: OrderedDict[str, _Mapping] = OrderedDict()
+        self._receiver: Receiver | None = None
+        self._resident: ResidentWeights | None = None
+        self._recorded = RecordedCopy(receiver="server")
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """A new trainer. Raises where it shares no memory with this worker, or found an update left open."""
+        """A new trainer. Raises where it shares nothing with this worker, or found an update left open."""
         problem: str | None = LEFT_OPEN if self._open else None
         try:
             for path in init_info.paths:
                 self._mapping(path)
+            if problem is None and init_info.group is not None:
+                self._join(init_info.group, init_info.rank_offset)
+            if problem is None and init_info.table is not None:
+                self._attach(init_info.table)
         except (OSError, WeightSyncError) as error:
             problem = problem or str(error)
         self._agree(problem)
 
     def start_weight_update(self) -> None:
-        self._reload = Reload(self.model, self.model_config)
-        self._reload.start()
-        self._open, self._failed = True, False
+        self._open = self._pending = True
+        self._failed = False
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load one bucket. The base would synchronize an accelerator, which a CPU has not."""
         if self._failed:  # on another rank, while this one is still asked
             return
-        problem, reload = None, self._reload
+        problem = None
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except Exception as error:
-            problem = str(_named(error, reload.stream.last if reload else None))
+            problem = str(_named(error, self._reload.stream.last if self._reload else None))
         try:
             self._agree(problem)
         except WeightSyncFailure:
@@ -109,16 +133,12 @@ class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if update_info.abort:
             raise WeightSyncError("its trainer gave it up", phase="load", receiver="server")
-        if self._reload is None:
+        if not self._pending:
             raise WeightSyncError("a bucket came after the last one", phase="load", receiver="server")
-        mapping = self._mapping(update_info.path)
-        with _partial_loads():
-            self._reload.load_part(mapping.tensors(update_info.tensors))
+        missing = self._copy(update_info) if update_info.table else self._load(update_info)
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()  # the bucket may be overwritten as soon as this call is answered
-        if not update_info.last:
-            return
-        missing, self._reload = self._reload.finish(), None
+            torch.accelerator.synchronize()  # the memory may be overwritten as soon as this call is answered
+        self._pending = not update_info.last
         if missing:
             raise WeightSyncError(
                 f"the trainer's model does not provide it ({len(missing)} such)",
@@ -127,9 +147,67 @@ class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
                 receiver="server",
             )
 
+    def _load(self, update_info: UpdateInfo) -> tuple[str, ...]:
+        if self._reload is None:
+            self._reload = Reload(self.model, self.model_config)
+            self._reload.start()
+        if update_info.bytes is None:
+            mapping = self._mapping(update_info.path)
+            tensors = _tensors(update_info.tensors, mapping.memory())
+        elif self._receiver is not None:
+            tensors = _tensors(update_info.tensors, self._receiver.receive(update_info.bytes))
+        else:
+            raise WeightSyncError("it is in no group with its trainer", phase="transfer", receiver="server")
+        with _partial_loads():
+            self._reload.load_part(tensors)
+        if not update_info.last:
+            return ()
+        missing, self._reload = self._reload.finish(), None
+        return missing
+
+    def _copy(self, update_info: UpdateInfo) -> tuple[str, ...]:
+        if self._resident is None or self._resident.name != update_info.table:
+            raise WeightSyncError(UNKNOWN, phase="transfer", receiver="server")
+        like = dict(get_model=lambda: self.model, model_config=self.model_config, reset_lora_state=_no_more)
+        self._recorded.forget()  # whether the server has slept since is not known here
+        return self._recorded.load(SimpleNamespace(**like), self._resident, verify=update_info.verify)
+
+    def _join(self, group: dict[str, Any], rank_offset: int) -> None:
+        name = group["address"], group["port"], group["name"]
+        if self._receiver is not None and self._receiver.name == name:
+            return
+        if group.get("joined"):
+            raise WeightSyncError("it has left the group", phase="transfer", receiver="server")
+        self._leave()
+        parallel = self.parallel_config
+        rank = rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._receiver = Receiver(group, rank, self.device)
+
+    def _leave(self) -> None:
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+    def _attach(self, table: dict[str, Any]) -> None:
+        if self._resident is not None and self._resident.name == table["name"]:
+            return
+        if "handles" not in table:
+            raise WeightSyncError(UNKNOWN, phase="transfer", receiver="server")
+        before, self._resident = self._resident, None
+        if before is not None:
+            before.close()
+        try:
+            self._resident = ResidentWeights(table, self.device)
+        except NotResident as error:
+            raise WeightSyncError(
+                f"it cannot open the trainer's memory: {error}; choose another weight_transport",
+                phase="transfer",
+                receiver="server",
+            ) from error
+
     def finish_weight_update(self) -> None:
         """End the update, whether or not it came to something; the last bucket has put the weights to use."""
-        unfinished, self._open = self._reload is not None, False
+        unfinished, self._open, self._pending = self._pending, False, False
         self._cancel()
         if unfinished:
             self._open = True  # vLLM's worker takes it for still under way when this raises
@@ -137,7 +215,11 @@ class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         self._cancel()
+        self._leave()
         self._maps.clear()
+        if self._resident is not None:
+            self._resident.close()
+            self._resident = None
 
     def _cancel(self) -> None:
         """Put the layers of an unfinished reload back."""
@@ -159,7 +241,7 @@ class SharedMemoryEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         if problem is None:
             return
         self._cancel()
-        self._failed = True
+        self._failed, self._pending = True, False
         # There the ranks are the trainer's own processes, and each has an executor to itself.
         if last or self.parallel_config.distributed_executor_backend == "external_launcher":
             raise WeightSyncFailure(problem)
@@ -205,23 +287,33 @@ class _Mapping:
             with suppress(OSError):
                 os.close(self._file)
 
-    def tensors(self, described: list[tuple[str, str, list[int], int]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor as a view of the file."""
+    def memory(self) -> torch.Tensor:
+        """All of its bytes."""
         size = os.fstat(self._file).st_size
         if size and (self._map is None or len(self._map) < size):
             self._map = mmap.mmap(self._file, size)
-        for name, dtype_name, shape, offset in described:
-            dtype = getattr(torch, dtype_name, None)
-            if not isinstance(dtype, torch.dtype) or min([offset, *shape], default=0) < 0:
-                raise _misdescribed(name, f"dtype {dtype_name!r}, shape {shape}, offset {offset}")
-            count = prod(shape) * dtype.itemsize
-            if offset + count > size:
-                raise _misdescribed(name, f"it ends beyond the {size} bytes of its file")
-            if count == 0:
-                yield name, torch.empty(shape, dtype=dtype)
-            else:
-                flat = torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset)
-                yield name, flat.view(dtype).view(shape)
+        if not size or self._map is None:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=size)
+
+
+def _tensors(described: list[Described], memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor as a view of the bucket's memory."""
+    for name, dtype_name, shape, offset in described:
+        dtype = getattr(torch, dtype_name, None)
+        if not isinstance(dtype, torch.dtype) or min([offset, *shape], default=0) < 0:
+            raise _misdescribed(name, f"dtype {dtype_name!r}, shape {shape}, offset {offset}")
+        count = prod(shape) * dtype.itemsize
+        if offset + count > memory.numel():
+            raise _misdescribed(name, f"it ends beyond the {memory.numel()} bytes of its bucket")
+        if count == 0:
+            yield name, torch.empty(shape, dtype=dtype)
+        else:
+            yield name, memory[offset : offset + count].view(dtype).view(shape)
+
+
+def _no_more() -> None:
+    """vLLM's worker resets the state of its adapters itself, when an update is finished."""
 
 
 def _misdescribed(name: str, problem: str) -> WeightSyncError:
