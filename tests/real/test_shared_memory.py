@@ -9,83 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from transfers import (
+    FAILURE_NAMES,
+    FAILURES,
+    LAST,
+    SMALL,
+    WARM,
+    Changed,
+    Client,
+    agrees,
+    randomize,
+    sample,
+    synced,
+)
 
 from vgen import WeightSyncError
 from vgen.testing import tiny_model
 from vgen.weights.shared_memory import SharedMemoryTransfer, shared_directory
 from vgen.weights.source import ModuleSource
-
-WARM = list(range(100)) * 2
-SMALL = 100_000
-"""A bucket size that the tiny model needs a dozen of, and that cuts its fused layers in two."""
-
-
-class Client:
-    """vLLM's four methods over a server's routes."""
-
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def init_weight_transfer_engine(self, init_info: dict) -> None:
-        self._post("/init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self._post("/start_weight_update", {})
-
-    def update_weights(self, update_info: dict) -> None:
-        self._post("/update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._post("/finish_weight_update", {"weight_version": weight_version})
-
-    def _post(self, path: str, body: dict) -> None:
-        status, answer = self._server.call(path, body)
-        if status != 200:
-            raise RuntimeError(f"{status}: {answer}")
-
-
-class Changed:
-    """A model's weights, each put through `change`."""
-
-    def __init__(self, model: torch.nn.Module, change: Callable[[str, torch.Tensor], list]) -> None:
-        self._source, self._change = ModuleSource(model), change
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._source:
-            yield from self._change(name, tensor)
-
-
-def randomize(model: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.05)
-
-
-def synced(server: Any, transfer: SharedMemoryTransfer, source: Any = None, version: str = "next") -> None:
-    server.done("/pause?mode=abort", {})
-    transfer.send(source or ModuleSource(server.model), version)
-    assert server.done("/reset_prefix_cache", {}) == {"success": True}
-    server.done("/resume", {})
-
-
-def sample(server: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
-    wants = {"max_tokens": 16, "temperature": 1.0, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
-    answer = server.done("/v1/completions", {"model": server.folder, "prompt": prompt, **wants})
-    (choice,) = answer["choices"]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-
-
-def difference(model: torch.nn.Module, prompt: list[int], token_ids: list[int], logprobs: list[float]) -> float:
-    """The largest |Δ| to a teacher-forced forward of `model`."""
-    ids = torch.tensor([prompt + token_ids])
-    with torch.no_grad():
-        own = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    own = own.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-    return (own - torch.tensor(logprobs)).abs().max().item()
-
-
-def agrees(server: Any, prompt: list[int] = WARM) -> bool:
-    return difference(server.model, prompt, *sample(server, prompt)) <= 1e-4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,40 +56,8 @@ def test_fresh_random_weights_twice_are_the_servers_own(server, bucket_bytes):
     assert list(shared_directory().iterdir()) == []
 
 
-K_PROJ, LAST, NORM = "model.layers.1.self_attn.k_proj.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"
-
-
-def wrong_shape(of: str) -> Callable:
-    return lambda name, tensor: [(name, tensor[1:] if name == of else tensor)]
-
-
-def missing(of: str) -> Callable:
-    return lambda name, tensor: [] if name == of else [(name, tensor)]
-
-
-def unknown(name: str, tensor: torch.Tensor) -> list:
-    return [("model.layers.0.unheard_of.weight" if name == NORM else name, tensor)]
-
-
-def interrupted(name: str, tensor: torch.Tensor) -> list:
-    if name == K_PROJ:
-        raise ConnectionResetError("the gather broke off")
-    return [(name, tensor)]
-
-
 @pytest.mark.parametrize("bucket_bytes", [SMALL, 256 << 20])
-@pytest.mark.parametrize(
-    ("change", "parameter", "says"),
-    [
-        (wrong_shape(K_PROJ), K_PROJ, "size"),
-        (wrong_shape(LAST), LAST, "does not fit"),
-        (missing(K_PROJ), K_PROJ, "does not provide it"),  # the engine's fused layer got its other two thirds
-        (missing(NORM), NORM, "does not provide it"),
-        (unknown, "model.layers.0.unheard_of.weight", "no module or parameter"),
-        (interrupted, None, "the gather broke off"),
-    ],
-    ids=["shape", "last-shape", "missing-part", "missing", "unknown", "interrupted"],
-)
+@pytest.mark.parametrize(("change", "parameter", "says"), FAILURES, ids=FAILURE_NAMES)
 def test_a_failed_sync_names_its_parameter_and_the_next_one_brings_the_server_back(
     server, change, parameter, says, bucket_bytes
 ):

@@ -1,0 +1,223 @@
+"""What new weights for a server cost on GPUs, beside vLLM's own engines and one contiguous copy of the bytes.
+
+    python benchmarks/weight_sync_gpus.py --json
+
+A Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU; the trainer's model is there too (`resident`,
+`shared_memory`, and as the peer vLLM's CUDA IPC engine), and then on the second where there is one (`nccl`, and vLLM's
+NCCL engine). `sync` is a whole `sync_weights()`, with pause, cache resets and resume; `live` is from its first send to
+when the weights are in place. vLLM's own engines do the latter alone. Each sync brings fresh random weights, which are
+then looked at end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
+ARGUMENTS = ["--max-model-len", "1024", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30)]
+ARGUMENTS += ["--gpu-memory-utilization", "0.3", "--compilation-config", json.dumps(GRAPHS), "--enable-sleep-mode"]
+
+
+def served(folder: str, backend: str = "vgen_shm") -> Any:
+    from vgen.engines.launch import start_server
+
+    config = ["--weight-transfer-config", json.dumps({"backend": backend})]
+    insecure = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {}
+    return start_server(folder, arguments=[*ARGUMENTS, *config], environment=insecure, timeout=300.0)
+
+
+def right(generation: Any, model: Any) -> bool:
+    """Whether the server's log-probabilities are those of the trainer's model."""
+    from vgen.engines.server import _Alone
+    from vgen.weights.probe import ask, compare, probe_of
+
+    engine = _Alone(generation.engine, generation.engine.peers[0])
+    return bool(compare(engine, ask(model, probe_of([engine], model))).right)
+
+
+def rounds(model: Any, generation: Any, sync: Callable[[], dict[str, float]], count: int) -> dict[str, Any]:
+    import torch
+    from weight_sync import randomize
+
+    found, wrong = list[dict[str, float]](), 0
+    for _ in range(count):
+        randomize(model)
+        torch.cuda.synchronize(next(model.parameters()).device)
+        found.append(sync())
+        wrong += not right(generation, model)
+    seconds = {name: [each[name] for each in found] for name in found[0]}
+    return {"median": {name: statistics.median(all) for name, all in seconds.items()}, "all": seconds, "wrong": wrong}
+
+
+def ours(model: Any, server: Any, transport: str, count: int) -> dict[str, Any]:
+    from vgen import ProfilingContext, ServerGeneration
+    from vgen.profiling import names
+    from vgen.testing import MemorySink
+
+    sink = MemorySink()
+    keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
+    with ServerGeneration(model, weight_transport=transport, profiling=ProfilingContext([sink]), **keys) as generation:
+
+        def sync() -> dict[str, float]:
+            generation.sync_weights()
+            span = sink.named(names.WEIGHT_SYNC)[-1]
+            phases = {p.name.rpartition(".")[2]: p.duration for p in sink.spans if p.parent is span}
+            live = phases["transfer"] + phases["load"]
+            return {"sync": span.duration, "live": live, "paused": span.attributes[names.PAUSED_SECONDS]} | phases
+
+        start = time.perf_counter()
+        generation.sync_weights()
+        first = time.perf_counter() - start
+        result = rounds(model, generation, sync, count)
+        if transport == "resident":
+            generation.sync_weights(verify="bits")
+            generation.sleep(2)
+            generation.wake_up()
+            generation.sync_weights()
+            result["wrong"] += not right(generation, model)  # after a level-2 sleep
+    return result | {"first": first, "reason": sink.named(names.WEIGHT_SYNC)[-1].attributes[names.TRANSPORT_REASON]}
+
+
+def native(model: Any, folder: str, backend: str, count: int) -> dict[str, Any]:
+    """vLLM's own engine for the trainer, over its own routes."""
+    import torch
+    from vllm.distributed.weight_transfer import clients, factory
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    from vgen import ServerGeneration
+
+    with served(folder, backend) as server:
+
+        class Client(clients.HTTPVLLMWeightSyncClient):
+            def _post(self, path: str, json: Any = None) -> None:
+                post(server, path, json)
+
+        keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
+        with ServerGeneration(model, weight_transport="checkpoint", **keys) as generation:
+            generation.sync_weights()
+            token = generation.engine.peers[0].server.lease
+            post(server, "pause?mode=keep", {}, token)
+            Client._post = lambda self, path, json=None: post(server, path, json, token)  # pyright: ignore
+            if backend == "ipc":
+                from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+                init: Any = IPCTrainerInitInfo(rank=0, packed=True)
+            else:
+                from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+                init = NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port(), world_size=2)
+            sender = factory.WeightTransferTrainerFactory.trainer_init(
+                init, client=Client(server.url), source=ModuleSource(model)
+            )
+
+            def sync() -> dict[str, float]:
+                start = time.perf_counter()
+                sender.send_weights()
+                torch.cuda.synchronize(next(model.parameters()).device)
+                took = time.perf_counter() - start
+                post(server, "reset_prefix_cache", {}, token)
+                post(server, "resume", {}, token)
+                return {"live": took}
+
+            def whole() -> dict[str, float]:
+                post(server, "pause?mode=keep", {}, token)
+                return sync()
+
+            sync()
+            return rounds(model, generation, whole, count)
+
+
+def post(server: Any, path: str, body: Any, token: str | None = None) -> None:
+    headers = {"Content-Type": "application/json", "X-Vgen-Control-Key": server.control_key}
+    headers |= {"X-Vgen-Lease": token} if token else {}
+    data = json.dumps(body or {}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/{path}", data, headers), timeout=120):
+        pass
+
+
+def port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def measure(count: int, ways: list[str]) -> dict[str, Any]:
+    import torch
+    from weight_sync import floor, make
+
+    from vgen.testing import byte_tokenizer
+
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": {}}
+    result["devices"] = torch.cuda.device_count()
+    with tempfile.TemporaryDirectory() as folder:
+        model = make("qwen2", "cuda")
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        model.config._name_or_path = folder
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        result |= {"bytes": size, "floor_seconds": floor(size, "cuda")}
+
+        def way(name: str, run: Callable[[], dict[str, Any]]) -> None:
+            if name not in ways:
+                return
+            start = time.monotonic()
+            try:
+                result["ways"][name] = run()
+            except Exception as error:
+                result["ways"][name] = {"error": f"{type(error).__name__}: {error}"[-600:], "wrong": 1}
+            result["ways"][name]["spent"] = time.monotonic() - start
+            print(name, json.dumps(result["ways"][name])[:1500], file=sys.stderr, flush=True)
+
+        with served(folder) as server:
+            way("resident", lambda: ours(model, server, "resident", count))
+            way("shared_memory", lambda: ours(model, server, "shared_memory", min(count, 3)))
+            if torch.cuda.device_count() > 1:
+                torch.cuda.set_device(1)
+                model.to("cuda:1")
+                way("nccl", lambda: ours(model, server, "nccl", count))
+                torch.cuda.set_device(0)
+                model.to("cuda:0")
+        way("vllm_ipc", lambda: native(model, folder, "ipc", count))
+        if torch.cuda.device_count() > 1:
+            torch.cuda.set_device(1)
+            model.to("cuda:1")
+            way("vllm_nccl", lambda: native(model, folder, "nccl", count))
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ways", default="resident,shared_memory,nccl,vllm_ipc,vllm_nccl")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    asked = parser.parse_args()
+    result = measure(asked.rounds, asked.ways.split(","))
+    if asked.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"one contiguous copy: {result['floor_seconds'] * 1e3:.2f} ms\n\n| | live, ms | whole sync, ms |\n|---|---:|---:|"
+        )
+        for name, found in result["ways"].items():
+            median = found.get("median", {})
+            cells = (f"{median[key] * 1e3:.1f}" if key in median else "" for key in ("live", "sync"))
+            print(f"| {name} | {' | '.join(cells)} | {found.get('error', '')}")
+    return 1 if any(found["wrong"] for found in result["ways"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Weights to servers on GPUs: read where they lie on the trainer's own, by NCCL from another.
+
+Without pytest: `python tests/gpu/test_servers_cuda.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from vgen import ProfilingContext, Sampling, ServerGeneration, WeightSyncError
+from vgen.demo import max_logprob_difference
+from vgen.engines.launch import start_server
+from vgen.profiling import names
+from vgen.testing import MemorySink, tiny_model
+
+PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
+TOLERANCE = 5e-3
+"""In float32 vLLM's attention kernels multiply in TF32, which keeps ten bits of the mantissa."""
+ARGUMENTS = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 28)]
+ARGUMENTS += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--enable-sleep-mode"]
+
+
+def randomize(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.05)
+
+
+def right(generation: ServerGeneration, model: Any) -> bool:
+    return max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
+
+
+class Changed:
+    """A source that goes wrong at one of its tensors."""
+
+    bytes = tensors = 0
+    seconds = 0.0
+
+    def __init__(self, source: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.source, self.change = source, change
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.source:
+            yield name, self.change(tensor) if name == "model.layers.1.self_attn.k_proj.weight" else tensor
+
+
+def breaks_off(tensor: torch.Tensor) -> torch.Tensor:
+    raise ConnectionResetError("the gather broke off")
+
+
+def by(sink: MemorySink) -> list[Any]:
+    return [span.attributes[names.TRANSPORT] for span in sink.named(names.WEIGHT_SYNC)]
+
+
+def test_weights_are_read_where_they_lie_on_the_trainers_own_gpu():
+    sink = MemorySink()
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model(folder)[0].to("cuda")
+        with start_server(folder, arguments=ARGUMENTS) as server:
+            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=60.0)
+            with ServerGeneration(model, profiling=ProfilingContext([sink]), **keys) as generation:
+                for _ in range(4):
+                    randomize(model)
+                    generation.sync_weights()
+                    assert right(generation, model)
+                assert by(sink) == ["resident"] * 4
+                assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
+                randomize(model)
+                generation.sync_weights(verify="bits")
+                assert right(generation, model)
+
+                generation.sleep(2)
+                randomize(model)
+                generation.wake_up()  # brings the weights
+                assert right(generation, model)
+
+                model.to("cpu"), torch.cuda.empty_cache()  # as a trainer that makes room does
+                before = torch.cuda.mem_get_info()[0]
+                model.to("cuda")
+                randomize(model)
+                generation.sync_weights()
+                assert right(generation, model)
+                assert torch.cuda.mem_get_info()[0] > before - (64 << 20)  # the server kept nothing from being freed
+
+                model.to("cpu")
+                randomize(model)
+                generation.sync_weights()
+                assert by(sink)[-1] == "shared_memory"
+                model.to("cuda")
+                assert right(generation, model)
+            with ServerGeneration(model, **keys) as generation:  # the next trainer
+                randomize(model)
+                generation.sync_weights()
+                assert right(generation, model)
+
+
+def test_nccl_from_another_gpu():
+    if torch.cuda.device_count() < 2:
+        print("one GPU here: NCCL between two not run")
+        return
+    sink = MemorySink()
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model(folder)[0].to("cuda:1")
+        torch.cuda.set_device(1)
+        with start_server(folder, arguments=ARGUMENTS) as server:
+            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=20.0)
+            with ServerGeneration(
+                model, bucket_bytes=300_000, profiling=ProfilingContext([sink]), **keys
+            ) as generation:
+                for _ in range(3):
+                    randomize(model)
+                    generation.sync_weights()
+                    assert right(generation, model)
+                assert by(sink) == ["nccl"] * 3
+                source = generation._source
+                for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
+                    generation._source = Changed(source, change)
+                    start = time.monotonic()
+                    try:
+                        generation.sync_weights()
+                    except WeightSyncError as error:
+                        assert says in str(error), error
+                    else:
+                        raise AssertionError("it should have failed")
+                    assert time.monotonic() - start < 30
+                    generation._source = source
+                    randomize(model)
+                    generation.sync_weights()
+                    assert right(generation, model)
+                # A server that dies in the middle.
+                generation._source = Changed(
+                    source, lambda tensor: (os.killpg(server.process.pid, signal.SIGKILL), tensor)[1]
+                )
+                start = time.monotonic()
+                try:
+                    generation.sync_weights()
+                except WeightSyncError as error:
+                    print("a dead server:", error)
+                else:
+                    raise AssertionError("it should have failed")
+                assert time.monotonic() - start < 60
+                assert torch.ones(3, device="cuda:1").sum().item() == 3  # the trainer's GPU goes on
+
+
+if __name__ == "__main__":
+    import sys
+    import traceback
+
+    failed = 0
+    for name, test in list(globals().items()):
+        if name.startswith("test_"):
+            start = time.monotonic()
+            try:
+                test()
+                print(name, "passed", f"{time.monotonic() - start:.0f} s", flush=True)
+            except BaseException:
+                traceback.print_exc()
+                failed += 1
+    sys.exit(failed)
