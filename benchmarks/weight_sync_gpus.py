@@ -209,9 +209,8 @@ def main() -> int:
     if asked.json:
         print(json.dumps(result))
     else:
-        print(
-            f"one contiguous copy: {result['floor_seconds'] * 1e3:.2f} ms\n\n| | live, ms | whole sync, ms |\n|---|---:|---:|"
-        )
+        print(f"one contiguous copy: {result['floor_seconds'] * 1e3:.2f} ms\n")
+        print("| | live, ms | whole sync, ms |\n|---|---:|---:|")
         for name, found in result["ways"].items():
             median = found.get("median", {})
             cells = (f"{median[key] * 1e3:.1f}" if key in median else "" for key in ("live", "sync"))
