@@ -67,7 +67,7 @@ def ours(model: Any, server: Any, transport: str, count: int) -> dict[str, Any]:
     from vgen.testing import MemorySink
 
     sink = MemorySink()
-    keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
+    keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=40.0)
     with ServerGeneration(model, weight_transport=transport, profiling=ProfilingContext([sink]), **keys) as generation:
 
         def sync() -> dict[str, float]:
@@ -104,7 +104,7 @@ def native(model: Any, folder: str, backend: str, count: int) -> dict[str, Any]:
             def _post(self, path: str, json: Any = None) -> None:
                 post(server, path, json)
 
-        keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
+        keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=40.0)
         with ServerGeneration(model, weight_transport="checkpoint", **keys) as generation:
             generation.sync_weights()
             token = generation.engine.peers[0].server.lease

@@ -80,7 +80,17 @@ def call() -> Caller:
     return Caller()
 
 
-CHANGES = ["/pause", "/resume", "/sleep", "/wake_up", "/update_weights", "/collective_rpc", "/reset_prefix_cache"]
+CHANGES = [
+    "/pause",
+    "/vgen/pause",
+    "/vgen/weights",
+    "/resume",
+    "/sleep",
+    "/wake_up",
+    "/update_weights",
+    "/collective_rpc",
+    "/reset_prefix_cache",
+]
 CHANGES += ["/abort_requests", "/v1/load_lora_adapter", "/anything/vllm/adds/next"]
 
 
@@ -272,7 +282,7 @@ async def test_an_unknown_route_of_vgens_own_is_not_found(call):
 async def test_info_says_what_there_is(call):
     token = (await call.lease())["x-vgen-lease"]
     _, info = await call("GET", "/vgen/info")
-    assert {"batch", "control_key", "lease", "weights_state"} == set(info["features"])
+    assert {"batch", "control_key", "lease", "pause", "weights_state"} == set(info["features"])
     assert (info["lease"]["holder"], info["weights"], info["model"]) == ("me", "ready", None)
     assert token not in str(info)
 

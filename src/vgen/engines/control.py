@@ -19,12 +19,13 @@ from typing import Any
 
 from .. import __version__
 from .lease import MAX_TTL_SECONDS, LeaseBook, LeaseConflict
+from .weights_route import PAUSE, WHOLE
 
 EXTENSION = "vgen.engines.memory.WorkerMemory"
 """What `vgen serve` gives a server's workers, to say how much memory there is."""
 KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
-FEATURES = ("batch", "control_key", "lease", "weights_state")
+FEATURES = ("batch", "control_key", "lease", "pause", "weights_state")
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Fields of a model's configuration that the trainer's model and the server's must have in common."""
@@ -100,7 +101,7 @@ class ControlMiddleware:
             await _answer(send, 200, {"instance": self._instance})
             return
         self._authenticate(scope)
-        if _below(path, ("/vgen",)):
+        if _below(path, ("/vgen",)) and path not in (PAUSE, WHOLE):
             await _answer(send, 200, await self._own(path, method, scope, receive))
         elif reads or path in HARMLESS:
             await self.app(scope, receive, send)
@@ -123,9 +124,12 @@ class ControlMiddleware:
         if path in ("/resume", "/wake_up") and self._weights == "updating":
             # One scheduler step with layers on the meta device ends the engine for good.
             raise Refused(409, "weights", "a weight update is under way: finish it first")
-        if path == START and await _paused(scope) is False:
+        if path in (START, WHOLE) and await _paused(scope) is False:
             raise Refused(409, "weights", "pause the server first: its layers are unusable during a weight update")
         status = 500  # an exception becomes an answer further out than here
+        before = self._weights
+        if path == WHOLE:
+            self._weights = "updating"
 
         async def watch(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -136,7 +140,10 @@ class ControlMiddleware:
         try:
             await self.app(scope, receive, watch)
         finally:
-            self._weights = _after(self._weights, path, ok=status < 400)
+            if path == WHOLE:  # refused with a status of 4xx, it has changed nothing
+                self._weights = "ready" if status < 400 else before if status < 500 else "failed"
+            else:
+                self._weights = _after(self._weights, path, ok=status < 400)
 
     async def _own(self, path: str, method: str, scope: Scope, receive: Receive) -> dict[str, Any]:
         token = _header(scope, LEASE_HEADER)
@@ -202,9 +209,10 @@ def _shape(model: Any) -> dict[str, int]:
 
 
 def _install(app: Any) -> None:
-    from .batch_route import install
+    from . import batch_route, weights_route
 
-    install(app)
+    batch_route.install(app)
+    weights_route.install(app)
 
 
 def _shared_directory() -> str:

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..weights.resident import NotResident, ResidentTransfer, uuid_of
 from ..weights.shared_memory import SharedMemoryTransfer
 from ..weights.source import model_of
 from ..weights.spoil import RandomWeights, metadata_of
+from . import weights_route
 from .base import PauseMode, Source, SyncTrace, Transport
 from .control import this_host
 from .http import Loop
@@ -57,7 +58,7 @@ class Updater:
         self._transport: Transport | None = transport
         self._peers, self._loop, self._folder, self._bucket_bytes = peers, loop, folder, bucket_bytes
         self._port, self._timeout = port, timeout
-        self._resident: ResidentTransfer | None = None
+        self._resident = ResidentTransfer()
         self._buckets: dict[Transport, tuple[Any, Any]] = {}
         """By what the transfer is for, and itself."""
 
@@ -99,14 +100,13 @@ class Updater:
                     span.set({names.GATHER_SECONDS: source.seconds})
             paused_at = time.monotonic()
             with trace.phase("pause"):
-                self._all(peers, "pause", lambda peer: peer.server.post(f"/pause?mode={mode}"))
+                self._all(peers, "pause", lambda peer: peer.server.post(f"{_pause_of(peer)}?mode={mode}"))
             for kind, those in groups.items():
                 self._send(kind, those, random, source, version, trace, verify_bits)
             if stock:
                 self._reload(stock, written, version, trace)
         with trace.phase("reset_cache"):
-            for path in _CACHES:
-                self._all(peers, "reset_cache", lambda peer, path=path: _reset(peer, path))
+            self._all(peers, "reset_cache", _reset_caches)
         if resume:
             with trace.phase("resume"):
                 self._all(peers, "resume", lambda peer: peer.server.post("/resume"))
@@ -129,7 +129,6 @@ class Updater:
         beside = [peer for peer in on_gpu if device is not None and peer.devices == {uuid_of(device)}]
         reasons = list[str]()
         if self._transport == "resident" or (beside and self._transport is None):
-            self._resident = self._resident or ResidentTransfer(_Fleet(self._loop, beside))
             try:
                 self._resident.table(source)
             except NotResident as error:
@@ -137,8 +136,6 @@ class Updater:
                     raise WeightSyncError(str(error), phase="gather", receiver="trainer") from error
                 beside = []
                 reasons.append(f"not resident: {error}")
-            else:
-                self._resident.client = _Fleet(self._loop, beside)
         groups = dict[Transport, list[Peer]]()
         for peer in peers:
             kind = self._transport or _kind(peer, device, peer in beside)
@@ -191,31 +188,27 @@ class Updater:
     ) -> None:
         fleet = _Fleet(self._loop, peers)
         if kind == "resident":
-            assert self._resident is not None
-            self._resident.client = fleet
-            with trace.phase("transfer") as span:
-                self._resident.stream(source, verify=verify_bits)
+            with trace.phase("load") as span:
+                self._resident.send(fleet, source, version, verify=verify_bits)
                 span.set({names.GATHER_SECONDS: source.seconds})
-                fleet.tell(span, "update_weights")
-            finish = self._resident.finish
-        else:
-            transfer = self._bucket_transfer(kind, peers, source, fleet)
-            with trace.phase("transfer") as span:
-                if random is not None:
-                    transfer.send(random, version)
-                transfer.stream(source)
-                span.set(
-                    {
-                        names.GATHER_SECONDS: source.seconds,
-                        names.COPY_SECONDS: transfer.copy_seconds,
-                        names.BUCKETS: transfer.buckets_sent,
-                    }
-                )
-                fleet.tell(span, "update_weights")
-            finish = transfer.finish
+                fleet.tell(span, weights_route.WHOLE)
+            return
+        transfer = self._bucket_transfer(kind, peers, source, fleet)
+        with trace.phase("transfer") as span:
+            if random is not None:
+                transfer.send(random, version)
+            transfer.stream(source)
+            span.set(
+                {
+                    names.GATHER_SECONDS: source.seconds,
+                    names.COPY_SECONDS: transfer.copy_seconds,
+                    names.BUCKETS: transfer.buckets_sent,
+                }
+            )
+            fleet.tell(span, "/update_weights")
         with trace.phase("load") as span:
-            finish(version)
-            fleet.tell(span, "finish_weight_update")
+            transfer.finish(version)
+            fleet.tell(span, "/finish_weight_update")
 
     def _bucket_transfer(self, kind: Transport, peers: Sequence[Peer], source: Source, fleet: _Fleet) -> Any:
         """The one that was used the last time, where it still fits."""
@@ -295,6 +288,14 @@ async def _ask_devices(peer: Peer) -> None:
     peer.devices = frozenset(str(found) for found in answer["results"])
 
 
+def _pause_of(peer: Peer) -> str:
+    return weights_route.PAUSE if "pause" in peer.features else "/pause"
+
+
+async def _reset_caches(peer: Peer) -> None:
+    await asyncio.gather(*(_reset(peer, path) for path in _CACHES))
+
+
 async def _reset(peer: Peer, path: str) -> None:
     answer = await peer.server.post(path)
     if answer is not None and answer.get("success") is False:
@@ -342,16 +343,27 @@ class _Fleet:
             own = {"rank_offset": offsets[peer.name]} if "group" in init_info else {}
             return {"init_info": {**init_info, **own}}
 
-        self._post("init_weight_transfer_engine", "transfer", body)
+        self._post("/init_weight_transfer_engine", "transfer", body)
 
     def start_weight_update(self) -> None:
-        self._post("start_weight_update", "transfer", lambda peer: None)
+        self._post("/start_weight_update", "transfer", lambda peer: None)
 
     def update_weights(self, update_info: Any) -> None:
-        self._post("update_weights", "transfer", lambda peer: {"update_info": update_info})
+        self._post("/update_weights", "transfer", lambda peer: {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._post("finish_weight_update", "load", lambda peer: {"weight_version": weight_version})
+        self._post("/finish_weight_update", "load", lambda peer: {"weight_version": weight_version})
+
+    def whole_update(self, update_info: Any, version: str | None, init_info: Any = None) -> None:
+        body: dict[str, Any] = {"update_info": update_info, "weight_version": version}
+        body |= {} if init_info is None else {"init_info": init_info}
+        self._post(weights_route.WHOLE, "load", lambda peer: body)
+
+    def abort_update(self) -> None:
+        with suppress(WeightSyncError):
+            self.update_weights({"abort": True})
+        with suppress(WeightSyncError):
+            self.finish_weight_update()
 
     def tell(self, span: Span, call: str) -> None:
         """The seconds that each server spent on `call`, all of one sync together, as attributes."""
@@ -362,6 +374,6 @@ class _Fleet:
             )
 
     def _post(self, call: str, phase: str, body: Callable[[Peer], Any]) -> None:
-        answers = _together(self._loop, self._peers, phase, lambda peer: peer.server.post(f"/{call}", body(peer)))
+        answers = _together(self._loop, self._peers, phase, lambda peer: peer.server.post(call, body(peer)))
         before = self._seconds.get(call) or [0.0] * len(answers)
         self._seconds[call] = [total + seconds for total, (_, seconds) in zip(before, answers, strict=True)]

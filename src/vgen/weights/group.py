@@ -31,7 +31,17 @@ POLL_SECONDS = 0.0002
 class Group:
     """A member of a group. Rank 0 is the trainer; every collective ends within `timeout` seconds, or raises."""
 
-    def __init__(self, store: Any, rank: int, size: int, backend: Backend, address: str, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        backend: Backend,
+        *,
+        device: torch.device,
+        address: str,
+        timeout: float,
+    ) -> None:
         self._timeout = timeout
         self._backend: Any
         if backend == "nccl":
@@ -40,6 +50,8 @@ class Group:
             options._timeout = timedelta(seconds=2 * timeout + 600)
             with _no_watchdog():
                 self._backend = dist.ProcessGroupNCCL(store, rank, size, options)  # pyright: ignore
+            # Now, while all members are at it: the first broadcast would wait for them without a limit.
+            self._backend.eager_connect_single_device(device)
         else:
             options = dist.ProcessGroupGloo._Options()  # pyright: ignore
             options._timeout = timedelta(seconds=timeout)
@@ -118,7 +130,8 @@ class GroupTransfer(BucketTransfer):
     def _join(self, joined: Future[Group]) -> None:
         try:
             store = PrefixStore(str(self._groups), self._store)
-            joined.set_result(Group(store, 0, self._size, self._backend, self._address, self._timeout))
+            own: dict[str, Any] = dict(device=self._device, address=self._address, timeout=self._timeout)
+            joined.set_result(Group(store, 0, self._size, self._backend, **own))
         except Exception as error:
             joined.set_exception(error)
 
@@ -188,10 +201,10 @@ class Receiver:
         backend: Backend = "nccl" if described["backend"] == "nccl" else "gloo"
         try:
             store = TCPStore(described["address"], int(described["port"]), None, False, wait)
-            own = own_address(f"tcp://{described['address']}:{described['port']}")
-            self._group = Group(
-                PrefixStore(described["name"], store), rank, int(described["size"]), backend, own, wait.seconds
-            )
+            own: dict[str, Any] = dict(device=device, timeout=float(described["timeout"]))
+            own["address"] = own_address(f"tcp://{described['address']}:{described['port']}")
+            place = PrefixStore(described["name"], store)
+            self._group = Group(place, rank, int(described["size"]), backend, **own)
         except Exception as error:
             raise WeightSyncError(
                 f"it cannot join the trainer at {described['address']}:{described['port']} ({error})",

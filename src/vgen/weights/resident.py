@@ -10,19 +10,20 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import WeightSyncError
-from .buckets import LEFT_OPEN, WeightSyncClient, as_sync_error
+from .buckets import as_sync_error
 from .live import Live
 from .source import model_of
 
 UNKNOWN = "it does not know these weights' handles"
 """What a worker says that was started anew, or has met another trainer since."""
+_ACTIVE = "already active"
+"""What vLLM says of an update that was left open."""
 Entry = tuple[str, str, list[int], list[int], int, int]
 """Name, dtype, shape, stride, which of the handles, and the offset in bytes from there."""
 
@@ -67,12 +68,22 @@ class Table:
         return {"name": self.name, "handles": self.handles, "tensors": self.entries}
 
 
+class Receivers(Protocol):
+    """Servers that are sent to together."""
+
+    def whole_update(self, update_info: Any, version: str | None, init_info: Any = None) -> None:
+        """An update from its start to its finish, after an introduction where there is one."""
+        ...
+
+    def abort_update(self) -> None:
+        """End what another trainer has left open. Never raises."""
+        ...
+
+
 class ResidentTransfer:
     """Has servers on the trainer's GPU copy its weights. They must be paused meanwhile, their caches reset after."""
 
-    def __init__(self, client: WeightSyncClient) -> None:
-        self.client = client
-        """May be replaced by another that reaches the same servers."""
+    def __init__(self) -> None:
         self._source: Any = None
         self._table: Table | None = None
 
@@ -84,39 +95,26 @@ class ResidentTransfer:
             source.seconds = 0.0  # there was no pass
         return self._table
 
-    def stream(self, source: Any, *, verify: bool = False) -> None:
-        """Bring the weights there. With `verify` every destination is compared with its source on the device."""
+    def send(self, receivers: Receivers, source: Any, version: str | None, *, verify: bool = False) -> None:
+        """Bring the weights there, under `version`.
+
+        With `verify` every destination is compared with its source on the device. Raises `WeightSyncError`.
+        """
         table = self.table(source)
+        update = {"table": table.name, "verify": verify, "last": True}
+        torch.cuda.current_stream(table.device).synchronize()  # what the trainer is still computing them with
         try:
-            self._introduce(table)
-            self.client.start_weight_update()
-            torch.cuda.current_stream(table.device).synchronize()  # what the trainer is still computing them with
-            self.client.update_weights({"table": table.name, "verify": verify, "last": True})
+            try:
+                receivers.whole_update(update, version)
+            except Exception as error:
+                if _ACTIVE in str(error):
+                    receivers.abort_update()
+                elif UNKNOWN not in str(error):
+                    raise
+                receivers.whole_update(update, version, {"table": table.described()})
         except Exception as error:
             self._table = None
             raise error if isinstance(error, WeightSyncError) else as_sync_error(error) from error
-
-    def finish(self, version: str | None = None) -> None:
-        """Put them to use, under `version`."""
-        try:
-            self.client.finish_weight_update(version)
-        except Exception as error:
-            raise error if isinstance(error, WeightSyncError) else as_sync_error(error) from error
-
-    def _introduce(self, table: Table) -> None:
-        try:
-            self.client.init_weight_transfer_engine({"table": {"name": table.name}})
-        except Exception as error:
-            if LEFT_OPEN in str(error):
-                self._abort()
-            elif UNKNOWN not in str(error):
-                raise
-            self.client.init_weight_transfer_engine({"table": table.described()})
-
-    def _abort(self) -> None:
-        for call in (lambda: self.client.update_weights({"abort": True}), self.client.finish_weight_update):
-            with suppress(Exception):  # that it was given up, and is over
-                call()
 
 
 class ResidentWeights:
