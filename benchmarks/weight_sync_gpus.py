@@ -74,7 +74,7 @@ def ours(model: Any, server: Any, transport: str, count: int) -> dict[str, Any]:
             generation.sync_weights()
             span = sink.named(names.WEIGHT_SYNC)[-1]
             phases = {p.name.rpartition(".")[2]: p.duration for p in sink.spans if p.parent is span}
-            live = phases["transfer"] + phases["load"]
+            live = phases.get("transfer", 0.0) + phases["load"]
             return {"sync": span.duration, "live": live, "paused": span.attributes[names.PAUSED_SECONDS]} | phases
 
         start = time.perf_counter()

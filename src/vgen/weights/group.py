@@ -42,7 +42,7 @@ class Group:
         address: str,
         timeout: float,
     ) -> None:
-        self._timeout = timeout
+        self._timeout, self._closed = timeout, False
         self._backend: Any
         if backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()  # pyright: ignore
@@ -58,22 +58,42 @@ class Group:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]  # pyright: ignore
             self._backend = dist.ProcessGroupGloo(store, rank, size, options)  # pyright: ignore
 
-    def broadcast(self, tensor: torch.Tensor) -> Any:
-        """Start to send `tensor` from rank 0, or to receive it; to be given to `wait`."""
-        return self._backend.broadcast([tensor], dist.BroadcastOptions())
+    def broadcast(self, tensor: torch.Tensor) -> Future[None]:
+        """Start to send `tensor` from rank 0, or to receive it; to be given to `wait`.
 
-    def wait(self, work: Any) -> None:
-        """Until it has arrived. Raises `TimeoutError`, and closes the group then."""
-        give_up = time.monotonic() + self._timeout
-        while not work.is_completed():
-            if time.monotonic() > give_up:
-                self.close()
-                raise TimeoutError(f"nothing came within {self._timeout:g} s")
-            time.sleep(POLL_SECONDS)
-        work.wait()
+        In a thread of its own: while NCCL has yet to connect two members, its call waits for the other one.
+        """
+        done: Future[None] = Future()
+        Thread(target=self._broadcast, args=(tensor, done), daemon=True).start()
+        return done
+
+    def _broadcast(self, tensor: torch.Tensor, done: Future[None]) -> None:
+        try:
+            work = self._backend.broadcast([tensor], dist.BroadcastOptions())
+            while not work.is_completed() and not self._closed:
+                time.sleep(POLL_SECONDS)
+            if self._closed:
+                raise RuntimeError("the group was left")
+            work.wait()
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def wait(self, under_way: Future[None]) -> None:
+        """Until it has arrived. Raises what went wrong, `TimeoutError` among it, and closes the group then."""
+        try:
+            under_way.result(self._timeout)
+        except TimeoutError:
+            self.close()
+            raise TimeoutError(f"nothing came within {self._timeout:g} s") from None
+        except Exception:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Leave it. Whatever is under way is given up."""
+        self._closed = True
         with suppress(Exception):
             self._backend.abort()
 
@@ -150,11 +170,11 @@ class GroupTransfer(BucketTransfer):
         assert group is not None
         if bucket.memory.is_cuda:
             bucket.filled.synchronize()
-        work = group.broadcast(bucket.memory[: bucket.used]) if bucket.used else None
+        under_way = group.broadcast(bucket.memory[: bucket.used]) if bucket.used else None
         try:
             self.client.update_weights({"bytes": bucket.used, "tensors": bucket.tensors, "last": last})
-            if work is not None:
-                group.wait(work)
+            if under_way is not None:
+                group.wait(under_way)
         except BaseException:
             group.close()  # nobody may receive it
             raise
