@@ -52,7 +52,7 @@ class Updater:
         transport: Transport | None,
         folder: str | None,
         bucket_bytes: int,
-        port: int,
+        port: int = 0,
         timeout: float,
     ) -> None:
         self._transport: Transport | None = transport
