@@ -124,7 +124,7 @@ def test_a_batch_that_is_refused_is_sent_one_by_one(server):
 
 @pytest.mark.parametrize("fault", ["reset", "silent", "truncated", "not json", "not vllm", 500])
 def test_when_nobody_is_left_it_ends_within_the_deadline(server, fault):
-    with generation(server, timeout=1.0) as made:
+    with generation(server, timeout=0.75) as made:
         server.faults[COMPLETIONS] = [fault] * 100
         start = time.monotonic()
         with pytest.raises(ServerError) as caught:
@@ -148,7 +148,7 @@ def test_a_wrong_address_and_a_server_that_is_not_vllm(server):
 
 def test_keys_travel_in_headers_and_are_never_repeated(server):
     url = server.url.replace("http://", "http://user:password@")
-    keys = dict(api_key="the-api-key", control_key="the-control-key", timeout=1.0)
+    keys = dict(api_key="the-api-key", control_key="the-control-key", timeout=0.75)
     with ServerGeneration(Model(), base_urls=[url], **keys) as made:
         made.sleep()
         made.wake_up()
@@ -177,11 +177,20 @@ def test_the_open_spans_context_travels_with_every_request(server):
     assert sent == {f"00-{engine_span.trace_id}-{engine_span.span_id}-00", *traced}
 
 
-@pytest.mark.parametrize("path", ["/pause", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/resume"])
-@pytest.mark.parametrize("fault", [500, "reset", "silent"])
+SYNC_PATHS = ("/pause", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/resume")
+
+
+@pytest.mark.parametrize(
+    ("fault", "path"),
+    [
+        *((fault, path) for fault in (500, "reset") for path in SYNC_PATHS),
+        *(("silent", path) for path in ("/pause", "/collective_rpc")),
+        *(pytest.param("silent", path, marks=pytest.mark.slow) for path in SYNC_PATHS[2:]),
+    ],
+)
 def test_a_sync_that_fails_names_phase_and_server_and_is_never_sent_twice(server, path, fault):
     pytest.importorskip("safetensors")
-    with generation(server, timeout=2.0) as made:
+    with generation(server, timeout=1.0) as made:
         server.faults[path] = [fault]
         start = time.monotonic()
         with pytest.raises(WeightSyncError) as caught:
@@ -276,7 +285,7 @@ def test_a_request_that_the_engine_refuses_or_loses_is_its_own_matter(ours):
 @pytest.mark.parametrize("fault", ["silent", "reset", "truncated", "not json", 500])
 def test_a_batch_that_nobody_answers_ends_within_the_deadline(ours, fault):
     ours.faults[BATCH] = [fault] * 100
-    with generation(ours, timeout=1.5) as made:
+    with generation(ours, timeout=0.75) as made:
         start = time.monotonic()
         with pytest.raises(ServerError):
             made.generate(PROMPTS)
@@ -351,7 +360,7 @@ def test_the_lease_is_taken_carried_and_released(ours):
 def test_a_server_that_another_living_trainer_holds_is_not_taken(ours):
     ours.faults["/vgen/lease"] = [409] * 100
     with pytest.raises(EngineError, match="takeover=True"):
-        generation(ours, timeout=1.5)
+        generation(ours, timeout=0.75)
     ours.faults.clear()
     with generation(ours, takeover=True):
         assert calls(ours, "/vgen/lease")[-1]["takeover"] is True

@@ -40,11 +40,13 @@ def test_quantiles_are_within_the_accuracy(values: list[float], q: float):
     assert of(values).quantile(q) == pytest.approx(exact, rel=ACCURACY * 1.0001)
 
 
-@given(
-    st.lists(st.lists(usual, max_size=60), min_size=1, max_size=5)
-    | st.lists(st.lists(anything, max_size=4), max_size=3)
+of_ranks = st.lists(st.lists(usual, max_size=60), min_size=1, max_size=5) | st.lists(
+    st.lists(anything, max_size=4), max_size=3
 )
-@settings(max_examples=200, deadline=None)
+
+
+@given(of_ranks)
+@settings(max_examples=60, deadline=None)
 def test_merging_ranks_is_exactly_the_sketch_of_all_values(ranks: list[list[float]]):
     """By way of JSON, in any grouping: not near it, the same."""
     everything = of([value for values in ranks for value in values])
@@ -62,6 +64,13 @@ def test_merging_ranks_is_exactly_the_sketch_of_all_values(ranks: list[list[floa
     if abs(everything.total) < 1e300 and max(map(abs, (0.0, everything.minimum, everything.maximum))) < 1e300:
         scale = max((abs(v) for values in ranks for v in values if math.isfinite(v)), default=0.0)
         assert found.total == pytest.approx(everything.total, rel=1e-12, abs=scale * 1e-12)
+
+
+@pytest.mark.slow
+@given(of_ranks)
+@settings(max_examples=200, deadline=None)
+def test_merging_many_ranks_is_exactly_the_sketch_of_all_values(ranks: list[list[float]]):
+    test_merging_ranks_is_exactly_the_sketch_of_all_values.hypothesis.inner_test(ranks)
 
 
 def test_merging_is_no_average_of_percentiles():

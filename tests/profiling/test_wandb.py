@@ -67,8 +67,22 @@ def check_steps(rows: list[dict[str, Any]], steps: int) -> None:
     assert following == steps
 
 
-@pytest.mark.parametrize("order", ["within the step", "before vgen's row", "after vgen's row"])
-@pytest.mark.parametrize("with_step", [True, False], ids=["step=", "no step="])
+@pytest.mark.parametrize(
+    ("with_step", "order"),
+    [
+        pytest.param(True, "after vgen's row", id="step=-after vgen's row"),
+        pytest.param(False, "within the step", id="no step=-within the step"),
+        *(
+            pytest.param(with_step, order, id=f"{'step=' if with_step else 'no step='}-{order}", marks=pytest.mark.slow)
+            for with_step, order in (
+                (True, "within the step"),
+                (True, "before vgen's row"),
+                (False, "before vgen's row"),
+                (False, "after vgen's row"),
+            )
+        ),
+    ],
+)
 def test_every_row_of_the_trainer_and_every_step_is_in_the_run(run: Any, with_step: bool, order: str) -> None:
     profiling = ProfilingContext([WandbSink(run)])
 
@@ -98,7 +112,9 @@ def test_every_row_of_the_trainer_and_every_step_is_in_the_run(run: Any, with_st
         assert sum("loss" in row for row in rows) == 5
 
 
-@pytest.mark.parametrize("with_step", [True, False], ids=["step=", "no step="])
+@pytest.mark.parametrize(
+    "with_step", [pytest.param(True, id="step=", marks=pytest.mark.slow), pytest.param(False, id="no step=")]
+)
 def test_a_trainer_that_logs_every_tenth_step_gets_the_aggregates_of_all_steps_since(run: Any, with_step: bool) -> None:
     profiling = ProfilingContext([WandbSink(run)])
     for n in range(25):

@@ -25,7 +25,7 @@ from vgen.ranks import call, links
 from vgen.testing import FaultyServer, MemorySink
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-TIMEOUT, GROUP_TIMEOUT = 3.0, 4.0
+TIMEOUT, GRACE, GROUP_TIMEOUT = 2.0, 1.0, 3.0
 COMPLETIONS = "/v1/completions"
 
 
@@ -295,7 +295,7 @@ def plain_sync(server):
 
 
 def main(cases: list[str], folder: str) -> None:
-    call._GRACE = 1.0
+    call._GRACE = GRACE
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
     for case in cases:

@@ -1,4 +1,4 @@
-"""One real `vgen serve` for the whole session."""
+"""One real `vgen serve` and one `vgen demo` for the whole session."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import demos
 import psutil
 import pytest
 
@@ -156,3 +157,15 @@ def server(request: pytest.FixtureRequest) -> Iterator[Served]:
     assert status == 0, (place / "stderr").read_text()[-3000:]
     assert [found for found in processes if found.is_running() and found.status() != psutil.STATUS_ZOMBIE] == []
     assert not Path(described["control_key_file"]).parent.exists()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[demos.Started | None]:
+    """Starts with the first test here, if any needs it."""
+    if not any("recorded_demo" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    started = demos.Started.beneath(tmp_path_factory.mktemp("demo"))
+    yield started
+    started.process.kill()
+    started.process.wait()

@@ -60,7 +60,7 @@ def test_a_warm_prefix_cache_is_used_and_does_not_survive_a_sync(real):
     assert agrees(real.model, after)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_model_that_was_never_saved_is_handed_over_before_the_first_token(tmp_path, tied):
     model, _ = tiny_model(tmp_path, seed=7, tie_word_embeddings=tied)
     model.config._name_or_path = ""
@@ -86,7 +86,7 @@ def test_two_engines_in_one_process_do_not_share_weights(real, tmp_path):
     assert agrees(real.model, real.generation.generate([[8, 9]], Sampling(max_tokens=16)))
 
 
-def test_construction_leaves_the_process_as_it_was(real, tmp_path):
+def test_an_engine_leaves_the_process_as_it_was_and_refuses_everything_once_closed(real, tmp_path):
     model, _ = tiny_model(tmp_path, seed=3)
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
 
@@ -109,7 +109,13 @@ def test_construction_leaves_the_process_as_it_was(real, tmp_path):
         generation.generate([[1, 2]], Sampling(max_tokens=4))
         generation.sync_weights()
         assert fingerprint() == before
+        with pytest.raises(EngineStateError, match="enable_sleep_mode"):
+            generation.sleep()
     assert fingerprint() == before
+    generation.close()
+    for refused in (lambda: generation.generate([[1]]), generation.sync_weights, generation.sleep, generation.wake_up):
+        with pytest.raises(EngineStateError, match="closed"):
+            refused()
 
 
 def test_the_trainer_may_create_its_own_process_group_afterwards(real, tmp_path):
@@ -326,18 +332,6 @@ def test_one_call_at_a_time(real):
     go_on.set()
     worker.join(20)
     assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=4)))
-
-
-def test_closed_refuses_everything(tmp_path):
-    model, _ = tiny_model(tmp_path)
-    generation = ColocateGeneration(model, max_model_length=64)
-    with pytest.raises(EngineStateError, match="enable_sleep_mode"):
-        generation.sleep()
-    generation.close()
-    generation.close()
-    for refused in (lambda: generation.generate([[1]]), generation.sync_weights, generation.sleep, generation.wake_up):
-        with pytest.raises(EngineStateError, match="closed"):
-            refused()
 
 
 def test_every_call_leaves_its_span_under_the_callers_step(real):

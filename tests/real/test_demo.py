@@ -7,35 +7,29 @@ import json
 import os
 import pty
 import subprocess
-import sys
 import threading
 
 import pytest
+from demos import ENVIRONMENT, command
 
 from vgen import demo
 from vgen.analysis.run import children, read_run
 
-HUSH = {**os.environ, "PYTHONHASHSEED": "0"}
-# random.seed(0) before anything else: ids drawn from `random` would collide between runs and ranks
-CODE = "import random, sys; random.seed(0); from vgen.cli import main; sys.exit(main(sys.argv[1:]))"
-
 
 def vgen(*arguments: str, **more) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CODE, *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
-    return subprocess.run(command, text=True, timeout=240, env=HUSH, **streams)
+    return subprocess.run(command(*arguments), text=True, timeout=240, env=ENVIRONMENT, **streams)
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    place = tmp_path_factory.mktemp("demo") / "run"
-    done = vgen("demo", "--steps", "2", "--out", str(place), "--json")
+def recorded_demo(demo):
+    done = demo.done()
     assert done.returncode == 0, done.stderr
-    return place, done
+    return demo.folder / "run", done
 
 
 @pytest.fixture(scope="module")
-def watched(recorded, tmp_path_factory):
+def watched(recorded_demo, tmp_path_factory):
     """A run of that run's model, seen on a terminal: its folder, its table, and what the terminal showed meanwhile."""
     place = tmp_path_factory.mktemp("demo") / "own"
     terminal, process = pty.openpty()
@@ -48,7 +42,7 @@ def watched(recorded, tmp_path_factory):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = str(recorded[0] / "model")
+    model = str(recorded_demo[0] / "model")
     done = vgen("demo", "--steps", "1", "--model", model, "--out", str(place), stderr=process)
     os.close(process)
     watcher.join(10)
@@ -56,8 +50,8 @@ def watched(recorded, tmp_path_factory):
     return place, done, b"".join(shown).decode(errors="replace")
 
 
-def test_json_is_one_object_and_nothing_else(recorded):
-    place, done = recorded
+def test_json_is_one_object_and_nothing_else(recorded_demo):
+    place, done = recorded_demo
     result = json.loads(done.stdout)
     assert [step["step"] for step in result["steps"]] == [1, 2]
     assert result["max_logprob_difference"] <= 1e-4
@@ -69,8 +63,8 @@ def test_json_is_one_object_and_nothing_else(recorded):
             assert step[f"{name}_seconds"] > 0
 
 
-def test_the_record_reads_back_as_whole_traces(recorded):
-    place, _ = recorded
+def test_the_record_reads_back_as_whole_traces(recorded_demo):
+    place, _ = recorded_demo
     run = read_run(place)
     assert run.problems == []
     assert [number for number, _ in run.rows] == [1, 2]
@@ -93,16 +87,16 @@ def test_the_record_reads_back_as_whole_traces(recorded):
 
 
 @pytest.mark.slow
-def test_two_runs_with_the_same_seed_share_no_id(recorded, watched):
-    first, second = (read_run(place).spans for place, *_ in (recorded, watched))
+def test_two_runs_with_the_same_seed_share_no_id(recorded_demo, watched):
+    first, second = (read_run(place).spans for place, *_ in (recorded_demo, watched))
     assert first
     assert second
     for kind in ("span_id", "trace_id"):
         assert not {getattr(span, kind) for span in first} & {getattr(span, kind) for span in second}
 
 
-def test_trace_draws_it_again(recorded, tmp_path):
-    place, _ = recorded
+def test_trace_draws_it_again(recorded_demo, tmp_path):
+    place, _ = recorded_demo
     drawn = vgen("trace", str(place), "--step", "2")
     assert drawn.returncode == 0, drawn.stderr
     assert "vgen.weight_sync.load" in drawn.stdout
@@ -117,8 +111,8 @@ def test_trace_draws_it_again(recorded, tmp_path):
     assert vgen("trace", str(tmp_path)).returncode == 1
 
 
-def test_report_adds_up(recorded, tmp_path):
-    place, done = recorded
+def test_report_adds_up(recorded_demo, tmp_path):
+    place, done = recorded_demo
     printed = vgen("report", str(place), "--json")
     assert (printed.returncode, printed.stderr) == (0, "")
     report, demo = json.loads(printed.stdout), json.loads(done.stdout)
@@ -158,8 +152,8 @@ def test_a_model_of_ones_own_the_table_and_the_progress_bar(watched):
     assert "WARNING" not in terminal, "what vLLM has to say is in engine.log"
 
 
-def test_on_a_gpu_the_table_has_the_memory_that_sleeping_freed(recorded, capsys):
-    place, done = recorded
+def test_on_a_gpu_the_table_has_the_memory_that_sleeping_freed(recorded_demo, capsys):
+    place, done = recorded_demo
     fields = demo.StepNumbers.__dataclass_fields__
     rows = [
         demo.StepNumbers(**{name: value for name, value in step.items() if name in fields} | {"freed_bytes": 5 << 30})

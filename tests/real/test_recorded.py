@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -29,24 +30,50 @@ def made(model, sink):
 
 @pytest.fixture
 def plain_layout(monkeypatch):
+    keep_layout(monkeypatch)
+
+
+def keep_layout(monkeypatch):
     """As on a GPU: linear layers keep their weights as they are loaded."""
     import vllm._custom_ops as ops
 
     monkeypatch.setattr(ops, "_supports_onednn", False)
 
 
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    """A model, its engine, which was given fresh weights three times, its sink, and what these syncs left there."""
+    model, sink = MODELS["qwen2"](tmp_path_factory.mktemp("qwen2")), MemorySink()
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            keep_layout(patch)
+            generation = stack.enter_context(made(model, sink))
+            three_times(model, generation)
+        yield model, generation, sink, syncs(sink)
+
+
 def syncs(sink):
     return [span.attributes for span in sink.named(names.WEIGHT_SYNC)]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", *(pytest.param(kind, marks=SLOW) for kind in ("tied", "padded", "llama"))])
-def test_the_record_brings_fresh_weights_three_times(tmp_path, plain_layout, kind):
+def test_the_record_brings_fresh_weights_three_times(qwen2):
+    *_, of_three = qwen2
+    were_recorded(of_three)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "padded", "llama"])
+def test_the_record_brings_fresh_weights_three_times_to_others(tmp_path, plain_layout, kind):
     model, sink = MODELS[kind](tmp_path), MemorySink()
     with made(model, sink) as generation:
         three_times(model, generation)
-    assert {attributes[names.TRANSPORT] for attributes in syncs(sink)} == {"recorded"}
-    assert {attributes[names.PLAN_RELOADED] for attributes in syncs(sink)} == {0}
-    assert [attributes.get(names.VERIFY) for attributes in syncs(sink)] == ["logprobs", None, None]
+    were_recorded(syncs(sink))
+
+
+def were_recorded(of_three):
+    assert {attributes[names.TRANSPORT] for attributes in of_three} == {"recorded"}
+    assert {attributes[names.PLAN_RELOADED] for attributes in of_three} == {0}
+    assert [attributes.get(names.VERIFY) for attributes in of_three] == ["logprobs", None, None]
 
 
 @pytest.mark.slow
@@ -105,24 +132,23 @@ def test_a_hook_that_repacks_into_the_same_shape_is_found_by_the_reloads_bytes(t
     assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
 
 
-def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(tmp_path, plain_layout, monkeypatch):
+def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(qwen2, plain_layout, monkeypatch):
     from vgen.weights import recorded
 
-    model, sink = MODELS["qwen2"](tmp_path), MemorySink()
-    with made(model, sink) as generation:
-        generation.sync_weights()
-        randomize(model)
-        monkeypatch.setattr(recorded, "copy_together", lambda pairs: [p.copy_(v) for p, v in pairs[:-4]])
-        with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
-            generation.sync_weights(verify="logprobs")
-        assert caught.value.phase == "verify"
-        assert generation.state == "failed"
-        with pytest.raises(WeightSyncError, match="differs from its source") as caught:
-            generation.sync_weights(verify="bits")
-        assert caught.value.parameter.startswith("model.layers.1")
-        generation.sync_weights()  # by the engine's reload from now on
-        assert syncs(sink)[-1][names.TRANSPORT] == "reload"
-        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
+    model, generation, sink, _ = qwen2
+    generation.sync_weights()
+    randomize(model)
+    monkeypatch.setattr(recorded, "copy_together", lambda pairs: [p.copy_(v) for p, v in pairs[:-4]])
+    with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
+        generation.sync_weights(verify="logprobs")
+    assert caught.value.phase == "verify"
+    assert generation.state == "failed"
+    with pytest.raises(WeightSyncError, match="differs from its source") as caught:
+        generation.sync_weights(verify="bits")
+    assert caught.value.parameter.startswith("model.layers.1")
+    generation.sync_weights()  # by the engine's reload from now on
+    assert syncs(sink)[-1][names.TRANSPORT] == "reload"
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
 
 
 def test_a_transport_of_ones_choice(tmp_path):
