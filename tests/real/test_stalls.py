@@ -152,7 +152,7 @@ def test_a_servers_sign_of_life_is_a_token_and_not_an_answer(server, sink, monke
     monkeypatch.setattr(frames, "decode_frame", heard)
     with connect(server, ProfilingContext([sink]), stall_seconds=9.0) as generation:
         lease = {"X-Vgen-Lease": generation.engine.peers[0].server.lease}
-        with at_work(lambda: generation.generate([[1, 2]] * 250, LONG)):
+        with at_work(lambda: generation.generate([[1, 2]] * 600, LONG)):
             assert until(lambda: len(signs) >= 2 or sink.named(names.ENGINE_GENERATE))
             went_on = not sink.named(names.STALL) and not generation._watch.stalled()
             server.done("/pause?mode=keep", {}, headers=lease)
