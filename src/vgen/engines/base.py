@@ -222,9 +222,10 @@ PauseMode: TypeAlias = Literal["abort", "wait", "keep"]
 
 
 BUCKET_BYTES = 256 << 20
-"""Of each of the two pieces of shared memory that weights travel in, unless told otherwise."""
+"""Of each of the two buckets that weights travel in, unless told otherwise."""
 Transport: TypeAlias = Literal["resident", "shared_memory", "nccl", "gloo", "checkpoint"]
-"""How weights travel to servers: through memory that both sides map, or as a folder that the server loads."""
+"""How servers get weights: by reading them where they lie, on the trainer's own GPU; through memory that both sides map;
+in a broadcast; or as a folder that they load."""
 InProcess: TypeAlias = Literal["recorded", "reload"]
 """How weights reach an engine in this process: copied by a record of its loader, or by vLLM's own reload."""
 Verify: TypeAlias = Literal["bits", "logprobs", "none"]

@@ -6,6 +6,7 @@ start. It looks at paths and methods alone, and so depends on nothing of vLLM's 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import json
@@ -22,7 +23,7 @@ from .lease import MAX_TTL_SECONDS, LeaseBook, LeaseConflict
 from .weights_route import PAUSE, WHOLE
 
 EXTENSION = "vgen.engines.memory.WorkerMemory"
-"""What `vgen serve` gives a server's workers, to say how much memory there is."""
+"""What `vgen serve` gives a server's workers, to say how much memory there is, and on which GPU."""
 KEY_FILE_VARIABLE = "VGEN_CONTROL_KEY_FILE"
 CONTROL_HEADER, LEASE_HEADER = "X-Vgen-Control-Key", "X-Vgen-Lease"
 FEATURES = ("batch", "control_key", "lease", "pause", "weights_state")
@@ -195,6 +196,7 @@ class ControlMiddleware:
         await _answer(send, refused.status, {"error": error})
 
 
+@functools.cache
 def this_host() -> str:
     """Tells this machine from others, since it was started. Containers on it have it in common."""
     with suppress(OSError):

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Updater:
         With `spoil`, where one of them was never verified, random weights go before: see `weights.spoil`.
         """
         peers = self._reachable(trace)
-        groups, reasons = self._chosen(source, peers)
+        groups, reasons, table = self._chosen(source, peers)
         if verify_bits and (others := [peer.name for kind in groups if kind != "resident" for peer in groups[kind]]):
             problem = "bits are compared where weights are copied by their record: on the trainer's own GPU"
             raise WeightSyncError(problem, phase="verify", receiver=", ".join(others))
@@ -102,7 +102,10 @@ class Updater:
             with trace.phase("pause"):
                 self._all(peers, "pause", lambda peer: peer.server.post(f"{_pause_of(peer)}?mode={mode}"))
             for kind, those in groups.items():
-                self._send(kind, those, random, source, version, trace, verify_bits)
+                if kind == "resident":
+                    self._copy(those, table, source, version, trace, verify_bits)
+                else:
+                    self._send(kind, those, random, source, version, trace)
             if stock:
                 self._reload(stock, written, version, trace)
         with trace.phase("reset_cache"):
@@ -121,16 +124,16 @@ class Updater:
             transfer.close()
         self._buckets.clear()
 
-    def _chosen(self, source: Source, peers: Sequence[Peer]) -> tuple[dict[Transport, list[Peer]], list[str]]:
-        """How the weights go to each server, and why."""
+    def _chosen(self, source: Source, peers: Sequence[Peer]) -> tuple[dict[Transport, list[Peer]], list[str], Any]:
+        """How the weights go to each server, and why; and where they lie, for servers that read them there."""
         device = _device(source)
         on_gpu = [peer for peer in peers if "resident" in peer.features and peer.device_type == "cuda"]
         self._all([peer for peer in on_gpu if peer.devices is None], "pause", _ask_devices)
         beside = [peer for peer in on_gpu if device is not None and peer.devices == {uuid_of(device)}]
-        reasons = list[str]()
+        reasons, table = list[str](), None
         if self._transport == "resident" or (beside and self._transport is None):
             try:
-                self._resident.table(source)
+                table = self._resident.table(source)
             except NotResident as error:
                 if self._transport:
                     raise WeightSyncError(str(error), phase="gather", receiver="trainer") from error
@@ -142,7 +145,7 @@ class Updater:
             groups.setdefault(kind, []).append(peer)
         if others := [peer.name for peer in groups.get("resident", ()) if peer not in beside]:
             raise WeightSyncError("not on the trainer's own GPU", phase="transfer", receiver=", ".join(others))
-        return groups, [*(_REASONS[kind] for kind in groups), *reasons]
+        return groups, [*(_REASONS[kind] for kind in groups), *reasons], table
 
     def _reachable(self, trace: SyncTrace) -> list[Peer]:
         """All servers, but for those that were lost before and still are; and who else has changed their weights."""
@@ -176,6 +179,15 @@ class Updater:
             raise WeightSyncError("no server can be reached", phase="pause", receiver=who)
         return reachable
 
+    def _copy(
+        self, peers: Sequence[Peer], table: Any, source: Source, version: str, trace: SyncTrace, verify_bits: bool
+    ) -> None:
+        fleet = _Fleet(self._loop, peers)
+        with trace.phase("load") as span:
+            self._resident.send(fleet, table, version, verify=verify_bits)
+            span.set({names.GATHER_SECONDS: source.seconds})
+            fleet.tell(span, weights_route.WHOLE)
+
     def _send(
         self,
         kind: Transport,
@@ -184,15 +196,8 @@ class Updater:
         source: Source,
         version: str,
         trace: SyncTrace,
-        verify_bits: bool,
     ) -> None:
         fleet = _Fleet(self._loop, peers)
-        if kind == "resident":
-            with trace.phase("load") as span:
-                self._resident.send(fleet, source, version, verify=verify_bits)
-                span.set({names.GATHER_SECONDS: source.seconds})
-                fleet.tell(span, weights_route.WHOLE)
-            return
         transfer = self._bucket_transfer(kind, peers, source, fleet)
         with trace.phase("transfer") as span:
             if random is not None:
@@ -358,12 +363,6 @@ class _Fleet:
         body: dict[str, Any] = {"update_info": update_info, "weight_version": version}
         body |= {} if init_info is None else {"init_info": init_info}
         self._post(weights_route.WHOLE, "load", lambda peer: body)
-
-    def abort_update(self) -> None:
-        with suppress(WeightSyncError):
-            self.update_weights({"abort": True})
-        with suppress(WeightSyncError):
-            self.finish_weight_update()
 
     def tell(self, span: Span, call: str) -> None:
         """The seconds that each server spent on `call`, all of one sync together, as attributes."""

@@ -172,7 +172,7 @@ GATHER_SECONDS = _attribute(
     "vgen.weight_sync.gather", "double", "Seconds of the load phase spent waiting for the trainer's model."
 )
 SYNC_RECEIVERS = _attribute("vgen.weight_sync.receivers", "int", "Servers that the weights went to.")
-COPY_SECONDS = _attribute("vgen.weight_sync.copy", "double", "Seconds spent on writing the weights into shared memory.")
+COPY_SECONDS = _attribute("vgen.weight_sync.copy", "double", "Seconds spent on writing the weights into buckets.")
 BUCKETS = _attribute("vgen.weight_sync.buckets", "int", "Parts that the weights were sent in.")
 RECEIVER_MIN = _attribute("vgen.weight_sync.receiver.min", "double", "Seconds that the fastest server took for it.")
 RECEIVER_MEDIAN = _attribute("vgen.weight_sync.receiver.median", "double", "Seconds that the median server took.")
@@ -317,7 +317,7 @@ WEIGHT_SYNC = _span(
 _RECEIVERS = (RECEIVER_MIN, RECEIVER_MEDIAN, RECEIVER_MAX)
 SYNC_TRANSFER = _span(
     "vgen.weight_sync.transfer",
-    "The weights go to where the engines can read them; through shared memory, into their layers too.",
+    "The weights go to where the engines can read them; in buckets, into their layers too.",
     GATHER_SECONDS,
     COPY_SECONDS,
     BUCKETS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,20 +34,34 @@ class WeightSyncClient(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-class Bucket(Protocol):
-    """Memory that a server can load from."""
+class Bucket(ABC):
+    """Memory that a server can load from, as far as it is filled."""
 
-    used: int
-    tensors: list[Described]
+    def __init__(self) -> None:
+        self.clear()
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        self.used = 0
+        self.tensors: list[Described] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None: ...
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        offset, size = self.used, tensor.numel() * tensor.element_size()
+        if size:
+            place = self.take(offset, size, name).view(tensor.dtype).view(tensor.shape)
+            place.copy_(tensor.detach(), non_blocking=place.is_cuda)
+        self.tensors.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
+        self.used = offset + aligned(size)
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def take(self, offset: int, size: int, name: str) -> torch.Tensor:
+        """So many of its bytes, for the tensor `name`; it grows where it must."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back."""
 
 
-class BucketTransfer:
+class BucketTransfer(ABC):
     """Sends a model, again and again, to servers that run vgen's plugin. What its buckets are, a subclass says.
 
         transfer.send(source, version="step-7")  # any re-iterable of (name, tensor)
@@ -88,7 +103,7 @@ class BucketTransfer:
                 with ThreadPoolExecutor(1, "vgen-weights") as sender:
                     self._stream(source, sender)
             except BaseException:
-                self._abort()
+                abort_update(self.client)
                 raise
 
     def finish(self, version: str | None = None) -> None:
@@ -104,17 +119,17 @@ class BucketTransfer:
             bucket.close()
         self._buckets = ()
 
+    @abstractmethod
     def _make(self) -> Sequence[Bucket]:
         """Two new buckets."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _introduce(self) -> None:
         """Make the buckets known to the servers. Raises where an update is under way there, or they are unknown."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(self, bucket: Any, last: bool) -> None:
         """Have the servers load a bucket, in a thread of its own."""
-        raise NotImplementedError
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
@@ -141,7 +156,7 @@ class BucketTransfer:
         except Exception as error:
             if LEFT_OPEN not in str(error):
                 raise
-            self._abort()
+            abort_update(self.client)
             self._introduce()
 
     def _stream(self, source: Iterable[tuple[str, torch.Tensor]], sender: ThreadPoolExecutor) -> None:
@@ -171,12 +186,13 @@ class BucketTransfer:
         self._update(bucket, last)
         self.buckets_sent += 1
 
-    def _abort(self) -> None:
-        """End the update that is under way. The servers answer with errors: that it was given up, and is over."""
-        with suppress(Exception):
-            self.client.update_weights({"abort": True})
-        with suppress(Exception):
-            self.client.finish_weight_update()
+
+def abort_update(client: WeightSyncClient) -> None:
+    """End the update that is under way. The servers answer with errors: that it was given up, and is over."""
+    with suppress(Exception):
+        client.update_weights({"abort": True})
+    with suppress(Exception):
+        client.finish_weight_update()
 
 
 def aligned(size: int) -> int:

@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from ..engines.base import BUCKET_BYTES
 from ..errors import WeightSyncError
-from .buckets import BUCKETS, BucketTransfer, Described, WeightSyncClient, aligned
+from .buckets import BUCKETS, Bucket, BucketTransfer, WeightSyncClient, aligned
 
 Backend = Literal["nccl", "gloo"]
 POLL_SECONDS = 0.0002
@@ -140,18 +140,19 @@ class GroupTransfer(BucketTransfer):
         if self._group is not None:  # that no update is open there, and that they have not left it
             self.client.init_weight_transfer_engine({"group": {**self._described(), "joined": True}})
             return
+        self.client.init_weight_transfer_engine({})  # raises where an update was left open: nobody would join then
         self._groups += 1
         joined: Future[Group] = Future()
-        # Both sides wait for the other. Where a server refuses, nobody waits for this thread: its store ends it.
+        # Both sides wait for the other. Where a server refuses, nobody waits for this thread.
         Thread(target=self._join, args=(joined,), daemon=True).start()
         self.client.init_weight_transfer_engine({"group": self._described()})
         self._group = joined.result(self._timeout)
 
     def _join(self, joined: Future[Group]) -> None:
         try:
-            store = PrefixStore(str(self._groups), self._store)
+            place = _meeting_place(self._described())
             own: dict[str, Any] = dict(device=self._device, address=self._address, timeout=self._timeout)
-            joined.set_result(Group(store, 0, self._size, self._backend, **own))
+            joined.set_result(Group(place, 0, self._size, self._backend, **own))
         except Exception as error:
             joined.set_exception(error)
 
@@ -168,7 +169,7 @@ class GroupTransfer(BucketTransfer):
     def _update(self, bucket: _Bucket, last: bool) -> None:
         group = self._group
         assert group is not None
-        if bucket.memory.is_cuda:
+        if bucket.filled is not None:
             bucket.filled.synchronize()
         under_way = group.broadcast(bucket.memory[: bucket.used]) if bucket.used else None
         try:
@@ -180,33 +181,26 @@ class GroupTransfer(BucketTransfer):
             raise
 
 
-class _Bucket:
+class _Bucket(Bucket):
     """Memory on the trainer's device, or on the host."""
 
     def __init__(self, capacity: int, device: torch.device, backend: Backend) -> None:
         self._device = device if backend == "nccl" else torch.device("cpu")
         self.memory = torch.empty(aligned(capacity), dtype=torch.uint8, device=self._device)
         self.filled: Any = torch.cuda.Event() if self.memory.is_cuda else None
-        self.clear()
-
-    def clear(self) -> None:
-        self.used = 0
-        self.tensors: list[Described] = []
+        super().__init__()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        offset, size = self.used, tensor.numel() * tensor.element_size()
-        end = offset + aligned(size)
-        if end > self.memory.numel():
-            grown = torch.empty(end, dtype=torch.uint8, device=self._device)
+        super().add(name, tensor)
+        if self.filled is not None:
+            self.filled.record()
+
+    def take(self, offset: int, size: int, name: str) -> torch.Tensor:
+        if offset + size > self.memory.numel():
+            grown = torch.empty(aligned(offset + size), dtype=torch.uint8, device=self._device)
             grown[:offset] = self.memory[:offset]
             self.memory = grown
-        if size:
-            place = self.memory[offset : offset + size].view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor.detach(), non_blocking=self.memory.is_cuda)
-            if self.filled is not None:
-                self.filled.record()
-        self.tensors.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
-        self.used = end
+        return self.memory[offset : offset + size]
 
     def close(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
@@ -217,21 +211,17 @@ class Receiver:
 
     def __init__(self, described: Mapping[str, Any], rank: int, device: torch.device) -> None:
         self.name = (described["address"], described["port"], described["name"])
-        wait = timedelta(seconds=float(described["timeout"]))
         backend: Backend = "nccl" if described["backend"] == "nccl" else "gloo"
         try:
-            store = TCPStore(described["address"], int(described["port"]), None, False, wait)
             own: dict[str, Any] = dict(device=device, timeout=float(described["timeout"]))
             own["address"] = own_address(f"tcp://{described['address']}:{described['port']}")
-            place = PrefixStore(described["name"], store)
-            self._group = Group(place, rank, int(described["size"]), backend, **own)
+            self._group = Group(_meeting_place(described), rank, int(described["size"]), backend, **own)
         except Exception as error:
             raise WeightSyncError(
                 f"it cannot join the trainer at {described['address']}:{described['port']} ({error})",
                 phase="transfer",
                 receiver="server",
             ) from error
-        self._store = store
         self._memory = torch.empty(0, dtype=torch.uint8, device=device if backend == "nccl" else "cpu")
 
     def receive(self, size: int) -> torch.Tensor:
@@ -251,6 +241,13 @@ class Receiver:
 
     def close(self) -> None:
         self._group.close()
+
+
+def _meeting_place(described: Mapping[str, Any]) -> Any:
+    """Where the members of a group find each other, by a connection of its own: one that waits serves nobody else."""
+    wait = timedelta(seconds=float(described["timeout"]))
+    store = TCPStore(described["address"], int(described["port"]), None, False, wait)
+    return PrefixStore(described["name"], store)
 
 
 def own_address(url: str) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import WeightSyncError
-from .buckets import as_sync_error
+from .buckets import WeightSyncClient, abort_update, as_sync_error
 from .live import Live
 from .source import model_of
 
@@ -64,19 +64,19 @@ class Table:
         """Whether the model still lies there."""
         return self._live.near() and self._live.whole()
 
+    def settle(self) -> None:
+        """Wait for what the trainer is still computing the weights with."""
+        torch.cuda.current_stream(self.device).synchronize()
+
     def described(self) -> dict[str, Any]:
         return {"name": self.name, "handles": self.handles, "tensors": self.entries}
 
 
-class Receivers(Protocol):
+class Receivers(WeightSyncClient, Protocol):
     """Servers that are sent to together."""
 
     def whole_update(self, update_info: Any, version: str | None, init_info: Any = None) -> None:
         """An update from its start to its finish, after an introduction where there is one."""
-        ...
-
-    def abort_update(self) -> None:
-        """End what another trainer has left open. Never raises."""
         ...
 
 
@@ -95,20 +95,19 @@ class ResidentTransfer:
             source.seconds = 0.0  # there was no pass
         return self._table
 
-    def send(self, receivers: Receivers, source: Any, version: str | None, *, verify: bool = False) -> None:
-        """Bring the weights there, under `version`.
+    def send(self, receivers: Receivers, table: Table, version: str | None, *, verify: bool = False) -> None:
+        """Bring the weights of `table`, which must still hold, there under `version`.
 
         With `verify` every destination is compared with its source on the device. Raises `WeightSyncError`.
         """
-        table = self.table(source)
         update = {"table": table.name, "verify": verify, "last": True}
-        torch.cuda.current_stream(table.device).synchronize()  # what the trainer is still computing them with
+        table.settle()
         try:
             try:
                 receivers.whole_update(update, version)
             except Exception as error:
                 if _ACTIVE in str(error):
-                    receivers.abort_update()
+                    abort_update(receivers)
                 elif UNKNOWN not in str(error):
                     raise
                 receivers.whole_update(update, version, {"table": table.described()})
@@ -180,11 +179,6 @@ class _Memory:
         self.__cuda_array_interface__ = {
             "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None,
         }  # fmt: skip
-
-
-def devices_of(workers: Iterable[Any]) -> frozenset[str]:
-    """The GPUs of a server's workers, by their UUID."""
-    return frozenset(str(worker) for worker in workers if worker)
 
 
 def uuid_of(device: torch.device) -> str:

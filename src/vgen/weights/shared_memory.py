@@ -15,7 +15,7 @@ import torch
 
 from ..engines.base import BUCKET_BYTES
 from ..errors import WeightSyncError
-from .buckets import BUCKETS, BucketTransfer, Described, WeightSyncClient, aligned
+from .buckets import BUCKETS, Bucket, BucketTransfer, WeightSyncClient
 
 BACKEND = "vgen_shm"
 """The name in vLLM's weight-transfer registry."""
@@ -49,7 +49,7 @@ class SharedMemoryTransfer(BucketTransfer):
         self.client.update_weights({"path": bucket.path, "tensors": bucket.tensors, "last": last})
 
 
-class _Bucket:
+class _Bucket(Bucket):
     """A file in memory that two processes map. It has a name only until the server has opened it.
 
     Room for `capacity` bytes is mapped, and memory taken as it is written to.
@@ -62,20 +62,11 @@ class _Bucket:
         self._linked = True
         self._capacity = self._taken = 0
         self._grow(capacity)
-        self.clear()
+        super().__init__()
 
-    def clear(self) -> None:
-        self.used = 0
-        self.tensors: list[Described] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        offset, size = self.used, tensor.numel() * tensor.element_size()
-        if size:
-            self._take(offset + size, name)
-            place = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=offset)
-            place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        self.tensors.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
-        self.used = offset + aligned(size)
+    def take(self, offset: int, size: int, name: str) -> torch.Tensor:
+        self._take(offset + size, name)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=offset)
 
     def unlink(self) -> None:
         if self._linked:

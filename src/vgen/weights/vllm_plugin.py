@@ -54,7 +54,7 @@ class InitInfo(base.WeightTransferInitInfo):
     rank_offset: int = 0
     """The rank in that group of this server's first worker."""
     table: dict[str, Any] | None = None
-    """Where the weights lie on this very GPU: a `resident.Table`, or its name alone once that is known here."""
+    """Where the weights lie on this very GPU: see `resident.Table`."""
 
 
 @dataclass
@@ -189,10 +189,6 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
             self._receiver = None
 
     def _attach(self, table: dict[str, Any]) -> None:
-        if self._resident is not None and self._resident.name == table["name"]:
-            return
-        if "handles" not in table:
-            raise WeightSyncError(UNKNOWN, phase="transfer", receiver="server")
         before, self._resident = self._resident, None
         if before is not None:
             before.close()
