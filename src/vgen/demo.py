@@ -116,12 +116,12 @@ def _loop(steps: int, place: Path, path: Path | None, terminal: IO[str]) -> _Res
                         PROMPTS, sampling, GROUP, on_completion=lambda _: progress.advance(bar)
                     )
                     slept = generation.sleep(level=2)
-                    progress.update(bar, description=f"step {step}/{steps} update  ")
+                    progress.update(bar, description=f"step {step}/{steps} update  ", refresh=True)
                     with profiling.span("reward"):
                         rewards = torch.tensor([_reward(tokenizer, c.token_ids) for c in rollouts], device=device)
                     with profiling.span("update"):
                         _reinforce(model, optimizer, rollouts, rewards)
-                    progress.update(bar, description=f"step {step}/{steps} sync    ")
+                    progress.update(bar, description=f"step {step}/{steps} sync    ", refresh=True)
                     woke = generation.wake_up(["weights"])
                     synced = generation.sync_weights(version=f"step-{step}")
                     woke_cache = generation.wake_up(["kv_cache"])
