@@ -160,7 +160,9 @@ def test_a_servers_sign_of_life_is_a_token_and_not_an_answer(server, sink, monke
                 stalled = until(generation._watch.stalled, 30)
             finally:
                 server.done("/resume", {}, headers=lease)
-        assert signs[1] > signs[0] > 0, "or the machine is too fast for this test: it needs more requests"
+        # those that are done meanwhile take theirs with them: what tells is that the number is another
+        assert len(signs) >= 2, "the machine is too fast for this test: it needs more requests"
+        assert signs[0] > 0 and signs[1] != signs[0]
         assert went_on
         assert stalled
     assert len(sink.named(names.STALL)) == 1
