@@ -98,12 +98,14 @@ def test_the_phases_of_generations_and_syncs_add_up(real):
         real.generation.generate([[1, 2, 3]] * 4, Sampling(max_tokens=64, ignore_eos=True), 8)
         real.generation.sync_weights()
     for kind in (names.GENERATE, names.WEIGHT_SYNC):
-        covered = []
+        rests = []
         for span in real.sink.named(kind):
             parts = sum(phase.duration for phase in real.sink.spans if phase.parent is span and phase.current)
-            covered.append(parts / span.duration)
-        assert max(covered) <= 1
-        assert statistics.median(covered) >= 0.98, (kind, covered)
+            rests.append((span.duration - parts, span.duration))
+        assert min(rest for rest, _ in rests) >= 0
+        # a tiny model's sync takes 7 ms: reading the memory, which is none of its phases, is 1 % of that
+        beyond = [rest - max(0.02 * whole, 0.0004) for rest, whole in rests]
+        assert statistics.median(beyond) <= 0, (kind, rests)
 
 
 def test_a_server_that_is_paused_has_stalled_and_rollouts_point_at_their_sync(server, sink, caplog):
@@ -152,17 +154,25 @@ def test_a_servers_sign_of_life_is_a_token_and_not_an_answer(server, sink, monke
     monkeypatch.setattr(frames, "decode_frame", heard)
     with connect(server, ProfilingContext([sink]), stall_seconds=9.0) as generation:
         lease = {"X-Vgen-Lease": generation.engine.peers[0].server.lease}
-        with at_work(lambda: generation.generate([[1, 2]] * 600, LONG)):
-            assert until(lambda: len(signs) >= 2 or sink.named(names.ENGINE_GENERATE))
-            went_on = not sink.named(names.STALL) and not generation._watch.stalled()
+
+        def work_for(seconds):  # by the clock: the engine is paused before it is done, however fast the machine is
+            server.done("/resume", {}, headers=lease)
+            time.sleep(seconds)
             server.done("/pause?mode=keep", {}, headers=lease)
+
+        with at_work(lambda: generation.generate([[1, 2]] * 200, LONG)) as got:
             try:
+                work_for(0.3)
+                assert until(lambda: len(signs) == 1)
+                work_for(0.2)
+                assert until(lambda: len(signs) == 2)
+                went_on = not sink.named(names.STALL) and not generation._watch.stalled()
+                assert not sink.named(names.REQUEST)
                 stalled = until(generation._watch.stalled, 30)
             finally:
                 server.done("/resume", {}, headers=lease)
-        # those that are done meanwhile take theirs with them: what tells is that the number is another
-        assert len(signs) >= 2, "the machine is too fast for this test: it needs more requests"
-        assert signs[0] > 0 and signs[1] != signs[0]
-        assert went_on
-        assert stalled
+    assert signs[1] > signs[0] > 0
+    assert went_on
+    assert stalled
+    assert len(got[0]) == 200
     assert len(sink.named(names.STALL)) == 1
