@@ -1,13 +1,13 @@
 """Generation through a server, side by side with what one would use instead.
 
-    python benchmarks/generate.py            # a table
-    python benchmarks/generate.py --json     # one JSON object
-    python benchmarks/generate.py --markdown # the page docs/generate.md
+    python benchmarks/generate.py                      # a page of tables
+    python benchmarks/generate.py --json               # one JSON object
+    python benchmarks/generate.py --from result.json   # the page of what was measured before: docs/generate.md
     python benchmarks/generate.py --size 1.5b --prompts 256 --tokens 256   # on a GPU
 
-One server that `vgen serve` starts, one model made on the spot, the same prompts for all. The cases run in turn,
-`--rounds` times, so that a machine that slows down slows all of them; quoted are medians, and the median of the ratios
-to the batched call of the same round.
+Two servers that `vgen serve` starts, one of them with vLLM's own tracing on, one model made on the spot, the same
+prompts for all. The cases run in turn, `--rounds` times, so that a machine that slows down slows all of them; quoted
+are medians, and the median of the ratios to the batched call of the same round.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,25 @@ SIZES: dict[str, dict[str, Any]] = {
         max_position_embeddings=4096,
     ),
 }
+RECEIVER = """
+import http.server
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
 IN_FLIGHT = 4096
 DECODED = 256, 2048
 TRL = "TRL's VLLMClient"
@@ -80,8 +101,24 @@ def wants(model: str, prompt: Any, tokens: int, **more: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def receiver() -> Iterator[str]:
+    """The endpoint of one that takes OTLP over HTTP, in a process of its own, and throws it away."""
+    with subprocess.Popen([sys.executable, "-c", RECEIVER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1/traces"
+        finally:
+            process.terminate()
+
+
 def cases(
-    server: ServerProcess, key: str, generation: dict[str, ServerGeneration], prompts: list[list[int]], tokens: int
+    server: ServerProcess,
+    tracing: ServerProcess,
+    key: str,
+    generation: dict[str, ServerGeneration],
+    prompts: list[list[int]],
+    tokens: int,
 ) -> dict[str, Callable[[], int]]:
     """Each samples a completion of every prompt and returns how many tokens it got."""
     url, model = server.url, server.model
@@ -90,8 +127,8 @@ def cases(
     def count(answer: Any) -> int:
         return sum(len(choice["token_ids"]) for choice in answer["choices"])
 
-    def batched() -> int:
-        return count(post(f"{url}/v1/completions", wants(model, prompts, tokens), key))
+    def batched(to: str) -> Callable[[], int]:
+        return lambda: count(post(f"{to}/v1/completions", wants(model, prompts, tokens), key))
 
     def single() -> int:
         def one(prompt):
@@ -111,7 +148,7 @@ def cases(
         sampling = Sampling(max_tokens=tokens, ignore_eos=True)
         return lambda: generation[name].generate(prompts, sampling).output_tokens
 
-    found: dict[str, Callable[[], int]] = {"/v1/completions, one call": batched}
+    found: dict[str, Callable[[], int]] = {"/v1/completions, one call": batched(url)}
     try:
         from trl.generation.vllm_client import VLLMClient
     except ImportError:
@@ -136,28 +173,33 @@ def cases(
         "/inference/v1/generate, a call for each": token_in_token_out,
         "vgen, with timing, stock routes": ours("single"),
         "vgen": ours("vgen"),
-        "vgen, every request traced": ours("traced"),
+        "/v1/completions, one call, vLLM's tracing": batched(tracing.url),
+        "vgen, vLLM's tracing, two requests traced": ours("some traced"),
+        "vgen, vLLM's tracing, every request traced": ours("all traced"),
     }
     return found
 
 
-def connect(server: ServerProcess, key: str, config: Any) -> dict[str, ServerGeneration]:
+def connect(server: ServerProcess, tracing: ServerProcess, key: str, config: Any) -> dict[str, ServerGeneration]:
     from vgen import ProfilingContext
     from vgen.testing import MemorySink
 
-    def one(stock: bool, **more: Any) -> ServerGeneration:
-        made = ServerGeneration(Model(config), base_urls=server.url, api_key=key, request_spans=0, **more)
+    def one(to: ServerProcess, stock: bool = False, **more: Any) -> ServerGeneration:
+        made = ServerGeneration(Model(config), base_urls=to.url, api_key=key, request_spans=0, **more)
         if stock:
             for peer in made.engine.peers:
                 peer.features = frozenset()
         return made
 
-    traced = ProfilingContext([MemorySink()])
+    def traced(count: int) -> ServerGeneration:
+        return one(tracing, traced_requests=count, profiling=ProfilingContext([MemorySink()]))
+
     return {
-        "batched": one(True, request_timing=False),
-        "single": one(True, request_timing=True),
-        "vgen": one(False),
-        "traced": one(False, traced_requests=sys.maxsize, profiling=traced),
+        "batched": one(server, stock=True, request_timing=False),
+        "single": one(server, stock=True, request_timing=True),
+        "vgen": one(server),
+        "some traced": traced(2),
+        "all traced": traced(sys.maxsize),
     }
 
 
@@ -166,7 +208,7 @@ def bare(folder: str, prompts: list[list[int]], tokens: int, rounds: int) -> lis
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
-    more: dict[str, Any] = {"gpu_memory_utilization": 0.35}
+    more: dict[str, Any] = {"gpu_memory_utilization": 0.3}
     if on_cpu():
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         more = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
@@ -309,10 +351,14 @@ def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> 
     arguments = ["--max-model-len", "4096", "--no-enable-prefix-caching"]
     arguments += ["--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30)] if on_cpu() else []
     if not on_cpu():
-        arguments += ["--gpu-memory-utilization", "0.5"]
-    with start_server(folder, api_key=key, arguments=arguments) as server:
-        generation = connect(server, key, config)
-        ways = cases(server, key, generation, prompts, tokens)
+        arguments += ["--gpu-memory-utilization", "0.3"]
+    with (
+        receiver() as endpoint,
+        start_server(folder, api_key=key, arguments=arguments) as server,
+        start_server(folder, api_key=key, arguments=arguments, otlp_traces_endpoint=endpoint) as tracing,
+    ):
+        generation = connect(server, tracing, key, config)
+        ways = cases(server, tracing, key, generation, prompts, tokens)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for round_number in range(rounds + 1):
             for name, way in ways.items():
@@ -348,7 +394,8 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Generation through a server",
         "",
-        "Made by `python benchmarks/generate.py --markdown > docs/generate.md`; nothing here was typed in. "
+        "Made by `python benchmarks/generate.py --json > docs/results/generate.json` and "
+        "`python benchmarks/generate.py --from docs/results/generate.json > docs/generate.md`; nothing was typed in. "
         f"{found['prompts']} prompts × {found['tokens']} tokens, model `{found['size']}`, {found['machine']}.",
         "",
         "| | median s | min | max | of one call | of a call for each |",
@@ -393,11 +440,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-bare", action="store_true", help="leave vllm.LLM out")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true")
-    form.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--from", dest="result", type=Path, metavar="FILE", help="measure nothing, show what --json gave"
+    )
     options = parser.parse_args()
-    found = measure(options.size, options.prompts, options.tokens, options.rounds, not options.no_bare)
+    if options.result is not None:
+        found = json.loads(options.result.read_text())
+    else:
+        found = measure(options.size, options.prompts, options.tokens, options.rounds, not options.no_bare)
     print(json.dumps(found, indent=1) if options.json else page(found))
     return 0
 
