@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from abc import ABC, abstractmethod
@@ -47,8 +48,7 @@ class Bucket(ABC):
     def add(self, name: str, tensor: torch.Tensor) -> None:
         offset, size = self.used, tensor.numel() * tensor.element_size()
         if size:
-            place = self.take(offset, size, name).view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor.detach(), non_blocking=place.is_cuda)
+            _copy(self.take(offset, size, name), tensor.detach(), size)
         self.tensors.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset))
         self.used = offset + aligned(size)
 
@@ -185,6 +185,19 @@ class BucketTransfer(ABC):
     def _send(self, bucket: Bucket, last: bool) -> None:
         self._update(bucket, last)
         self.buckets_sent += 1
+
+
+def _copy(place: torch.Tensor, tensor: torch.Tensor, size: int) -> None:
+    """Write `tensor` into as many bytes.
+
+    On a host by one thread: torch's own copy has a thread on each core, where a server that loads on the same cores
+    makes all of them wait for the slowest. Seen on two cores: 2 GB in 1.9 s, and in 0.18 s by one thread.
+    """
+    if place.device.type == tensor.device.type == "cpu" and tensor.is_contiguous():
+        ctypes.memmove(place.data_ptr(), tensor.data_ptr(), size)
+    else:
+        place = place.view(tensor.dtype).view(tensor.shape)
+        place.copy_(tensor, non_blocking=place.is_cuda)
 
 
 def abort_update(client: WeightSyncClient) -> None:
