@@ -272,12 +272,15 @@ def paced(profiling: ProfilingContext, seconds: float = PACED_SECONDS) -> list[f
 def faulty(kind: str, fault: str) -> dict[str, float]:
     """p50 and p99 of a span and the seconds of the ends, beside a backend with that fault, in its own process."""
     command = [sys.executable, __file__, "--kind", kind, "--fault", fault]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{kind}, {fault or 'well'}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def in_faulty_process(kind: str, fault: str) -> None:
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+    # W&B's service writes on while the folder is removed
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         ends: dict[str, Callable[[], object]] = {}
         if kind == "otlp":
             from vgen.profiling.sinks.otel_sdk import otlp_providers

@@ -3,9 +3,11 @@
     python benchmarks/weight_sync_server.py            # a table: 500 M parameters in float32
     python benchmarks/weight_sync_server.py --json     # one JSON object
 
-`memcpy` is one copy of as many bytes. `load` is vLLM's own reload of the same tensors in a process that holds them, so
-nothing is transferred. `shared_memory` and `checkpoint` are whole `sync_weights()` calls to one `vgen serve`, without
-the first, which verifies. Quoted are medians. Each sync brings fresh random weights, and afterwards the engine's
+`memcpy` is one copy of as many bytes by all cores. `load` is what the server says that its engine's own reload takes when
+all tensors lie there in one bucket, so that nothing is transferred beside it; `load_in_process` is the same reload in
+a process that holds the tensors and has all cores, one of which vLLM's scheduler spins on in a server. `shared_memory`
+and `checkpoint` are whole `sync_weights()` calls to one `vgen serve`, without the first, which verifies. Quoted are
+medians. Each sync brings fresh random weights, and afterwards the engine's
 log-probabilities must be the trainer model's, or the exit code is 1. The aim is shared memory in at most `load` and
 twice `memcpy`.
 """
@@ -85,6 +87,13 @@ def syncs(model: Any, generation: Any, rounds: int, seconds: Callable[[], float]
     return found, worst
 
 
+def received(sink: Any) -> float:
+    """Seconds that the server spent on the buckets of the last sync."""
+    from vgen.profiling import names
+
+    return sink.named(names.SYNC_TRANSFER)[-1].attributes[names.RECEIVER_MEDIAN]
+
+
 def measure(millions: int, rounds: int) -> dict[str, Any]:
     from vgen import ColocateGeneration, ProfilingContext, ServerGeneration
     from vgen.engines.launch import start_server
@@ -105,10 +114,12 @@ def measure(millions: int, rounds: int) -> dict[str, Any]:
         size = sum(parameter.numel() * 4 for parameter in model.parameters())
         found["memcpy"] = memcpy(size, rounds), 0.0
         with ColocateGeneration(model, weight_transport="reload", profiling=profiling, **settings) as generation:
-            found["load"] = syncs(model, generation, rounds, last(f"{names.WEIGHT_SYNC}.load"))
+            found["load_in_process"] = syncs(model, generation, rounds, last(f"{names.WEIGHT_SYNC}.load"))
         arguments = ["--max-model-len", str(LENGTH), "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
         with start_server(folder, arguments=arguments) as server:
             keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=300.0)
+            with ServerGeneration(model, profiling=profiling, bucket_bytes=2 * size, **keys) as generation:
+                found["load"] = syncs(model, generation, rounds, lambda: received(sink))
             for transport in ("shared_memory", "checkpoint"):
                 with ServerGeneration(model, profiling=profiling, weight_transport=transport, **keys) as generation:
                     found[transport] = syncs(model, generation, rounds, last(names.WEIGHT_SYNC))
