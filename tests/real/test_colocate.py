@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_models import Wrong
 
 from vgen import ColocateGeneration, Completions, EngineError, EngineStateError, PromptError, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -214,6 +215,44 @@ def test_an_exception_in_the_callback_aborts_the_rest(real):
         real.generation.generate([[1], [2]], Sampling(max_tokens=8), 4, on_completion=stop)
     assert not real.generation.engine.llm.llm_engine.has_unfinished_requests()
     assert agrees(real.model, real.generation.generate([[1]], Sampling(max_tokens=4)))
+
+
+def test_weights_that_come_asleep_are_looked_at_when_it_wakes(real, monkeypatch):
+    def asleep(source):
+        real.generation.sleep(2)
+        real.generation.wake_up(["weights"])
+        with monkeypatch.context() as patched:
+            patched.setattr(real.generation, "_source", source)
+            real.generation.sync_weights()
+        real.randomize()  # as an optimizer does meanwhile: the weights that left count
+        real.generation.wake_up(["kv_cache"])
+        return [real.sink.named(kind)[-1].attributes.get(names.VERIFY) for kind in (names.WEIGHT_SYNC, names.WAKE_UP)]
+
+    source = real.generation._source
+    real.generation.engine._verified = False
+    assert asleep(source) == ["deferred", "logprobs"]
+    assert real.sink.named(names.SYNC_VERIFY)[-1].parent is real.sink.named(names.WAKE_UP)[-1]
+    assert asleep(source) == [None, None]
+    real.generation.engine._verified = False
+    with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
+        asleep(Wrong(source))
+    assert caught.value.phase == "verify"
+    assert real.generation.state is EngineState.FAILED
+    real.generation.sync_weights()  # awake by now
+    assert real.sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY] == "logprobs"
+    assert real.generation.state is EngineState.AWAKE
+    assert agrees(real.model, real.generation.generate([[1, 2]], Sampling(max_tokens=8)))
+
+
+def test_after_a_sync_that_failed_the_next_is_verified(real, monkeypatch):
+    real.generation.sync_weights()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(real.generation._source), "__iter__", lambda source: (_ for _ in ()).throw(OSError("lost")))
+        with pytest.raises(WeightSyncError, match="lost"):
+            real.generation.sync_weights()
+    for expected in ("logprobs", None):
+        real.generation.sync_weights()
+        assert real.sink.named(names.WEIGHT_SYNC)[-1].attributes.get(names.VERIFY) == expected
 
 
 def test_sleep_pauses_the_engine_and_says_that_nothing_was_freed(real):

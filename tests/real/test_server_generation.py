@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import Wrong
 
 from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -62,26 +63,33 @@ def test_the_first_sync_is_verified_and_spoils_the_server_before(generation, sin
     generation.sync_weights()
     assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes.get(names.VERIFY)) == ([], None)
     generation.engine.peers[0].verified = False  # as after it was started anew
-    generation.pause()
-    generation.sync_weights()  # nothing can be asked now, and no random weights go before
-    assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY]) == ([], "skipped")
-    generation.resume()
     generation.sync_weights()
     assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY]) == ([1], "logprobs")
 
 
+def test_a_server_that_is_paused_is_looked_at_when_it_resumes(server, generation, sink, monkeypatch):
+    generation.engine.peers[0].verified = False
+    generation.pause()
+    for _ in range(2):  # the second is as unknown as the first
+        generation.sync_weights()
+        assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY] == "deferred"
+    randomize(server.model)  # as an optimizer does meanwhile: the weights that left count
+    generation.resume()
+    assert sink.named(names.RESUME)[-1].attributes[names.VERIFY] == "logprobs"
+    assert sink.named(names.SYNC_VERIFY)[-1].parent is sink.named(names.RESUME)[-1]
+    generation.pause()
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "_source", Wrong(generation._source))
+        generation.sync_weights(verify="logprobs")
+    with pytest.raises(WeightSyncError, match="log-probabilities"):
+        generation.resume()
+    assert generation.state == EngineState.FAILED
+    generation.sync_weights()
+    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY] == "logprobs"  # unasked, after what was seen
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+
+
 def test_weights_that_are_not_the_trainers_are_refused_until_they_are(server, generation, sink, monkeypatch):
-    class Wrong:
-        def __init__(self, source):
-            self._source = source
-
-        def __getattr__(self, name):
-            return getattr(self._source, name)
-
-        def __iter__(self):
-            for name, tensor in self._source:
-                yield name, tensor + 0.3 if name == "model.layers.1.mlp.down_proj.weight" else tensor
-
     with monkeypatch.context() as patched:
         patched.setattr(generation, "_source", Wrong(generation._source))
         with pytest.raises(WeightSyncError, match="log-probabilities") as caught:

@@ -258,8 +258,13 @@ class Engine(Protocol):
     def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
         """Replace all weights and empty every cache of what the old ones computed. Raises `WeightSyncError`.
 
-        Unless told otherwise by `verify`, an engine's first weights are verified end to end.
+        Unless told otherwise by `verify`, an engine's first weights, and the first after a sync that failed, are
+        verified end to end; of an engine that is not awake that is left to `verify`.
         """
+        ...
+
+    def verify(self, trace: SyncTrace) -> None:
+        """Verify what a sync has left to be verified once the engine is awake, if anything. Raises `WeightSyncError`."""
         ...
 
     def pause(self, mode: PauseMode) -> None:

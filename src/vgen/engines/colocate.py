@@ -17,7 +17,7 @@ from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
 from ..weights.recorded import RecordedCopy
 from ..weights.source import one_pass
-from ..weights.verified import take_part, verified
+from ..weights.verified import Deferred, take_part, verified
 from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, InProcess, PauseMode, Request, Source, SyncTrace, Verify
@@ -83,6 +83,7 @@ class ColocateEngine:
         self.vocabulary_size: int = config.get_vocab_size()
         self.dtype, self.quantization = str(config.dtype).removeprefix("torch."), config.quantization
         self._awake, self._verified = True, False
+        self._deferred: Deferred | None = None
         self._adapters, self._admission = Adapters(self._llm), Admission(self._engine)
         self._weights = RecordedCopy(receiver=self.kind, transport=weight_transport)
         self._engine.set_weight_version(weight_version)
@@ -151,14 +152,15 @@ class ColocateEngine:
         Nothing is in flight meanwhile. Where bits cannot be compared, because the engine has repacked its weights,
         log-probabilities are.
         """
-        weights, bits = self._weights, verify == "bits"
-        first = verify is None and not self._verified
+        weights, bits, before = self._weights, verify == "bits", self._verified
+        first = verify is None and self._due(source)
+        self._verified, self._deferred = False, None  # until this sync has succeeded
         try:
             with trace.phase("load") as span, one_pass(source):
                 self._load(source, bits)
                 span.set({names.GATHER_SECONDS: source.seconds})
         except WeightSyncError:
-            if (first and self._awake) or verify == "logprobs":
+            if first or verify == "logprobs":
                 take_part([self], source)
             raise
         finally:
@@ -176,8 +178,29 @@ class ColocateEngine:
             self._reset_caches()
             self._engine.set_weight_version(version)
         if first or verify == "logprobs" or (bits and not weights.trusted):
-            verified([self], source, trace, awake=self._awake, asked=not first)
-            self._verified = self._awake
+            self._deferred = verified([self], source, trace, awake=self._awake, asked=not first)
+        self._verified = self._deferred is None and (before or first or verify in ("bits", "logprobs"))
+
+    def verify(self, trace: SyncTrace) -> None:
+        """Compare log-probabilities, where a sync came while the engine was asleep."""
+        if self._awake and self._deferred is not None:
+            deferred, self._deferred = self._deferred, None
+            deferred.compare(trace)
+            self._verified = True
+
+    def _due(self, source: Source) -> bool:
+        """Whether a sync is to be verified unasked. Ranks that can only do so together are of one mind."""
+        due = not self._verified
+        if not torch.distributed.is_initialized():
+            return due
+        collective = getattr(source, "was_collective", None)
+        if collective is None:
+            collective = getattr(source, "collective", False)
+        if not collective and self._engine.vllm_config.parallel_config.world_size == 1:
+            return due
+        everyone = [due] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, due)
+        return any(everyone)
 
     def _load(self, source: Source, verify: bool) -> None:
         def load(worker: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..errors import EngineError, EngineStateError, ServerError, WeightSyncError
 from ..types import Completion, LoRARequest, SleepReport
-from ..weights.verified import verified
+from ..weights.verified import Deferred, verified
 from .adapters import fingerprint
 from .base import BUCKET_BYTES, Batch, PauseMode, Source, SyncTrace, Transport, Verify
 from .dispatch import Work, serve
@@ -77,6 +77,8 @@ class ServerEngine:
         """What becomes of requests in flight during a sync."""
         self._loop = Loop()
         self._in_flight: set[Work] = set()
+        self._deferred: tuple[Deferred, list[Peer]] | None = None
+        """What is left to be verified, and where."""
         self._held = False
         """Scheduling was stopped, by a pause or a sleep, and is not for a sync to start again."""
         self._adapters = threading.Lock()
@@ -182,29 +184,38 @@ class ServerEngine:
         for peer in self._peers:
             if not peer.controlled:
                 raise WeightSyncError(f"it takes no weights: {peer.fix}", phase="pause", receiver=peer.name)
+        self._deferred = None
         try:
-            looked_at = verify is None and not self._held
             peers = self._updater.sync(
                 source,
                 version,
                 trace,
                 mode=self.pause_mode,
                 resume=not self._held,
-                spoil=looked_at,
+                spoil=verify is None,
                 verify_bits=verify == "bits",
             )
             due = [peer for peer in peers if verify == "logprobs" or (verify is None and not peer.verified)]
-            self._verify(due, source, trace, asked=verify is not None)
+            if due:
+                alone = [_Alone(self, peer) for peer in due]
+                deferred = verified(alone, source, trace, awake=not self._held, asked=verify is not None)
+                self._deferred = (deferred, due) if deferred is not None else None
+                for peer in due:
+                    peer.verified = deferred is None
         except BaseException:
+            for peer in self._peers:
+                peer.verified = False
             self._abandon(EngineError("a weight sync failed while this was in flight"))
             raise
 
-    def _verify(self, peers: Sequence[Peer], source: Source, trace: SyncTrace, *, asked: bool) -> None:
-        if peers:
-            alone = [_Alone(self, peer) for peer in peers]
-            verified(alone, source, trace, awake=not self._held, asked=asked)
-            for peer in peers:
-                peer.verified = not self._held
+    def verify(self, trace: SyncTrace) -> None:
+        """Compare log-probabilities, where a sync came while the servers were paused or asleep."""
+        if self._held or self._deferred is None:
+            return
+        (deferred, peers), self._deferred = self._deferred, None
+        deferred.compare(trace)
+        for peer in peers:
+            peer.verified = True
 
     def _abandon(self, error: EngineError) -> None:
         for work in tuple(self._in_flight):

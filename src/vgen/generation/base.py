@@ -352,8 +352,9 @@ class Generation:
         """Replace the engine's weights by the trainer model's, and label what is sampled from then on.
 
         `version` defaults to the number after the last one, or to the count of syncs where that was no
-        number. Unless told otherwise, the first sync to an engine is verified by log-probabilities: what it gives
-        to the tokens of one prompt, and what the trainer's model does. `verify="logprobs"` does so again;
+        number. Unless told otherwise, the first sync to an engine, and the first after one that failed, is verified
+        by log-probabilities: what it gives to the tokens of one prompt, and what the trainer's model does; while it
+        sleeps or is paused, as soon as it is awake. `verify="logprobs"` does so again;
         `"bits"`, with an engine in this process, compares every destination with its source; `"none"` trusts.
 
         When anything fails the engine's weights are unknown: it is `failed` and refuses to generate until a later
@@ -406,10 +407,12 @@ class Generation:
         """Take memory again: `["weights"]`, `["kv_cache"]`, or both when None. Awake once both are back.
 
         After a level-2 sleep the weights are restored from the trainer's model before the first token,
-        unless `sync_weights` has brought them first.
+        unless `sync_weights` has brought them first. Where those were to be verified, they are now: by what the
+        trainer's model said when they left.
 
         Raises:
             EngineStateError: The engine is not asleep.
+            WeightSyncError: The weights that came while it was asleep are wrong.
         """
         for tag in tags or ():
             if tag not in TAGS:
@@ -419,11 +422,13 @@ class Generation:
             start = time.monotonic()
             asked = [tag for tag in TAGS if tag in (tags or TAGS)]
             own = {names.WAKE_TAGS: asked, names.SLEEP_LEVEL: int(self._level.removeprefix("level "))}
-            with self._profiling.span(names.WAKE_UP, own) as span, self._watch.watching("wake_up", span):
+            with self._profiling.span(names.WAKE_UP, own) as span, self._watch.watching("wake_up", span) as work:
                 with self._failing("wake_up"):
                     self._states.move("wake_up", EngineState.WAKING, self._level)
                     report = self._engine.wake_up(asked)
-                self._asleep -= set(asked)
+                    self._asleep -= set(asked)
+                    if not self._asleep:
+                        self._engine.verify(_SyncTrace(self._profiling, self._device, span, work))
                 if self._asleep:
                     self._states.move("wake_up", EngineState.ASLEEP, self._level)
                 else:
@@ -452,11 +457,13 @@ class Generation:
 
         Raises:
             EngineStateError: The engine is not paused.
+            WeightSyncError: The weights that came meanwhile are wrong.
         """
         with self._exclusive("resume"):
             self._states.require("resume", EngineState.PAUSED)
-            with self._profiling.span(names.RESUME) as span, self._calling("resume", span):
+            with self._profiling.span(names.RESUME) as span, self._calling("resume", span) as work:
                 self._engine.resume()
+                self._engine.verify(_SyncTrace(self._profiling, self._device, span, work))
                 self._states.move("resume", EngineState.AWAKE)
 
     def close(self) -> None:
@@ -490,10 +497,10 @@ class Generation:
             self._busy.release()
 
     @contextmanager
-    def _calling(self, call: str, span: Span) -> Iterator[None]:
+    def _calling(self, call: str, span: Span) -> Iterator[Work]:
         """Watch a call to the engine; whatever is raised within leaves it failed."""
-        with self._watch.watching(call, span), self._failing(call):
-            yield
+        with self._watch.watching(call, span) as work, self._failing(call):
+            yield work
 
     @contextmanager
     def _failing(self, call: str) -> Iterator[None]:

@@ -157,7 +157,7 @@ PLAN_WAY = _attribute(
     "vgen.weight_sync.plan.way", "string", "How they were copied: `kernel`, `graph`, `foreach` or `reload`.", label=True
 )
 VERIFY = _attribute(
-    "vgen.weight_sync.verify.how", "string", "How the sync was verified: `bits`, `logprobs` or `skipped`.", label=True
+    "vgen.weight_sync.verify.how", "string", "How the sync was verified: `bits`, `logprobs`, `deferred` until the engine is awake, or `skipped`.", label=True
 )
 VERIFY_REASON = _attribute("vgen.weight_sync.verify.reason", "string", "Why verification was skipped.")
 VERIFY_DIFFERENCE = _attribute(
@@ -328,14 +328,14 @@ SYNC_RESUME = _span("vgen.weight_sync.resume", "Servers schedule again.")
 SYNC_LOAD = _span("vgen.weight_sync.load", "The engine takes the weights in.", GATHER_SECONDS, *_RECEIVERS)
 SYNC_VERIFY = _span(
     "vgen.weight_sync.verify",
-    "The engine's log-probabilities are compared with the trainer model's.",
+    "The engine's log-probabilities are compared with the trainer model's, once it is awake.",
     VERIFY,
     VERIFY_REASON,
     VERIFY_DIFFERENCE,
 )
 SYNC_RESET = _span("vgen.weight_sync.reset_cache", "Caches of what the old weights computed are emptied.")
 PAUSE = _span("vgen.pause", "The engine stops scheduling.", PAUSE_MODE, ENGINE)
-RESUME = _span("vgen.resume", "It schedules again.", ENGINE)
+RESUME = _span("vgen.resume", "It schedules again.", VERIFY, VERIFY_REASON, VERIFY_DIFFERENCE, ENGINE)
 _EXPECTED = (MEMORY_EXPECTED, WEIGHTS_EXPECTED, KV_CACHE_EXPECTED)
 SLEEP = _span(
     "vgen.sleep",
@@ -360,6 +360,9 @@ WAKE_UP = _span(
     *_EXPECTED,
     HOST_BYTES,
     RESTORED,
+    VERIFY,
+    VERIFY_REASON,
+    VERIFY_DIFFERENCE,
     ENGINE,
 )
 ENGINE_CLOSE = _span("vgen.engine.close", "The engine is shut down, or its servers are let go.", ENGINE)

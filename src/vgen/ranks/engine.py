@@ -96,6 +96,9 @@ class LedEngine:
             source.end(error)
             raise
 
+    def verify(self, trace: SyncTrace) -> None:
+        self._lead("verify", lambda: self.inner.verify(trace))
+
     def sleep(self, level: int) -> SleepReport:
         return SleepReport(**self._lead("sleep", lambda: asdict(self.inner.sleep(level)), level=level))
 
