@@ -148,11 +148,16 @@ def test_fresh_random_weights_are_the_servers_own_and_warm_prompts_know_it(serve
 def test_requests_in_flight_are_kept_and_say_which_weights_sampled_what(server, generation):
     generation.engine.pause_mode = "keep"
     generation.sync_weights(version="before")
+    lease = {"X-Vgen-Lease": generation.engine.peers[0].server.lease}
+    before = sampled(server)
+    server.done("/pause?mode=keep", {}, headers=lease)
     with ThreadPoolExecutor() as pool:
-        flight = pool.submit(generation.generate, [[7]] * 4, LONG)
-        while not busy(server):
-            time.sleep(0.02)
-        time.sleep(0.3)
+        flight = pool.submit(generation.generate, [[7]] * 20, LONG)
+        until = time.monotonic() + 60
+        while sampled(server) < before + 20 and time.monotonic() < until:  # a moment at a time: machines differ
+            server.done("/resume", {}, headers=lease)
+            time.sleep(0.05)
+            server.done("/pause?mode=keep", {}, headers=lease)
         randomize(server.model)
         generation.sync_weights(version="after")
         rollouts = flight.result(120)
@@ -165,8 +170,16 @@ def test_requests_in_flight_are_kept_and_say_which_weights_sampled_what(server, 
 
 
 def busy(server: Any) -> bool:
+    return total(server, "vllm:num_requests_running") > 0
+
+
+def sampled(server: Any) -> float:
+    return total(server, "vllm:generation_tokens_total")
+
+
+def total(server: Any, metric: str) -> float:
     lines = str(server.call("/metrics")[1]).splitlines()
-    return any(line.startswith("vllm:num_requests_running") and float(line.split()[-1]) > 0 for line in lines)
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(metric))
 
 
 def test_the_servers_own_spans_lie_beneath_those_that_were_sent_and_no_others_are_made(server, generation, sink):
