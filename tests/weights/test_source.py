@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from vgen import WeightSyncError
 from vgen.engines.checkpoint import checkpoint_of
+from vgen.weights.probe import ask
 from vgen.weights.source import engine_dtype, one_pass, source_of
 
 KINDS = ["qwen2", "tied", "llama", "qwen3_moe", "mixtral", "deepseek_v3", "qwen2_vl", "gemma3"]
@@ -224,12 +225,60 @@ def test_what_bitsandbytes_has_quantized_comes_as_the_forward_sees_it(tmp_path, 
     with checkpoint.folder:
         assert getattr(AutoConfig.from_pretrained(checkpoint.path), "quantization_config", None) is None
     ids = torch.tensor([[1, 2, 3]])
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # there it would compute with the scales in bf16: see below
     with torch.no_grad():
         before = plain(ids).logits
         plain.load_state_dict(found)
         after, own = plain(ids).logits, model(ids).logits
     assert (before - own).abs().max() > 1e-3
     torch.testing.assert_close(after, own, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
+)
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_that_were_packed_for_a_cpu_come_back(double):
+    """As a forward pass outside training does on a CPU with AVX512-BF16; packing itself works on any."""
+    from bitsandbytes import functional, nn
+
+    linear = nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    linear.weight = nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type="nf4")
+    linear = linear.to("cpu")
+    model = torch.nn.Sequential(linear)
+    source = source_of(model)
+    ((name, before),) = source
+    said = source.metadata()
+    linear.weight.data, state = functional._convert_weight_packed_for_cpu(linear.weight.data, linear.weight.quant_state)
+    for _ in range(2):  # reading them changes nothing
+        ((again, after),) = source
+        assert (again, after.dtype, source.metadata()) == (name, torch.float32, said)
+        torch.testing.assert_close(after, before, rtol=2**-8, atol=0)
+    assert state.packing_format_for_cpu
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install 'vgen[bitsandbytes]'"
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_probe_leaves_four_bits_as_they_are(tmp_path, training):
+    plain = fill(tiny("qwen2"))
+    plain.save_pretrained(tmp_path)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four, dtype=torch.float32)
+    model.train(training)
+    linear = model.model.layers[0].self_attn.q_proj
+    before, packs = linear.weight.data.clone(), linear.support_avx512bf16_for_cpu
+    linear.support_avx512bf16_for_cpu = True  # as on such a CPU
+    ask(model, [1, 2, 3])
+    assert torch.equal(linear.weight.data, before)
+    assert linear.support_avx512bf16_for_cpu
+    assert linear.training is training
+    linear.support_avx512bf16_for_cpu = packs
 
 
 @pytest.mark.slow

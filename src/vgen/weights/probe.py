@@ -35,6 +35,8 @@ from random weights of unit variance in the engine, so a module that it misses d
 `benchmarks/weight_sync.py` prints the differences of right engines, of a stale layer and of stale models.
 """
 
+PACKS = "support_avx512bf16_for_cpu"
+"""What says so of bitsandbytes' `Linear4bit`."""
 USUAL = 12.0
 """How large log-probabilities are, in nats, where nothing is known of a token among 150,000.
 
@@ -234,14 +236,23 @@ def _engine_logprobs(engine: Probed, ids: list[int]) -> list[float]:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout; each module is in its own mode again afterwards."""
+    """Without dropout; each module is in its own mode again afterwards.
+
+    bitsandbytes repacks 4-bit weights in a forward pass outside training, where the CPU has AVX512-BF16, and cannot
+    train them afterwards: not in this one.
+    """
     training = [module for module in model.modules() if module.training]
+    packing = [module for module in model.modules() if getattr(module, PACKS, False)]
     model.eval()
+    for module in packing:
+        setattr(module, PACKS, False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module in packing:
+            setattr(module, PACKS, True)
 
 
 def _has_experts(model: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -123,7 +124,8 @@ def _weight(name: str, tensor: torch.Tensor, module: torch.nn.Module, dtype: tor
         if state is None:
             raise _refused(name, "it has not been quantized yet: move the model to its device first")
         shape = tuple(state.shape)
-        return Weight(name, shape, _contiguous(shape), state.dtype, _dequantized, (tensor, module))
+        dtype = state.original_dtype if _repacked(state) else state.dtype
+        return Weight(name, shape, _contiguous(shape), dtype, _dequantized, (tensor, module))
     if type(tensor).__name__ == "Int8Params":
         return Weight(name, shape, _contiguous(shape), dtype, _dequantized, (tensor, module))
     if _quantized(tensor):
@@ -164,6 +166,28 @@ def _zero3(weights: Sequence[Weight]) -> list[torch.Tensor]:
         return [parameter.data.clone() for parameter in parameters]
 
 
+def _unpacked(data: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    """4-bit weights in their common form.
+
+    On a CPU with AVX512-BF16 the first forward pass outside training leaves them in another, with scales in bf16.
+    `dequantize_4bit` of bitsandbytes 0.50 takes that for the common one, and its own way back, which is used here for
+    the weights alone, mixes up the scales of those that were quantized once.
+    """
+    if not _repacked(state):
+        return data, state
+    from bitsandbytes import functional
+
+    common = copy(state)
+    common.original_nested = False  # the scales stay as the forward pass sees them
+    data, common = functional._convert_weight_packed_for_cpu_inverse(data, common)
+    common.absmax = state.absmax.T.reshape(-1).float()
+    return data, common
+
+
+def _repacked(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
 def _dequantized(weights: Sequence[Weight]) -> list[torch.Tensor]:
     from bitsandbytes import functional
 
@@ -171,7 +195,7 @@ def _dequantized(weights: Sequence[Weight]) -> list[torch.Tensor]:
     for weight in weights:
         tensor, module = weight.holder
         if type(tensor).__name__ == "Params4bit":
-            full.append(functional.dequantize_4bit(tensor.data, tensor.quant_state))
+            full.append(functional.dequantize_4bit(*_unpacked(tensor.data, tensor.quant_state)))
         else:
             scale = module.state.SCB if module.state.SCB is not None else tensor.SCB
             full.append((tensor.data.float() * scale.float().view(-1, 1) / 127).to(weight.dtype))
