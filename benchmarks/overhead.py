@@ -272,7 +272,7 @@ def paced(profiling: ProfilingContext, seconds: float = PACED_SECONDS) -> list[f
 def faulty(kind: str, fault: str) -> dict[str, float]:
     """p50 and p99 of a span and the seconds of the ends, beside a backend with that fault, in its own process."""
     command = [sys.executable, __file__, "--kind", kind, "--fault", fault]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{kind}, {fault or 'well'}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -247,7 +247,9 @@ def test_weights_that_come_asleep_are_looked_at_when_it_wakes(real, monkeypatch)
 def test_after_a_sync_that_failed_the_next_is_verified(real, monkeypatch):
     real.generation.sync_weights()
     with monkeypatch.context() as patched:
-        patched.setattr(type(real.generation._source), "__iter__", lambda source: (_ for _ in ()).throw(OSError("lost")))
+        patched.setattr(
+            type(real.generation._source), "__iter__", lambda source: (_ for _ in ()).throw(OSError("lost"))
+        )
         with pytest.raises(WeightSyncError, match="lost"):
             real.generation.sync_weights()
     for expected in ("logprobs", None):

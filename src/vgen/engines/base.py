@@ -264,7 +264,7 @@ class Engine(Protocol):
         ...
 
     def verify(self, trace: SyncTrace) -> None:
-        """Verify what a sync has left to be verified once the engine is awake, if anything. Raises `WeightSyncError`."""
+        """Verify what a sync has left for when the engine is awake, if anything. Raises `WeightSyncError`."""
         ...
 
     def pause(self, mode: PauseMode) -> None:

@@ -157,7 +157,10 @@ PLAN_WAY = _attribute(
     "vgen.weight_sync.plan.way", "string", "How they were copied: `kernel`, `graph`, `foreach` or `reload`.", label=True
 )
 VERIFY = _attribute(
-    "vgen.weight_sync.verify.how", "string", "How the sync was verified: `bits`, `logprobs`, `deferred` until the engine is awake, or `skipped`.", label=True
+    "vgen.weight_sync.verify.how",
+    "string",
+    "How the sync was verified: `bits`, `logprobs`, `deferred` until the engine is awake, or `skipped`.",
+    label=True,
 )
 VERIFY_REASON = _attribute("vgen.weight_sync.verify.reason", "string", "Why verification was skipped.")
 VERIFY_DIFFERENCE = _attribute(
