@@ -4,10 +4,10 @@
     python benchmarks/weight_sync_server.py --json     # one JSON object
 
 `memcpy` is one copy of as many bytes by all cores. `load` is what the server says that its engine's own reload takes
-when all tensors lie there in one bucket, so that nothing is transferred beside it; `load_in_process` is the same reload in
-a process that holds the tensors and has all cores, one of which vLLM's scheduler spins on in a server. `shared_memory`
-and `checkpoint` are whole `sync_weights()` calls to one `vgen serve`, without the first, which verifies. Quoted are
-medians. Each sync brings fresh random weights, and afterwards the engine's
+when all tensors lie there in one bucket, so that nothing is transferred beside it; `load_in_process` is the same reload
+in a process that holds the tensors and has all cores, one of which vLLM's scheduler spins on in a server.
+`shared_memory` and `checkpoint` are whole `sync_weights()` calls to one `vgen serve`, without the first, which
+verifies. Quoted are medians. Each sync brings fresh random weights, and afterwards the engine's
 log-probabilities must be the trainer model's, or the exit code is 1. The aim is shared memory in at most `load` and
 twice `memcpy`.
 """
