@@ -17,18 +17,17 @@ from ..engines.base import Cancellation, Engine, EngineState, PauseMode, Source,
 from ..errors import EngineError, EngineStateError, PromptError, VgenError
 from ..profiling import ProfilingContext, Span, names
 from ..profiling.device import DeviceTimer, memory
-from ..profiling.records import Link
 from ..profiling.rollouts import counts, measure
 from ..ranks import Call, Ranks, SingleRank
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport
 from .chat import Chat
-from .images import Placeholders
-from .images import check as check_images
 from .job import Job, Options, make_requests
 from .memory import Leaks, memory_attributes
 from .progress import progress_bar
+from .prompts import Encoder
 from .stall import STALL_SECONDS, StallWatch, Work
 from .states import gauges_of
+from .syncs import PhaseTrace, Syncs
 from .traced import Traced
 
 TAGS = ("weights", "kv_cache")
@@ -39,8 +38,6 @@ AGENERATE_THREADS = 1024
 """How many calls of `agenerate` may wait for servers at a time; a thread is made only where it is needed."""
 SYNC_SECONDS = 600.0
 """How long a generation waits for a weight sync that is under way."""
-KNOWN_SYNCS = 16
-"""How many of the last syncs rollouts may still point at."""
 
 
 class Generation:
@@ -86,7 +83,7 @@ class Generation:
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
         self._engine, self._source, self._ranks = engine, source, ranks or SingleRank()
-        self._processor, self._tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
+        self._processor, self._encoder = tokenizer, Encoder(engine, tokenizer)
         self._regex, self._request_spans, self._sleep_mode = structured_outputs_regex, request_spans, sleep_mode
         self._traced_requests, self._show_progress = traced_requests, show_progress
         self._profiling = profiling.bind({names.ENGINE: engine.kind})
@@ -99,7 +96,7 @@ class Generation:
         self._states.move("construction", EngineState.AWAKE)
         gauges = gauges_of(self._states, self._profiling)
         self._leaks = Leaks(self._profiling)
-        self._made: dict[str, Link] = {}
+        self._made = Syncs()
         self._watch = StallWatch(self._profiling, gauges, stall_seconds)
         weakref.finalize(self, self._watch.close)
 
@@ -185,7 +182,7 @@ class Generation:
                 job = self._prepare(call, prompts, images, options, refused)
                 version = self._version
                 span.set({names.WEIGHT_VERSION: version, names.REFUSED: len(job.errors) or None})
-                self._link(span, version)
+                self._made.link(span, version)
                 with (
                     self._profiling.span(names.ENGINE_GENERATE) as engine_span,
                     work.within(engine_span),
@@ -205,8 +202,8 @@ class Generation:
                     raise error  # what only the engine could tell
                 if self._profiling.enabled:
                     span.set(counts(result))
-                    self._link_later(span, version, result)
-                    measure(self._profiling, engine_span, result, self._request_spans, traced.own, self._decode)
+                    self._made.link_later(span, version, result)
+                    measure(self._profiling, engine_span, result, self._request_spans, traced.own, self._encoder.decode)
                 return result
 
     async def agenerate(
@@ -268,7 +265,7 @@ class Generation:
                 job = self._prepare(self._ranks, prompts, images, options, refused)
                 yield from (completion for completion in job.place([], self._version) if completion.error is not None)
                 version = self._version
-                self._link(span, version)
+                self._made.link(span, version)
                 with (
                     self._watch.watching("stream", span, generator=True) as work,
                     self._traced(job, span) as traced,
@@ -292,8 +289,8 @@ class Generation:
                     if job is not None:
                         result = job.place(done.values(), version)
                         span.set({names.WEIGHT_VERSION: version, **counts(result)})
-                        self._link_later(span, version, result)
-                        measure(profiling, span, result, self._request_spans, own_traced, self._decode)
+                        self._made.link_later(span, version, result)
+                        measure(profiling, span, result, self._request_spans, own_traced, self._encoder.decode)
                     profiling.finish(span, error)
 
     def chat(
@@ -342,7 +339,7 @@ class Generation:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: there must be one for each")
-        whole = [[*self._ids(i, prompt), *completions[i]] for i, prompt in enumerate(prompts)]
+        whole = [[*self._encoder.ids(i, prompt), *completions[i]] for i, prompt in enumerate(prompts)]
         scored = self.generate(whole, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0), **options)
         # From the end: images have made the prompt longer.
         found = [completion.prompt_logprobs or [] for completion in scored]
@@ -428,7 +425,7 @@ class Generation:
                     report = self._engine.wake_up(asked)
                     self._asleep -= set(asked)
                     if not self._asleep:
-                        self._engine.verify(_SyncTrace(self._profiling, self._device, span, work))
+                        self._engine.verify(PhaseTrace(self._profiling, self._device, span, work))
                 if self._asleep:
                     self._states.move("wake_up", EngineState.ASLEEP, self._level)
                 else:
@@ -463,7 +460,7 @@ class Generation:
             self._states.require("resume", EngineState.PAUSED)
             with self._profiling.span(names.RESUME) as span, self._calling("resume", span) as work:
                 self._engine.resume()
-                self._engine.verify(_SyncTrace(self._profiling, self._device, span, work))
+                self._engine.verify(PhaseTrace(self._profiling, self._device, span, work))
                 self._states.move("resume", EngineState.AWAKE)
 
     def close(self) -> None:
@@ -538,18 +535,6 @@ class Generation:
             finally:
                 self._owner = None
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
-
-    def _ids(self, index: int, prompt: Prompt | PromptError) -> list[int]:
-        if isinstance(prompt, PromptError):
-            raise prompt
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self._tokenizer is None:
-            raise TypeError(f"prompt {index} is text: construct with processing_class to pass text")
-        return list(self._tokenizer(prompt)["input_ids"])
-
     def _prepare(
         self,
         call: Call,
@@ -566,7 +551,7 @@ class Generation:
         if options.sampling.structured_outputs is None and self._regex is not None:
             sampling = replace(options.sampling, structured_outputs={"regex": self._regex})
             options = replace(options, sampling=sampling)
-        encoded, placed, errors = self._encode(prompts, images)
+        encoded, placed, errors = self._encoder.encode(prompts, images)
         if refused == "raise":
             for error in errors.values():
                 raise error
@@ -585,34 +570,6 @@ class Generation:
             if self._stale:
                 self._states.require("generate", EngineState.AWAKE)  # the one that did may have failed
                 self._sync(self._version)
-
-    def _encode(
-        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any] | None] | None
-    ) -> tuple[list[list[int]], list[list[int]], dict[int, PromptError]]:
-        """The prompts as token ids, as the engine takes them, and what it could not take, by their place."""
-        placeholders = Placeholders(self._processor)
-        encoded: list[list[int]] = [[] for _ in prompts]
-        placed, errors = list(encoded), dict[int, PromptError]()
-        for index, prompt in enumerate(prompts):
-            try:
-                encoded[index] = self._ids(index, prompt)
-                self._check(index, encoded[index])
-                own = (images[index] or ()) if images is not None else ()
-                check_images(index, own)
-                placed[index] = placeholders.one_each(index, encoded[index], own)
-            except PromptError as error:
-                errors[index] = error
-        return encoded, placed, errors
-
-    def _check(self, index: int, ids: Sequence[int]) -> None:
-        """Raise for a prompt that the engine could not take."""
-        limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size
-        if not ids:
-            raise PromptError(index, "is empty")
-        if len(ids) > limit:
-            raise PromptError(index, f"has {len(ids)} tokens; at most {limit} leave room for a completion", limit)
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
 
     def _sample(
         self, call: Call, job: Job, traced: Traced, work: Work, on_completion: Callable[[Completion], None] | None
@@ -653,7 +610,7 @@ class Generation:
         count = self._traced_requests
         if not isinstance(count, int):
             count = count(None if parent.step is None else parent.step.number)
-        return Traced(self._profiling, parent, job, count, self._decode)
+        return Traced(self._profiling, parent, job, count, self._encoder.decode)
 
     def _sync(self, version: str, verify: Verify | None = None) -> SyncReport:
         source, profiling, start = self._source, self._profiling, time.monotonic()
@@ -665,7 +622,7 @@ class Generation:
             self._watch.watching("sync_weights", span) as work,
             self._states.during("sync_weights", EngineState.SYNCING, then, detail),
         ):
-            trace = _SyncTrace(profiling, self._device, span, work)
+            trace = PhaseTrace(profiling, self._device, span, work)
             self._engine.sync(source, version, trace, verify)
             seconds = time.monotonic() - start
             sent, tensors = (source.bytes, source.tensors) if self._ranks.leading else (0, 0)
@@ -673,27 +630,12 @@ class Generation:
             own = {names.SYNC_BYTES: report.bytes, names.SYNC_TENSORS: report.tensors}
             span.set({**own, names.SYNC_RATE: report.bandwidth, **self._memory()})
             self._version, self._stale = version, False
-            self._made.pop(version, None)
-            self._made[version] = Link(span.trace_id, span.span_id, {names.WEIGHT_VERSION: version})
-            if len(self._made) > KNOWN_SYNCS:
-                del self._made[next(iter(self._made))]
+            self._made.add(span, version)
         if self._ranks.leading:
             transport = {names.TRANSPORT: span.attributes.get(names.TRANSPORT)}
             profiling.record(names.SYNCED_BYTES, report.bytes, **transport)
             profiling.record(names.SYNC_BANDWIDTH, report.bandwidth, **transport)
         return report
-
-    def _link(self, span: Span, version: str | None) -> None:
-        """Have a rollout's span point at the sync that made its weights, where this process did that."""
-        made = self._made.get(version) if version is not None else None
-        if made is not None:
-            span.link(made, **made.attributes)
-
-    def _link_later(self, span: Span, version: str, result: Completions) -> None:
-        """The same for weights that came while it was in flight."""
-        later = {name for completion in result for name, _, _ in completion.weight_versions or ()} - {version}
-        for other in sorted(later):
-            self._link(span, other)
 
     def _memory(self) -> dict[str, int]:
         if not self._profiling.enabled:
@@ -703,22 +645,3 @@ class Generation:
             if instrument.name in found:
                 self._profiling.record(instrument, found[instrument.name])
         return found
-
-
-class _SyncTrace:
-    """`engines.base.SyncTrace` over a profiling context; the phases' work on the device is timed too."""
-
-    def __init__(self, profiling: ProfilingContext, device: DeviceTimer, span: Span, work: Work) -> None:
-        self._profiling, self._device, self._span, self._work = profiling, device, span, work
-
-    @contextmanager
-    def phase(self, name: str, /) -> Generator[Span]:
-        with (
-            self._profiling.span(f"{names.WEIGHT_SYNC}.{name}") as span,
-            self._work.within(span),
-            self._device.of(span),
-        ):
-            yield span
-
-    def set(self, attributes: Mapping[str, Any], /) -> None:
-        self._span.set(attributes)
