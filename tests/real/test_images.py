@@ -220,7 +220,7 @@ def test_an_image_of_a_refused_prompt_may_come_again(vision):
 
 
 def test_images_without_a_processor_have_one_placeholder_each(vision, monkeypatch):
-    monkeypatch.setattr(vision.generation, "_processor", None)
+    monkeypatch.setattr(vision.generation._encoder, "_processor", None)
     own = [picture("noise")]
     ids = vision.ids("ab<image>cd")
     assert (
