@@ -147,39 +147,35 @@ def test_fresh_random_weights_are_the_servers_own_and_warm_prompts_know_it(serve
 
 def test_requests_in_flight_are_kept_and_say_which_weights_sampled_what(server, generation):
     generation.engine.pause_mode = "keep"
-    generation.sync_weights(version="before")
-    lease = {"X-Vgen-Lease": generation.engine.peers[0].server.lease}
-    before = sampled(server)
-    server.done("/pause?mode=keep", {}, headers=lease)
-    with ThreadPoolExecutor() as pool:
-        flight = pool.submit(generation.generate, [[7]] * 20, LONG)
-        until = time.monotonic() + 60
-        while sampled(server) < before + 20 and time.monotonic() < until:  # a moment at a time: machines differ
-            server.done("/resume", {}, headers=lease)
-            time.sleep(0.05)
-            server.done("/pause?mode=keep", {}, headers=lease)
-        randomize(server.model)
-        generation.sync_weights(version="after")
-        rollouts = flight.result(120)
-    for completion in rollouts:
-        (first, start, middle), (second, again, end) = completion.weight_versions
-        assert (first, start, second, end) == ("before", 0, "after", 400)
-        assert middle == again
-        assert completion.weight_version == "after"
+    crossing = 0
+    for attempt in range(1, 11):  # how long the machine takes for the first token and for all is not known
+        generation.sync_weights(version="before")
+        with ThreadPoolExecutor() as pool:
+            flight = pool.submit(generation.generate, [[7]] * 20, LONG)
+            time.sleep(0.08 * attempt)
+            randomize(server.model)
+            generation.sync_weights(version="after")
+            rollouts = flight.result(120)
+        for completion in rollouts:
+            versions = completion.weight_versions
+            if len(versions) == 1:  # it was done, or had not begun
+                assert versions[0] in (("before", 0, 400), ("after", 0, 400))
+            else:
+                (first, start, middle), (second, again, end) = versions
+                assert (first, start, second, end) == ("before", 0, "after", 400)
+                assert 0 < middle == again < 400
+                crossing += 1
+            assert completion.weight_version == versions[-1][0]
+        if crossing:
+            break
+    assert crossing
     assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
 
 
-def busy(server: Any) -> bool:
-    return total(server, "vllm:num_requests_running") > 0
-
-
-def sampled(server: Any) -> float:
-    return total(server, "vllm:generation_tokens_total")
-
-
-def total(server: Any, metric: str) -> float:
+def running(server: Any) -> float:
+    """How many requests had a part in the last step."""
     lines = str(server.call("/metrics")[1]).splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(metric))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
 def test_the_servers_own_spans_lie_beneath_those_that_were_sent_and_no_others_are_made(server, generation, sink):
@@ -243,9 +239,9 @@ def test_leaving_a_stream_and_an_interrupt_abort_what_is_left_on_the_server(serv
     with pytest.raises(KeyboardInterrupt):
         generation.generate([[5]] * 8, Sampling(max_tokens=30), on_completion=interrupt)
     until = time.monotonic() + 20
-    while busy(server) and time.monotonic() < until:
+    while running(server) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not busy(server)
+    assert not running(server)
 
 
 def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
@@ -270,9 +266,9 @@ def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
             assert [len(completion.token_ids) for completion in found[i]] == [8, 8]
             assert max_logprob_difference(server.model, found[i]) <= 1e-4
     until = time.monotonic() + 20
-    while busy(server) and time.monotonic() < until:
+    while running(server) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not busy(server)
+    assert not running(server)
 
 
 def test_sleep_is_the_servers_own_and_weights_arrive_between_the_two_wakings(server, generation):
