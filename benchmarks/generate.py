@@ -346,6 +346,7 @@ def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> 
         "size": size,
         "prompts": many,
         "tokens": tokens,
+        "rounds": rounds,
     }
     alone = bare(folder, prompts, tokens, rounds) if with_bare else None
     arguments = ["--max-model-len", "4096", "--no-enable-prefix-caching"]
@@ -394,7 +395,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Generation through a server",
         "",
-        "Made by `python benchmarks/generate.py --json > docs/results/generate.json` and "
+        f"Made by `python benchmarks/generate.py --rounds {found['rounds']} --json > docs/results/generate.json` and "
         "`python benchmarks/generate.py --from docs/results/generate.json > docs/generate.md`; nothing was typed in. "
         f"{found['prompts']} prompts × {found['tokens']} tokens, model `{found['size']}`, {found['machine']}.",
         "",

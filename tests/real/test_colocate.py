@@ -244,6 +244,21 @@ def test_weights_that_come_asleep_are_looked_at_when_it_wakes(real, monkeypatch)
     assert agrees(real.model, real.generation.generate([[1, 2]], Sampling(max_tokens=8)))
 
 
+@pytest.mark.parametrize(
+    ("collective", "other", "due"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_ranks_that_ask_a_model_together_agree_whether_they_do(real, monkeypatch, collective, other, due):
+    def gather(everyone, own):
+        everyone[:] = [own, other]
+
+    real.generation.sync_weights(verify="logprobs")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(real.generation._source, "was_collective", collective)
+    assert real.generation.engine._due(real.generation._source) is due
+
+
 def test_after_a_sync_that_failed_the_next_is_verified(real, monkeypatch):
     real.generation.sync_weights()
     with monkeypatch.context() as patched:

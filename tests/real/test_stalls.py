@@ -96,16 +96,14 @@ def test_the_phases_of_generations_and_syncs_add_up(real):
     real.sink.spans.clear()
     for _ in range(5):
         real.generation.generate([[1, 2, 3]] * 4, Sampling(max_tokens=64, ignore_eos=True), 8)
-        real.generation.sync_weights()
+        real.generation.sync_weights(verify="logprobs")  # a phase more: all else takes a tiny model 7 ms
     for kind in (names.GENERATE, names.WEIGHT_SYNC):
-        rests = []
+        covered = []
         for span in real.sink.named(kind):
             parts = sum(phase.duration for phase in real.sink.spans if phase.parent is span and phase.current)
-            rests.append((span.duration - parts, span.duration))
-        assert min(rest for rest, _ in rests) >= 0
-        # a tiny model's sync takes 7 ms: reading the memory, which is none of its phases, is 1 % of that
-        beyond = [rest - max(0.02 * whole, 0.0004) for rest, whole in rests]
-        assert statistics.median(beyond) <= 0, (kind, rests)
+            covered.append(parts / span.duration)
+        assert max(covered) <= 1
+        assert statistics.median(covered) >= 0.98, (kind, covered)
 
 
 def test_a_server_that_is_paused_has_stalled_and_rollouts_point_at_their_sync(server, sink, caplog):
