@@ -11,20 +11,6 @@ from vgen.testing import byte_tokenizer, tiny_model
 PROMPTS = [[1, 2, 3], list(range(60)), [7] * 30]
 
 
-class Wrong:
-    """A source that gives one weight otherwise than the model has it."""
-
-    def __init__(self, source):
-        self._source = source
-
-    def __getattr__(self, name):
-        return getattr(self._source, name)
-
-    def __iter__(self):
-        for name, tensor in self._source:
-            yield name, tensor + 0.3 if name == "model.layers.1.mlp.down_proj.weight" else tensor
-
-
 def _llama(folder):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from small_models import Wrong
+from transfers import wrong
 
 from vgen import ColocateGeneration, Completions, EngineError, EngineStateError, PromptError, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -235,7 +235,7 @@ def test_weights_that_come_asleep_are_looked_at_when_it_wakes(real, monkeypatch)
     assert asleep(source) == [None, None]
     real.generation.engine._verified = False
     with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
-        asleep(Wrong(source))
+        asleep(wrong(real.model))
     assert caught.value.phase == "verify"
     assert real.generation.state is EngineState.FAILED
     real.generation.sync_weights()  # awake by now

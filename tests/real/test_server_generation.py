@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import Wrong
+from transfers import wrong
 
 from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -84,7 +84,7 @@ def test_a_server_that_is_paused_is_looked_at_when_it_resumes(server, generation
     assert sink.named(names.SYNC_VERIFY)[-1].parent is sink.named(names.RESUME)[-1]
     generation.pause()
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "_source", Wrong(generation._source))
+        patched.setattr(generation, "_source", wrong(server.model))
         generation.sync_weights(verify="logprobs")
     with pytest.raises(WeightSyncError, match="log-probabilities"):
         generation.resume()
@@ -96,7 +96,7 @@ def test_a_server_that_is_paused_is_looked_at_when_it_resumes(server, generation
 
 def test_weights_that_are_not_the_trainers_are_refused_until_they_are(server, generation, sink, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "_source", Wrong(generation._source))
+        patched.setattr(generation, "_source", wrong(server.model))
         with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
             generation.sync_weights(verify="logprobs")
     assert (caught.value.phase, caught.value.receiver) == ("verify", generation.engine.peers[0].name)

@@ -48,6 +48,15 @@ class Changed:
         for name, tensor in self._source:
             yield from self._change(name, tensor)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def wrong(model: torch.nn.Module) -> Changed:
+    """The weights of `model`, one of them otherwise than it has it."""
+    other = "model.layers.1.mlp.down_proj.weight"
+    return Changed(model, lambda name, tensor: [(name, tensor + 0.3 if name == other else tensor)])
+
 
 def randomize(model: torch.nn.Module) -> None:
     with torch.no_grad():
