@@ -101,8 +101,20 @@ def test_weights_that_are_not_the_trainers_are_refused_until_they_are(server, ge
             generation.sync_weights(verify="logprobs")
     assert (caught.value.phase, caught.value.receiver) == ("verify", generation.engine.peers[0].name)
     assert generation.state == EngineState.FAILED
-    with pytest.raises(ValueError, match="verify must be one of logprobs, none"):
-        generation.sync_weights(verify="bits")
+    generation.sync_weights()
+    assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+
+
+def test_log_probabilities_are_compared_where_a_server_has_repacked_its_weights(server, generation, sink, monkeypatch):
+    randomize(server.model)
+    generation.sync_weights(verify="bits")
+    attributes = sink.named(names.WEIGHT_SYNC)[-1].attributes
+    assert (attributes[names.VERIFY], attributes[names.PLAN_WAY]) == ("logprobs", "reload")
+    assert "repacked" in attributes[names.PLAN_REASON]
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "_source", wrong(server.model))
+        with pytest.raises(WeightSyncError, match="log-probabilities"):
+            generation.sync_weights(verify="bits")
     generation.sync_weights()
     assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
 

@@ -105,6 +105,9 @@ def test_fresh_random_weights_twice_by_the_servers_own_reload(served, sink):
         assert max_logprob_difference(model, rollouts) <= 1e-4
     phases = [span.name for span in sink.spans if span.parent is not None and span.parent.name == names.WEIGHT_SYNC]
     assert phases[:5] == [f"vgen.weight_sync.{name}" for name in ("transfer", "pause", "load", "reset_cache", "resume")]
+    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.PLAN_WAY] == "reload"
+    with pytest.raises(ValueError, match="verify must be one of logprobs, none"):
+        generation.sync_weights(verify="bits")
 
 
 def test_timing_of_every_completion(served):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from vgen.weights.mover import moves_of
-from vgen.weights.recorded import Distrusted, RecordedCopy, copy_together, make_record
+from vgen.weights.proven import Distrusted, make_record
+from vgen.weights.recorded import RecordedCopy, copy_together
 
 SHAPES = {"q": (4, 8), "k": (2, 8), "embed": (10, 8), "head": (10, 8)}
 
@@ -305,6 +306,62 @@ def test_a_stream_may_reuse_its_memory_for_the_next_tensor():
 
     brought(model).load(Runner(), Poisoned(stream, model=nn.Linear(2, 2)), verify=True)
     assert torch.equal(model.qk, torch.cat([dict(stream)["q"], dict(stream)["k"]]))
+
+
+def in_parts(copier: RecordedCopy, stream, size: int, *, told=None, verify: bool = True) -> None:
+    """As from buckets: the parts come one after the other in the same memory."""
+    memory = torch.empty(size * 80)
+    assert copier.begin(Runner(), metadata(stream) if told is None else told, verify=verify)
+    parts = [stream[start : start + size] for start in range(0, len(stream), size)]
+    for number, part in enumerate(parts):
+        lent = [
+            (name, memory[80 * index :][: tensor.numel()].view(tensor.shape))
+            for index, (name, tensor) in enumerate(part)
+        ]
+        for (_, place), (_, tensor) in zip(lent, part, strict=True):
+            place.copy_(tensor)
+        copier.take(lent, last=number == len(parts) - 1)
+        memory.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parts_in_the_same_memory_leave_what_the_loader_leaves(size, tied):
+    model, by_hand = Model(tied), Model(tied)
+    copier = brought(model)
+    for _ in range(2):
+        stream = dict(weights())
+        stream["head"] = stream["embed"].clone() if tied else stream["head"]
+        by_hand.load_weights(stream.items())
+        spoil(model)
+        in_parts(copier, list(stream.items()), size)
+        assert not copier.under_way
+        assert copier.way == "foreach"
+        for mine, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_parts_that_differ_or_do_not_come_are_named(monkeypatch):
+    from vgen import WeightSyncError
+    from vgen.weights import recorded
+
+    stream = weights()
+    with pytest.raises(WeightSyncError, match="two sources") as caught:
+        in_parts(brought(Model(tied=True)), stream, 2)
+    assert (caught.value.phase, caught.value.parameter) == ("verify", "embed")
+    copier = brought(Model())
+    with pytest.raises(WeightSyncError, match="does not provide it") as caught:
+        in_parts(copier, stream[1:], 2, told=metadata(stream))
+    assert caught.value.parameter == "q"
+    copier.give_up()
+    assert not copier.under_way
+    with pytest.raises(WeightSyncError, match=r"a size of \[3, 8\] in torch.float32 came, where \[4, 8\]") as caught:
+        in_parts(copier, [("q", torch.randn(3, 8)), *stream[1:]], 2, told=metadata(stream))
+    assert caught.value.parameter == "q"
+    monkeypatch.setattr(recorded, "copy_together", lambda pairs: copy_together(pairs[:-1]))
+    with pytest.raises(WeightSyncError, match="differs from its source") as caught:
+        in_parts(brought(Model()), stream, 4)
+    assert caught.value.parameter == "head"
 
 
 def test_what_differs_after_a_copy_is_named(monkeypatch):

@@ -167,9 +167,10 @@ class ControlMiddleware:
         backend = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
         ours = ["shared_memory", "group", "resident"] if backend == "vgen_shm" else []
         extended = getattr(getattr(config, "parallel_config", None), "worker_extension_cls", "") == EXTENSION
+        told = ["memory", *(["recorded"] if ours else [])] if extended else []
         return {
             "vgen": __version__,
-            "features": [*FEATURES, *ours, *(["memory"] if extended else [])],
+            "features": [*FEATURES, *ours, *told],
             "lease": self._leases.describe(),
             "weights": self._weights,
             "model": getattr(model, "model", None),

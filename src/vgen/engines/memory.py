@@ -59,6 +59,11 @@ class WorkerMemory:
 
         return uuid_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ""
 
+    def vgen_weights(self) -> dict[str, Any]:
+        """How this worker's weights were last loaded, and why; empty where vgen's engine did not."""
+        loaded = getattr(getattr(self, "weight_transfer_engine", None), "loaded", None)
+        return loaded() if loaded is not None else {}
+
 
 def reading_of(workers: Iterable[Any]) -> Reading | None:
     """All that `vgen_memory` of several workers says together; None where one has no device."""

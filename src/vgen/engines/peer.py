@@ -108,6 +108,8 @@ class Peer:
     """Of all its data parallel engines together."""
     devices: frozenset[str] | None = None
     """The GPUs of its workers, once they were asked for."""
+    loaded: dict[str, str] = field(default_factory=dict[str, str])
+    """The `way` that its last weights were loaded in, and the `reason` where it was a reload; empty if not known."""
     adapters: dict[str, Any] = field(default_factory=dict[str, Any])
     """LoRA adapters that were loaded here, and what tells each from what it was before."""
     verified: bool = False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..errors import EngineError, EngineStateError, ServerError, WeightSyncError
+from ..profiling import names
 from ..types import Completion, LoRARequest, SleepReport
 from ..weights.verified import Deferred, verified
 from .adapters import fingerprint
@@ -69,9 +70,9 @@ class ServerEngine:
     ) -> None:
         if not servers:
             raise ValueError("base_urls must name at least one server")
-        names = [server.name for server in servers]
-        if len(set(names)) < len(names):
-            raise ValueError(f"base_urls names a server twice: {', '.join(names)}")
+        urls = [server.name for server in servers]
+        if len(set(urls)) < len(urls):
+            raise ValueError(f"base_urls names a server twice: {', '.join(urls)}")
         self._request_timing, self._timeout = request_timing, timeout
         self.pause_mode: PauseMode = pause_mode
         """What becomes of requests in flight during a sync."""
@@ -111,7 +112,7 @@ class ServerEngine:
             port=weights_port,
             timeout=timeout,
         )
-        if any("resident" in peer.features and peer.device_type == "cuda" for peer in self._peers):
+        if any("recorded" in peer.features for peer in self._peers):
             self.verifications = ("bits", *self.verifications)
         self.model: str = self._peers[0].model
         self.max_model_length: int = min(peer.max_model_length for peer in self._peers)
@@ -153,8 +154,8 @@ class ServerEngine:
                 try:
                     arrived = work.arrived.get(timeout=work.left + GRACE_SECONDS)
                 except queue.Empty:
-                    names = ", ".join(peer.name for peer in peers)
-                    raise EngineError(f"{names} did not answer all within {self._timeout:g} s") from None
+                    who = ", ".join(peer.name for peer in peers)
+                    raise EngineError(f"{who} did not answer all within {self._timeout:g} s") from None
                 if isinstance(arrived, BaseException):
                     raise arrived
                 yield arrived
@@ -178,6 +179,7 @@ class ServerEngine:
     def sync(self, source: Source, version: str, trace: SyncTrace, verify: Verify | None = None) -> None:
         """Pause, send the weights by whatever each server can take, reset the caches, resume, verify where due.
 
+        Where bits cannot be compared, because a server reloads its weights, log-probabilities are.
         A server that failed in the middle stays paused, and requests in flight end with an error: its weights are
         unknown.
         """
@@ -195,7 +197,12 @@ class ServerEngine:
                 spoil=verify is None,
                 verify_bits=verify == "bits",
             )
-            due = [peer for peer in peers if verify == "logprobs" or (verify is None and not peer.verified)]
+            due = [peer for peer in peers if _due(peer, verify)]
+            if verify == "bits":
+                compared = [peer for peer in peers if peer not in due]
+                trace.set({names.VERIFY: "bits" if compared else None})
+                for peer in compared:
+                    peer.verified = True
             if due:
                 alone = [_Alone(self, peer) for peer in due]
                 deferred = verified(alone, source, trace, awake=not self._held, asked=verify is not None)
@@ -320,3 +327,10 @@ class ServerEngine:
             if isinstance(result, BaseException):
                 raise result
         return [result for result in results if not isinstance(result, BaseException)]
+
+
+def _due(peer: Peer, verify: Verify | None) -> bool:
+    """Whether its log-probabilities are to be compared."""
+    if verify == "bits":
+        return peer.loaded.get("way", "reload") == "reload"
+    return verify == "logprobs" or (verify is None and not peer.verified)

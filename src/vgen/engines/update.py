@@ -75,13 +75,11 @@ class Updater:
     ) -> list[Peer]:
         """Replace the weights of every server that can be reached; returns these. Raises `WeightSyncError`.
 
-        With `spoil`, where one of them was never verified, random weights go before: see `weights.spoil`.
+        With `spoil`, where one of them was never verified, random weights go before: see `weights.spoil`. With
+        `verify_bits` those whose `loaded["way"]` is then not `reload` have compared every destination with its source.
         """
         peers = self._reachable(trace)
         groups, reasons, table = self._chosen(source, peers)
-        if verify_bits and (others := [peer.name for kind in groups if kind != "resident" for peer in groups[kind]]):
-            problem = "bits are compared where weights are copied by their record: on the trainer's own GPU"
-            raise WeightSyncError(problem, phase="verify", receiver=", ".join(others))
         random = _random_like(source, peers) if spoil and not all(peer.verified for peer in peers) else None
         trace.set(
             {
@@ -105,15 +103,22 @@ class Updater:
                 if kind == "resident":
                     self._copy(those, table, source, version, trace, verify_bits)
                 else:
-                    self._send(kind, those, random, source, version, trace)
+                    self._send(kind, those, random, source, version, trace, verify_bits)
             if stock:
                 self._reload(stock, written, version, trace)
         with trace.phase("reset_cache"):
-            self._all(peers, "reset_cache", _reset_caches)
+            self._all(peers, "reset_cache", lambda peer: _reset_caches(peer, told=peer not in stock))
         if resume:
             with trace.phase("resume"):
                 self._all(peers, "resume", lambda peer: peer.server.post("/resume"))
-        trace.set({names.PAUSED_SECONDS: time.monotonic() - paused_at})
+        reloads = [peer.loaded["reason"] for peer in peers if peer.loaded.get("reason")]
+        trace.set(
+            {
+                names.PAUSED_SECONDS: time.monotonic() - paused_at,
+                names.PLAN_WAY: "+".join(sorted({peer.loaded["way"] for peer in peers if peer.loaded})) or None,
+                names.PLAN_REASON: "; ".join(dict.fromkeys(reloads)) or None,
+            }
+        )
         for peer in peers:
             peer.lost, peer.weight_version = False, version
         return peers
@@ -196,9 +201,11 @@ class Updater:
         source: Source,
         version: str,
         trace: SyncTrace,
+        verify_bits: bool,
     ) -> None:
         fleet = _Fleet(self._loop, peers)
         transfer = self._bucket_transfer(kind, peers, source, fleet)
+        transfer.verify = verify_bits
         with trace.phase("transfer") as span:
             if random is not None:
                 transfer.send(random, version)
@@ -297,8 +304,18 @@ def _pause_of(peer: Peer) -> str:
     return weights_route.PAUSE if "pause" in peer.features else "/pause"
 
 
-async def _reset_caches(peer: Peer) -> None:
-    await asyncio.gather(*(_reset(peer, path) for path in _CACHES))
+async def _reset_caches(peer: Peer, *, told: bool) -> None:
+    """Reset them, and have the server tell how it has loaded what it was `told`."""
+    await asyncio.gather(*(_reset(peer, path) for path in _CACHES), _ask_loaded(peer, told=told))
+
+
+async def _ask_loaded(peer: Peer, *, told: bool) -> None:
+    peer.loaded = {} if told else {"way": "reload", "reason": ""}
+    if told and "recorded" in peer.features:
+        answer = await peer.server.post("/collective_rpc", {"method": "vgen_weights"})
+        workers = answer["results"]
+        # where one worker of several reloads, bits were not compared everywhere
+        peer.loaded = next((found for found in workers if found.get("way") == "reload"), workers[0])
 
 
 async def _reset(peer: Peer, path: str) -> None:

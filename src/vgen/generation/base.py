@@ -351,8 +351,8 @@ class Generation:
         `version` defaults to the number after the last one, or to the count of syncs where that was no
         number. Unless told otherwise, the first sync to an engine, and the first after one that failed, is verified
         by log-probabilities: what it gives to the tokens of one prompt, and what the trainer's model does; while it
-        sleeps or is paused, as soon as it is awake. `verify="logprobs"` does so again;
-        `"bits"`, with an engine in this process, compares every destination with its source; `"none"` trusts.
+        sleeps or is paused, as soon as it is awake. `verify="logprobs"` does so again; `"bits"` compares every
+        destination with its source, where the engine copies by a record, else log-probabilities; `"none"` trusts.
 
         When anything fails the engine's weights are unknown: it is `failed` and refuses to generate until a later
         sync succeeds.

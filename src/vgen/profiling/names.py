@@ -154,8 +154,12 @@ PLAN_RELOADED = _attribute(
     "vgen.weight_sync.plan.reload_modules", "int", "Of these, how many went through the engine's own reload."
 )
 PLAN_WAY = _attribute(
-    "vgen.weight_sync.plan.way", "string", "How they were copied: `kernel`, `graph`, `foreach` or `reload`.", label=True
+    "vgen.weight_sync.plan.way",
+    "string",
+    "How the engine loaded them: `kernel` or `foreach` by its record, or `reload`; several servers' joined by `+`.",
+    label=True,
 )
+PLAN_REASON = _attribute("vgen.weight_sync.plan.reason", "string", "Why servers have reloaded: `plan.way` is `reload`.")
 VERIFY = _attribute(
     "vgen.weight_sync.verify.how",
     "string",
@@ -312,6 +316,7 @@ WEIGHT_SYNC = _span(
     PLAN_MODULES,
     PLAN_RELOADED,
     PLAN_WAY,
+    PLAN_REASON,
     VERIFY,
     VERIFY_REASON,
     VERIFY_DIFFERENCE,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import re
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import WeightSyncError
+from .spoil import said_of
 
 BUCKETS = 2
 ALIGNMENT = 64
@@ -21,6 +24,8 @@ LEFT_OPEN = "an earlier weight update was left open"
 """What a worker says of an update whose trainer is gone."""
 Described = tuple[str, str, list[int], int]
 """Name, dtype, shape and offset of a tensor in a bucket."""
+Form = tuple[str, str, list[int]]
+"""Name, dtype and shape of a tensor that will come."""
 
 
 class WeightSyncClient(Protocol):
@@ -76,8 +81,12 @@ class BucketTransfer(ABC):
             raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
         self.client = client
         """May be replaced by another that reaches the same servers."""
+        self.verify = False
+        """Whether servers that copy by their record compare every destination with its source."""
         self._bytes = bucket_bytes
         self._buckets: Sequence[Any] = ()
+        self._told = ""
+        """The name of the forms that the servers know."""
         self.copy_seconds = 0.0
         """Of the last `send`: spent on writing tensors into the buckets."""
         self.load_seconds = 0.0
@@ -97,7 +106,7 @@ class BucketTransfer(ABC):
         self.copy_seconds = self.load_seconds = 0.0
         self.buckets_sent = 0
         with self._closing():
-            self._open()
+            self._open(forms_of(source))
             self.client.start_weight_update()
             try:
                 with ThreadPoolExecutor(1, "vgen-weights") as sender:
@@ -117,15 +126,18 @@ class BucketTransfer(ABC):
         """Give the memory back."""
         for bucket in self._buckets:
             bucket.close()
-        self._buckets = ()
+        self._buckets, self._told = (), ""
 
     @abstractmethod
     def _make(self) -> Sequence[Bucket]:
         """Two new buckets."""
 
     @abstractmethod
-    def _introduce(self) -> None:
-        """Make the buckets known to the servers. Raises where an update is under way there, or they are unknown."""
+    def _introduce(self, forms: dict[str, Any]) -> None:
+        """Make the buckets known to the servers, and in the same call the `forms` of what will come in them.
+
+        Raises where an update is under way there, or they are unknown.
+        """
 
     @abstractmethod
     def _update(self, bucket: Any, last: bool) -> None:
@@ -142,22 +154,24 @@ class BucketTransfer(ABC):
                 raise
             raise as_sync_error(error) from error
 
-    def _open(self) -> None:
+    def _open(self, forms: dict[str, Any]) -> None:
         """Make sure that the servers know the buckets, and that nobody's update is half done there."""
         if self._buckets:
             try:
-                self._introduce()
+                self._introduce({"forms_name": forms["forms_name"]} if forms["forms_name"] == self._told else forms)
+                self._told = forms["forms_name"]
                 return
             except Exception:  # one was started anew, or has met another trainer since
                 self.close()
         self._buckets = self._make()
         try:
-            self._introduce()
+            self._introduce(forms)
         except Exception as error:
             if LEFT_OPEN not in str(error):
                 raise
             abort_update(self.client)
-            self._introduce()
+            self._introduce(forms)
+        self._told = forms["forms_name"]
 
     def _stream(self, source: Iterable[tuple[str, torch.Tensor]], sender: ThreadPoolExecutor) -> None:
         filling, loading = self._buckets
@@ -185,6 +199,15 @@ class BucketTransfer(ABC):
     def _send(self, bucket: Bucket, last: bool) -> None:
         self._update(bucket, last)
         self.buckets_sent += 1
+
+
+def forms_of(source: Any) -> dict[str, Any]:
+    """What a server is told of a source before its tensors come, and a name for that; no name where it says nothing."""
+    metadata = said_of(source)
+    if metadata is None:
+        return {"forms_name": ""}
+    forms: list[Form] = [(name, str(dtype).removeprefix("torch."), list(shape)) for name, shape, dtype in metadata]
+    return {"forms_name": hashlib.sha256(json.dumps(forms).encode()).hexdigest()[:16], "forms": forms}
 
 
 def _copy(place: torch.Tensor, tensor: torch.Tensor, size: int) -> None:

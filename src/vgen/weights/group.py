@@ -136,16 +136,16 @@ class GroupTransfer(BucketTransfer):
             self._store = TCPStore(self._address, self._port, None, True, wait, wait_for_workers=False)
         return [_Bucket(self._bytes, self._device, self._backend) for _ in range(BUCKETS)]
 
-    def _introduce(self) -> None:
+    def _introduce(self, forms: dict[str, Any]) -> None:
         if self._group is not None:  # that no update is open there, and that they have not left it
-            self.client.init_weight_transfer_engine({"group": {**self._described(), "joined": True}})
+            self.client.init_weight_transfer_engine({"group": {**self._described(), "joined": True}, **forms})
             return
         self.client.init_weight_transfer_engine({})  # raises where an update was left open: nobody would join then
         self._groups += 1
         joined: Future[Group] = Future()
         # Both sides wait for the other. Where a server refuses, nobody waits for this thread.
         Thread(target=self._join, args=(joined,), daemon=True).start()
-        self.client.init_weight_transfer_engine({"group": self._described()})
+        self.client.init_weight_transfer_engine({"group": self._described(), **forms})
         self._group = joined.result(self._timeout)
 
     def _join(self, joined: Future[Group]) -> None:
@@ -173,7 +173,8 @@ class GroupTransfer(BucketTransfer):
             bucket.filled.synchronize()
         under_way = group.broadcast(bucket.memory[: bucket.used]) if bucket.used else None
         try:
-            self.client.update_weights({"bytes": bucket.used, "tensors": bucket.tensors, "last": last})
+            update = {"bytes": bucket.used, "tensors": bucket.tensors, "verify": self.verify, "last": last}
+            self.client.update_weights(update)
             if under_way is not None:
                 group.wait(under_way)
         except BaseException:

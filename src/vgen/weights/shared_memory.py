@@ -10,6 +10,7 @@ import stat
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,13 +41,14 @@ class SharedMemoryTransfer(BucketTransfer):
         make_directory(self._directory)
         return [_Bucket(self._directory, self._bytes) for _ in range(BUCKETS)]
 
-    def _introduce(self) -> None:
-        self.client.init_weight_transfer_engine({"paths": [bucket.path for bucket in self._buckets]})
+    def _introduce(self, forms: dict[str, Any]) -> None:
+        self.client.init_weight_transfer_engine({"paths": [bucket.path for bucket in self._buckets], **forms})
         for bucket in self._buckets:
             bucket.unlink()
 
     def _update(self, bucket: _Bucket, last: bool) -> None:
-        self.client.update_weights({"path": bucket.path, "tensors": bucket.tensors, "last": last})
+        update = {"path": bucket.path, "tensors": bucket.tensors, "verify": self.verify, "last": last}
+        self.client.update_weights(update)
 
 
 class _Bucket(Bucket):

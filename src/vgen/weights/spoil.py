@@ -25,6 +25,10 @@ class RandomWeights:
         self._metadata, self._device = metadata, device
         self._seeds = seeds or {name: index for index, (name, *_) in enumerate(metadata)}
 
+    def metadata(self) -> Metadata:
+        """As it was given."""
+        return self._metadata
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator(self._device)
         own: dict[str, Any] = dict(generator=generator, device=self._device)
@@ -39,6 +43,14 @@ class RandomWeights:
 
 def metadata_of(source: Any) -> Metadata:
     """Name, shape and dtype of what a pass yields: the source's own word, or by making one."""
-    if (own := getattr(source, "metadata", None)) is not None:
-        return list(own())
+    if (own := said_of(source)) is not None:
+        return own
     return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in source]
+
+
+def said_of(source: Any) -> Metadata | None:
+    """What a source says itself of its passes, vLLM's own sources in their way; None where it says nothing."""
+    own = getattr(source, "metadata", None)
+    if own is None:
+        return None
+    return [(each.name, tuple(each.shape), each.dtype) if hasattr(each, "dtype") else tuple(each) for each in own()]

@@ -22,9 +22,10 @@ from vllm.distributed.weight_transfer import base, factory
 from ..engines.lifeline import follow_parent
 from ..engines.reload import Reload
 from ..errors import WeightSyncError
-from .buckets import BUCKETS, LEFT_OPEN, Described
+from .buckets import BUCKETS, LEFT_OPEN, Described, Form
 from .group import Receiver
 from .recorded import RecordedCopy
+from .recorder import Metadata
 from .resident import UNKNOWN, NotResident, ResidentWeights
 from .shared_memory import BACKEND, BUCKET_BYTES, SharedMemoryTransfer, shared_directory
 
@@ -55,6 +56,10 @@ class InitInfo(base.WeightTransferInitInfo):
     """The rank in that group of this server's first worker."""
     table: dict[str, Any] | None = None
     """Where the weights lie on this very GPU: see `resident.Table`."""
+    forms: list[Form] | None = None
+    """What will come in its buckets."""
+    forms_name: str = ""
+    """A name for these, which alone is said again."""
 
 
 @dataclass
@@ -74,7 +79,7 @@ class UpdateInfo(base.WeightTransferUpdateInfo):
 
 
 class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads what a trainer sends: buckets by vLLM's layerwise reload, weights on its own GPU by the recorded copy.
+    """Loads what a trainer sends: by the recorded copy where that is safe, else by vLLM's layerwise reload.
 
     All ranks of a server agree on whether a bucket was loaded, and the last one alone raises: vLLM's executor
     reads no further than the first error, and would take the others' for the answers to its next calls.
@@ -96,6 +101,7 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver: Receiver | None = None
         self._resident: ResidentWeights | None = None
         self._recorded = RecordedCopy(receiver="server")
+        self._forms: tuple[str, Metadata] | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """A new trainer. Raises where it shares nothing with this worker, or found an update left open."""
@@ -107,6 +113,7 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
                 self._join(init_info.group, init_info.rank_offset)
             if problem is None and init_info.table is not None:
                 self._attach(init_info.table)
+            self._expect(init_info)
         except (OSError, WeightSyncError) as error:
             problem = problem or str(error)
         self._agree(problem)
@@ -147,10 +154,13 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
                 receiver="server",
             )
 
+    def loaded(self) -> dict[str, Any]:
+        """How the last weights were loaded, and why not by the record where they were not."""
+        return {"way": self._recorded.way, "reason": self._recorded.reason}
+
     def _load(self, update_info: UpdateInfo) -> tuple[str, ...]:
-        if self._reload is None:
-            self._reload = Reload(self.model, self.model_config)
-            self._reload.start()
+        if self._reload is None and not self._recorded.under_way:
+            self._begin(update_info.verify)
         if update_info.bytes is None:
             mapping = self._mapping(update_info.path)
             tensors = _tensors(update_info.tensors, mapping.memory())
@@ -158,6 +168,9 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
             tensors = _tensors(update_info.tensors, self._receiver.receive(update_info.bytes))
         else:
             raise WeightSyncError("it is in no group with its trainer", phase="transfer", receiver="server")
+        if self._reload is None:
+            self._recorded.take(tensors, last=update_info.last)
+            return ()
         with _partial_loads():
             self._reload.load_part(tensors)
         if not update_info.last:
@@ -165,12 +178,33 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         missing, self._reload = self._reload.finish(), None
         return missing
 
+    def _begin(self, verify: bool) -> None:
+        """Get ready for the first of several buckets."""
+        self._recorded.forget()  # whether the server has slept since is not known here
+        if not self._recorded.begin(self._runner(), self._forms and self._forms[1], verify=verify):
+            self._reload = Reload(self.model, self.model_config)
+            self._reload.start()
+
+    def _expect(self, init_info: InitInfo) -> None:
+        """What comes in buckets from now on."""
+        if self._forms is not None and self._forms[0] == init_info.forms_name:
+            return
+        self._forms = None
+        if init_info.forms is not None:
+            known = [(name, tuple(shape), _dtype(kind, name)) for name, kind, shape in init_info.forms]
+            self._forms = init_info.forms_name, known
+            self._recorded = RecordedCopy(receiver="server")  # what was not safe for others may be for these
+
+    def _runner(self) -> Any:
+        """What a `RecordedCopy` asks of one. vLLM's worker resets the state of adapters when an update is finished."""
+        model, config = self.model, self.model_config
+        return SimpleNamespace(get_model=lambda: model, model_config=config, reset_lora_state=lambda: None)
+
     def _copy(self, update_info: UpdateInfo) -> tuple[str, ...]:
         if self._resident is None or self._resident.name != update_info.table:
             raise WeightSyncError(UNKNOWN, phase="transfer", receiver="server")
-        like = dict(get_model=lambda: self.model, model_config=self.model_config, reset_lora_state=_no_more)
-        self._recorded.forget()  # whether the server has slept since is not known here
-        return self._recorded.load(SimpleNamespace(**like), self._resident, verify=update_info.verify)
+        self._recorded.forget()  # as in `_begin`
+        return self._recorded.load(self._runner(), self._resident, verify=update_info.verify)
 
     def _join(self, group: dict[str, Any], rank_offset: int) -> None:
         name = group["address"], group["port"], group["name"]
@@ -219,6 +253,7 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _cancel(self) -> None:
         """Put the layers of an unfinished reload back."""
+        self._recorded.give_up()
         if self._reload is not None:
             self._reload.cancel()
             self._reload = None
@@ -296,9 +331,9 @@ class _Mapping:
 def _tensors(described: list[Described], memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor as a view of the bucket's memory."""
     for name, dtype_name, shape, offset in described:
-        dtype = getattr(torch, dtype_name, None)
-        if not isinstance(dtype, torch.dtype) or min([offset, *shape], default=0) < 0:
-            raise _misdescribed(name, f"dtype {dtype_name!r}, shape {shape}, offset {offset}")
+        dtype = _dtype(dtype_name, name)
+        if min([offset, *shape], default=0) < 0:
+            raise _misdescribed(name, f"shape {shape}, offset {offset}")
         count = prod(shape) * dtype.itemsize
         if offset + count > memory.numel():
             raise _misdescribed(name, f"it ends beyond the {memory.numel()} bytes of its bucket")
@@ -308,8 +343,11 @@ def _tensors(described: list[Described], memory: torch.Tensor) -> Iterator[tuple
             yield name, memory[offset : offset + count].view(dtype).view(shape)
 
 
-def _no_more() -> None:
-    """vLLM's worker resets the state of its adapters itself, when an update is finished."""
+def _dtype(kind: str, name: str) -> torch.dtype:
+    found = getattr(torch, kind, None)
+    if not isinstance(found, torch.dtype):
+        raise _misdescribed(name, f"dtype {kind!r}")
+    return found
 
 
 def _misdescribed(name: str, problem: str) -> WeightSyncError:

@@ -1,0 +1,136 @@
+"""Buckets to real servers that keep weights as they are loaded: copied by the record, and bits compared on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import MODELS, three_times
+from transfers import FAILURE_NAMES, SMALL, Changed, interrupted, missing, randomize, unknown, wrong_shape
+
+from vgen import ProfilingContext, Sampling, ServerGeneration, WeightSyncError
+from vgen.demo import max_logprob_difference
+from vgen.engines.launch import start_server
+from vgen.profiling import names
+from vgen.testing import MemorySink
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ["--max-model-len", "256", "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20)]
+KEEP_LAYOUT = '''
+import importlib.abc, importlib.util, sys
+
+class Keeping(importlib.abc.MetaPathFinder):
+    """As on a GPU, linear layers keep their weights as they are loaded."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "vllm._custom_ops":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            module._supports_onednn = False
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Keeping())
+'''
+
+
+def served(folder: Path, workers: int) -> Any:
+    """A server whose processes all keep the layout."""
+    own = folder / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text(KEEP_LAYOUT)
+    environment = {"PYTHONPATH": str(own)}
+    return start_server(folder, arguments=ARGUMENTS, environment=environment, tensor_parallel_size=workers)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "tensor-parallel"])
+def plain(request, tmp_path_factory) -> Iterator[tuple[Any, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("plain")
+    model = MODELS["qwen2"](folder)
+    with served(folder, request.param) as server:
+        yield model, dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
+
+
+def syncs(sink: MemorySink) -> list[Any]:
+    return [span.attributes for span in sink.named(names.WEIGHT_SYNC)]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("bucket_bytes", [SMALL, 256 << 20])
+def test_the_record_brings_fresh_weights_three_times_and_bits_are_compared(plain, transport, bucket_bytes):
+    (model, keys), sink = plain, MemorySink()
+    more = dict(weight_transport=transport, bucket_bytes=bucket_bytes, profiling=ProfilingContext([sink]))
+    with ServerGeneration(model, **keys, **more) as generation:
+        three_times(model, generation)
+        randomize(model)
+        generation.sync_weights(verify="bits")
+        assert max_logprob_difference(model, generation.generate([[5, 6]], Sampling(max_tokens=8))) <= 1e-4
+    first, *others, last = syncs(sink)  # with the one before the first rollout, where another trainer was there before
+    found = [first, *others, last]
+    assert (first[names.VERIFY], last[names.VERIFY]) == ("logprobs", "bits")
+    assert not any(names.VERIFY in attributes for attributes in others)
+    assert {attributes[names.PLAN_WAY] for attributes in found} == {"foreach"}
+    assert {attributes[names.TRANSPORT] for attributes in found} == {transport}
+    assert not any(names.PLAN_REASON in attributes for attributes in found)
+
+
+K_PROJ, LAST, NORM = "model.layers.1.self_attn.k_proj.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"
+FAILURES = [
+    (wrong_shape(K_PROJ), K_PROJ, "size of"),
+    (wrong_shape(LAST), LAST, "size of"),
+    (missing(K_PROJ), K_PROJ, "does not provide it"),
+    (missing(NORM), NORM, "does not provide it"),
+    (unknown, "model.layers.0.unheard_of.weight", "no such tensor"),
+    (interrupted, None, "the gather broke off"),
+]
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "gloo"])
+@pytest.mark.parametrize(("change", "parameter", "says"), FAILURES, ids=FAILURE_NAMES)
+def test_what_is_not_as_it_was_announced_is_named_and_the_next_sync_is_right(plain, transport, change, parameter, says):
+    model, keys = plain
+    with ServerGeneration(model, **keys, weight_transport=transport, bucket_bytes=SMALL) as generation:
+        generation.sync_weights()
+        own = generation._source
+        generation._source = Changed(model, change)
+        with pytest.raises(WeightSyncError, match=says) as caught:
+            generation.sync_weights()
+        assert caught.value.parameter == parameter
+        assert generation.state == "failed"
+        generation._source = own
+        randomize(model)
+        generation.sync_weights()
+        assert max_logprob_difference(model, generation.generate([[5, 6]], Sampling(max_tokens=8))) <= 1e-4
+
+
+class Unannounced:
+    """A source that does not say beforehand what it yields."""
+
+    bytes = tensors = 0
+    seconds = 0.0
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._source
+
+
+def test_what_is_not_announced_is_reloaded_and_the_next_that_is_is_not(plain):
+    (model, keys), sink = plain, MemorySink()
+    with ServerGeneration(model, **keys, profiling=ProfilingContext([sink])) as generation:
+        own = generation._source
+        for source in (own, Unannounced(own), own):
+            generation._source = source
+            randomize(model)
+            generation.sync_weights(verify="none")
+            assert max_logprob_difference(model, generation.generate([[5, 6]], Sampling(max_tokens=8))) <= 1e-4
+    assert [attributes[names.PLAN_WAY] for attributes in syncs(sink)] == ["foreach", "reload", "foreach"]
+    assert [attributes.get(names.PLAN_REASON, "")[:11] for attributes in syncs(sink)] == ["", "the trainer", ""]
