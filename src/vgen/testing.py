@@ -342,11 +342,12 @@ class FaultyServer:
         from .engines import frames
 
         batch, now = frames.decode_request(raw), time.monotonic()
+        version = self.answers.get("/weight_info", {}).get("weight_version", "default")
         sent: list[frames.Frame] = []
         for index, wanted in enumerate(batch.wanted):
             ids = frames.to_ints(batch.prompts[wanted.prompt])[: batch.sampling.get("max_tokens", 256)]
             times = (now - 0.005, now - 0.004, now - 0.003, now - 0.002, now - 0.002, now)
-            own = frames.ints(ids), frames.floats(0.0 for _ in ids), None, None, [("default", 0, len(ids))], times
+            own = frames.ints(ids), frames.floats(0.0 for _ in ids), None, None, [(version, 0, len(ids))], times
             sent.append(frames.Done(index, "length", *own, now, 0, 0))
         change: Any = fault if callable(fault) else lambda frame: frame
         content = b"".join(frames.pack(change(frame)) for frame in (*sent, frames.End()))

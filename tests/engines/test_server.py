@@ -319,6 +319,28 @@ def test_a_server_that_comes_back_with_other_weights_is_left_out_until_the_next_
             assert calls(other, COMPLETIONS) != []
 
 
+@pytest.mark.parametrize("features", [(), ("batch", "lease")])
+def test_a_server_that_was_started_anew_while_nobody_looked_is_left_out_until_the_next_sync(features, caplog):
+    path = BATCH if features else COMPLETIONS
+    with FaultyServer(features=features) as one, FaultyServer(features=features) as other:
+        for each in (one, other):
+            each.answers["/weight_info"] = {"weight_version": "0"}
+        with generation(one, other) as made:
+            made.generate(PROMPTS)
+            assert calls(other, path) != []
+            other.answers["/weight_info"] = {"weight_version": "default"}
+            for _ in range(2):
+                seen = []
+                rollouts = made.generate(PROMPTS, on_completion=seen.append)
+                assert tokens(rollouts) == PROMPTS
+                assert len(seen) == 20
+                assert {completion.server for completion in rollouts} == {one.url}
+            assert "is back with weights 'default', not '0'" in caplog.text
+            one.answers["/weight_info"] = {"weight_version": "default"}
+            with pytest.raises(ServerError, match=r"started anew|sync_weights\(\) that reaches it helps"):
+                made.generate(PROMPTS)
+
+
 def test_weights_of_another_trainers_are_replaced_before_the_first_token(server):
     pytest.importorskip("safetensors")
     server.answers["/weight_info"] = {"weight_version": "step-7"}

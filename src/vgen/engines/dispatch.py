@@ -16,7 +16,7 @@ from ..errors import EngineError, ServerError
 from ..types import Completion
 from . import batches, completions
 from .base import Batch, Request, refused_by
-from .peer import Peer
+from .peer import Peer, started_anew
 
 CONCURRENCY = 1024
 """Calls that one server is given at a time, where each is for one completion."""
@@ -220,26 +220,29 @@ class _Load:
 
 async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
     """One call; an error that may be the server's puts what was not answered back for others and is returned."""
-    work, start, tokens = load.work, time.monotonic(), 0
+    work, peer, start, tokens = load.work, load.peer, time.monotonic(), 0
     waiting = {place(request): request for request in requests}
+    expected = peer.weight_version
     failed: ServerError | None = None
     try:
         async with aclosing(load.answers(requests)) as answers:
             async for answer in answers:
                 load.outstanding -= 1
                 if isinstance(answer, Completion):
-                    del waiting[answer.prompt_index, answer.generation_index]
-                    tokens += len(answer.token_ids)
-                    work.answer(answer)
-                    continue
-                request, error = answer
-                del waiting[place(request)]
-                failed = error
-                work.put_back([request], error, load.peer.name)
-        load.peer.measured(tokens, time.monotonic() - start)
+                    request = waiting.pop((answer.prompt_index, answer.generation_index))
+                    if not started_anew(answer.weight_version, expected):
+                        tokens += len(answer.token_ids)
+                        work.answer(answer)
+                        continue
+                    failed = ServerError("it was started anew, and holds other weights", url=peer.name, retryable=True)
+                else:
+                    request, failed = answer
+                    del waiting[place(request)]
+                work.put_back([request], failed, peer.name)
+        peer.measured(tokens, time.monotonic() - start)
     except ServerError as error:
         load.outstanding -= len(waiting)
-        if error.status == 400 and "batch" in load.peer.features:
+        if error.status == 400 and "batch" in peer.features:
             raise ValueError(error.said) from error  # of all: a prompt that it refuses is answered by itself
         if error.status in REFUSALS:
             if len(requests) == 1:
@@ -249,6 +252,6 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
                 work.waiting.extendleft(reversed(requests))
                 work.notify()
             return None
-        work.put_back(list(waiting.values()), error, load.peer.name)
+        work.put_back(list(waiting.values()), error, peer.name)
         return error
     return failed

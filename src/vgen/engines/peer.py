@@ -138,6 +138,11 @@ class Peer:
             rate = tokens / seconds
             self.speed = rate if self.speed is None else 0.7 * self.speed + 0.3 * rate
 
+    async def look(self) -> None:
+        """Whether a server whose completions do not say so was started anew while nobody looked: it is lost then."""
+        with suppress(ServerError):  # what it is asked next says so as well
+            self.lost = started_anew(await held_version(self.server), self.weight_version)
+
     async def back(self) -> bool:
         """Whether a server that was lost is there again, with the weights that it should hold."""
         try:
@@ -155,6 +160,11 @@ class Peer:
             return False
         self.lost = False
         return True
+
+
+def started_anew(holds: str | None, expected: str | None) -> bool:
+    """Whether a server that should hold `expected` has the weights again that it starts with."""
+    return holds == STOCK_VERSION and expected not in (None, STOCK_VERSION)
 
 
 async def describe(server: Server, shape: Collection[str] = ()) -> Peer:

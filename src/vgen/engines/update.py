@@ -27,7 +27,7 @@ from . import weights_route
 from .base import PauseMode, Source, SyncTrace, Transport
 from .control import this_host
 from .http import Loop
-from .peer import STOCK_VERSION, Peer, held_version
+from .peer import Peer, held_version, started_anew
 
 logger = logging.getLogger("vgen.engines.server")
 
@@ -158,7 +158,7 @@ class Updater:
         async def version(peer: Peer) -> str | ServerError | None:
             try:
                 held = await held_version(peer.server)
-                if peer.lost or held == STOCK_VERSION != peer.weight_version:
+                if peer.lost or started_anew(held, peer.weight_version):
                     await peer.rejoin(self._timeout)  # it has been started anew
                 return held
             except ServerError as error:
