@@ -57,13 +57,14 @@ class EngineError(VgenError, RuntimeError):
 class WeightSyncError(VgenError, RuntimeError):
     """New weights did not arrive whole, so the engine's weights are unknown and it refuses to generate.
 
-    `phase` is where it happened (a span name's last word), `parameter` the first parameter concerned,
+    `problem` is what happened, `phase` where (a span name's last word), `parameter` the first parameter concerned,
     `receiver` which engine or server. The next full sync that succeeds brings the engine back.
     """
 
     def __init__(self, problem: str, *, phase: str, parameter: str | None = None, receiver: str = "engine") -> None:
         where = f" at parameter {parameter!r}" if parameter else ""
         super().__init__(f"weight sync failed in phase {phase!r} of {receiver}{where}: {problem}")
+        self.problem = problem
         self.phase = phase
         self.parameter = parameter
         self.receiver = receiver

@@ -244,19 +244,37 @@ def test_weights_that_come_asleep_are_looked_at_when_it_wakes(real, monkeypatch)
     assert agrees(real.model, real.generation.generate([[1, 2]], Sampling(max_tokens=8)))
 
 
-@pytest.mark.parametrize(
-    ("collective", "other", "due"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_ranks_that_ask_a_model_together_agree_whether_they_do(real, monkeypatch, collective, other, due):
+@pytest.mark.parametrize("collective", [True, False])
+def test_ranks_that_ask_a_model_together_agree_whether_they_do_and_fail_together(real, monkeypatch, collective):
+    asked, answers = [], []
+
     def gather(everyone, own):
-        everyone[:] = [own, other]
+        asked.append(own)
+        everyone[:] = [own, answers.pop(0)]
 
     real.generation.sync_weights(verify="logprobs")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    monkeypatch.setattr(real.generation._source, "was_collective", collective)
-    assert real.generation.engine._due(real.generation._source) is due
+
+    def sync():
+        real.generation._source.was_collective = collective  # as the last pass has left it
+        real.generation.sync_weights()
+
+    answers = [True, None, None, None]
+    sync()
+    found = real.sink.named(names.WEIGHT_SYNC)[-1].attributes.get(names.VERIFY)
+    assert (found, asked) == (("logprobs", [False, None, None, None]) if collective else (None, []))
+    if collective:
+        answers = [False, ("it does not fit", "load", "lm_head.weight", "colocate")]
+        with pytest.raises(WeightSyncError, match="it does not fit") as caught:
+            sync()
+        assert (caught.value.phase, caught.value.parameter) == ("load", "lm_head.weight")
+        assert caught.value.receiver == "colocate of rank 1"
+        assert real.generation.state is EngineState.FAILED
+        answers = [False, None, None, None]
+        sync()
+        assert real.sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY] == "logprobs"
 
 
 def test_after_a_sync_that_failed_the_next_is_verified(real, monkeypatch):

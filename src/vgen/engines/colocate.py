@@ -17,7 +17,7 @@ from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
 from ..weights.recorded import RecordedCopy
 from ..weights.source import one_pass
-from ..weights.verified import Deferred, take_part, verified
+from ..weights.verified import Deferred, verified
 from .adapters import Adapters
 from .admission import Admission
 from .base import Batch, InProcess, PauseMode, Request, Source, SyncTrace, Verify
@@ -25,6 +25,7 @@ from .logprobs import number
 from .memory import Reading, slept, woken
 from .preserve import Randomness, process_group, unchanged_process
 from .timing import times_of, timing
+from .together import Together
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM would otherwise take `gpu_memory_utilization` of the machine's memory for the KV cache."""
@@ -84,6 +85,8 @@ class ColocateEngine:
         self.dtype, self.quantization = str(config.dtype).removeprefix("torch."), config.quantization
         self._awake, self._verified = True, False
         self._deferred: Deferred | None = None
+        self._together = Together(alone=True)
+        """The ranks of the last sync."""
         self._adapters, self._admission = Adapters(self._llm), Admission(self._engine)
         self._weights = RecordedCopy(receiver=self.kind, transport=weight_transport)
         self._engine.set_weight_version(weight_version)
@@ -150,19 +153,16 @@ class ColocateEngine:
         """Copy the weights by a record of the loader, or run vLLM's own reload; then reset the caches.
 
         Nothing is in flight meanwhile. Where bits cannot be compared, because the engine has repacked its weights,
-        log-probabilities are.
+        log-probabilities are. Ranks that gather a sharded model together, or share the engine, fail together.
         """
         weights, bits, before = self._weights, verify == "bits", self._verified
-        first = verify is None and self._due(source)
+        together = self._together = Together(alone=not self._shared(source))
+        first = verify is None and together.any(not before)
         self._verified, self._deferred = False, None  # until this sync has succeeded
         try:
-            with trace.phase("load") as span, one_pass(source):
+            with together.one_fate("load"), trace.phase("load") as span, one_pass(source):
                 self._load(source, bits)
                 span.set({names.GATHER_SECONDS: source.seconds})
-        except WeightSyncError:
-            if first or verify == "logprobs":
-                take_part([self], source)
-            raise
         finally:
             trace.set(
                 {
@@ -174,33 +174,30 @@ class ColocateEngine:
                     names.VERIFY: "bits" if bits and weights.trusted else None,
                 }
             )
-        with trace.phase("reset_cache"):
+        with together.one_fate("reset_cache"), trace.phase("reset_cache"):
             self._reset_caches()
             self._engine.set_weight_version(version)
-        if first or verify == "logprobs" or (bits and not weights.trusted):
-            self._deferred = verified([self], source, trace, awake=self._awake, asked=not first)
+        if first or verify == "logprobs" or (bits and together.any(not weights.trusted)):
+            with together.one_fate("verify"):
+                self._deferred = verified([self], source, trace, awake=self._awake, asked=not first)
         self._verified = self._deferred is None and (before or first or verify in ("bits", "logprobs"))
 
     def verify(self, trace: SyncTrace) -> None:
         """Compare log-probabilities, where a sync came while the engine was asleep."""
         if self._awake and self._deferred is not None:
             deferred, self._deferred = self._deferred, None
-            deferred.compare(trace)
+            with self._together.one_fate("verify"):
+                deferred.compare(trace)
             self._verified = True
 
-    def _due(self, source: Source) -> bool:
-        """Whether a sync is to be verified unasked. Ranks that can only do so together are of one mind."""
-        due = not self._verified
-        if not torch.distributed.is_initialized():
-            return due
+    def _shared(self, source: Source) -> bool:
+        """Whether ranks can only sync at once: they gather a sharded model, or are the workers of one engine."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return False
         collective = getattr(source, "was_collective", None)
         if collective is None:
             collective = getattr(source, "collective", False)
-        if not collective and self._engine.vllm_config.parallel_config.world_size == 1:
-            return due
-        everyone = [due] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, due)
-        return any(everyone)
+        return bool(collective) or self._engine.vllm_config.parallel_config.world_size > 1
 
     def _load(self, source: Source, verify: bool) -> None:
         def load(worker: Any) -> tuple[str, ...]:

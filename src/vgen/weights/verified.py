@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,14 +74,6 @@ def _phase(engines: Sequence[Probed], trace: SyncTrace, asked: bool) -> Generato
         finally:
             span.set(found)
             trace.set(found)
-
-
-def take_part(engines: Sequence[Probed], source: Source) -> None:
-    """Where another rank will verify its own engine: run a sharded model with it, which would wait otherwise."""
-    model = model_of(source)
-    if model is not None and getattr(source, "collective", False):
-        with suppress(CannotProbe):
-            _ask(source, model, probe_of(engines, model))
 
 
 def _ask(source: Source, model: torch.nn.Module, token_ids: list[int]) -> Said:

@@ -1,0 +1,32 @@
+"""An FSDP2 trainer of two ranks on the CPU with vLLM in its own processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vgen.testing import tiny_model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_a_sharded_model_in_process_is_synced_and_verified_together(tmp_path, tensor_parallel_size):
+    tiny_model(tmp_path / "model")
+    worker = Path(__file__).with_name("ranks_sharded.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    command += [str(tmp_path / "model"), str(tensor_parallel_size), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert max(found["own"]) <= 1e-4
+        assert min(found["stale"]) > 1e-3
+        receiver = "colocate" if rank == 1 else "colocate of rank 1"
+        assert found["failed"] == [["as injected", "load", receiver, "failed"]] * 3
+        assert found["woken"] == "logprobs"
+        # and after each sync that failed, on either rank, the next one is verified on both
+        assert found["verified"] == ["logprobs", None, "deferred", *[None, "logprobs"] * 3]
