@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,49 @@ def test_a_tied_model_of_either_dtype_in_this_process(tmp_path, dtype):
             transfer.send(ModuleSource(model))
             generation.engine.llm.reset_prefix_cache()
             assert off() <= (1e-4 if dtype is torch.float32 else 0.05) < before
+
+
+def test_an_engine_that_keeps_weights_as_they_are_loaded_copies_them_by_its_record(tmp_path, monkeypatch):
+    import vllm._custom_ops as ops
+
+    from vgen import ColocateGeneration, Sampling
+    from vgen.demo import max_logprob_difference
+
+    monkeypatch.setattr(ops, "_supports_onednn", False)  # as on a GPU
+    model, _ = tiny_model(tmp_path)
+    settings = {"weight_transfer_config": {"backend": "vgen_shm"}, "kv_cache_memory_bytes": 16 << 20}
+    with ColocateGeneration(model, max_model_length=256, engine_kwargs=settings) as generation:
+
+        def off() -> float:
+            generation.engine.llm.reset_prefix_cache()
+            return max_logprob_difference(model, generation.generate([[5, 6, 7]], Sampling(max_tokens=16), 4))
+
+        def way() -> str:
+            (found,) = generation.engine.llm.collective_rpc(lambda worker: worker.weight_transfer_engine.loaded())
+            return found["way"]
+
+        for size in (SMALL, 256 << 20):
+            transfer = SharedMemoryTransfer(InProcess(generation.engine), bucket_bytes=size)
+            for verify in (False, True):
+                randomize(model)
+                before, transfer.verify = off(), verify
+                transfer.send(ModuleSource(model))
+                assert off() <= 1e-4 < before
+                assert way() == "foreach"
+            for change, parameter, says in FAILURES:
+                with pytest.raises(WeightSyncError) as caught:
+                    transfer.send(Changed(model, change))
+                assert caught.value.parameter == parameter
+                assert re.search(OF_THE_RECORD.get(says, says), str(caught.value))
+                randomize(model)
+                transfer.send(ModuleSource(model))
+                assert off() <= 1e-4
+                assert way() == "foreach"
+            transfer.close()
+
+
+OF_THE_RECORD = {"does not fit": r"a size of \[271, 128\]", "no module or parameter": "no such tensor"}
+"""What is said instead by a record, which knows beforehand what will come."""
 
 
 def test_it_is_registered_with_both_of_vllms_factories():
