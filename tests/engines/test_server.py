@@ -132,6 +132,7 @@ def test_when_nobody_is_left_it_ends_within_the_deadline(server, fault):
         assert time.monotonic() - start < 10.0
         assert caught.value.url == server.url
         server.faults.clear()
+        made.engine._timeout = 20.0  # other tests' engines are at work beside this one
         assert len(made.generate(PROMPTS)) == 20  # it is back, with the weights that it should hold
 
 
@@ -317,6 +318,21 @@ def test_a_server_that_comes_back_with_other_weights_is_left_out_until_the_next_
                 each.answers["/weight_info"] = {"weight_version": "1"}
             assert tokens(made.generate(PROMPTS)) == PROMPTS
             assert calls(other, COMPLETIONS) != []
+
+
+def test_a_server_of_an_older_vgen_is_not_told_what_will_come():
+    ours = ("batch", "lease", "shared_memory")
+    with FaultyServer(features=ours) as older, FaultyServer(features=(*ours, "recorded")) as newer:
+        with generation(older, newer) as made:
+            made.sync_weights(verify="none")
+            made.sync_weights(verify="none")
+        (first, again), introduced = [
+            [body["init_info"] for body in calls(each, "/init_weight_transfer_engine")] for each in (newer, older)
+        ]
+    assert [sorted(each) for each in introduced] == [["paths"]] * 2
+    assert first["forms"] == [["weight", "float32", [2]]]
+    assert sorted(again) == ["forms_name", "paths"]  # once is enough
+    assert again["forms_name"] == first["forms_name"]
 
 
 @pytest.mark.parametrize("features", [(), ("batch", "lease")])

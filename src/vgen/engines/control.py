@@ -165,12 +165,11 @@ class ControlMiddleware:
         config = getattr(state, "vllm_config", None)
         model = getattr(config, "model_config", None)
         backend = getattr(getattr(config, "weight_transfer_config", None), "backend", None)
-        ours = ["shared_memory", "group", "resident"] if backend == "vgen_shm" else []
+        ours = ["shared_memory", "group", "resident", "recorded"] if backend == "vgen_shm" else []
         extended = getattr(getattr(config, "parallel_config", None), "worker_extension_cls", "") == EXTENSION
-        told = ["memory", *(["recorded"] if ours else [])] if extended else []
         return {
             "vgen": __version__,
-            "features": [*FEATURES, *ours, *told],
+            "features": [*FEATURES, *ours, *(["memory"] if extended else [])],
             "lease": self._leases.describe(),
             "weights": self._weights,
             "model": getattr(model, "model", None),

@@ -125,6 +125,11 @@ class Peer:
     def name(self) -> str:
         return self.server.name
 
+    @property
+    def tells(self) -> bool:
+        """Whether it says how its weights were loaded: it has vgen's methods in its workers."""
+        return {"recorded", "memory"} <= self.features
+
     async def rejoin(self, timeout: float) -> None:
         """Be again the one who may change a server that was started anew."""
         self.adapters.clear()

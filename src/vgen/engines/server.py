@@ -112,7 +112,7 @@ class ServerEngine:
             port=weights_port,
             timeout=timeout,
         )
-        if any("recorded" in peer.features for peer in self._peers):
+        if any(peer.tells for peer in self._peers):
             self.verifications = ("bits", *self.verifications)
         self.model: str = self._peers[0].model
         self.max_model_length: int = min(peer.max_model_length for peer in self._peers)

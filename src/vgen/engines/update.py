@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ServerError, WeightSyncError
 from ..profiling import Span, names
-from ..weights.buckets import as_sync_error
+from ..weights.buckets import FORMS, as_sync_error
 from ..weights.checkpoint import write_checkpoint
 from ..weights.group import Backend, GroupTransfer
 from ..weights.probe import obstacle
@@ -311,7 +311,7 @@ async def _reset_caches(peer: Peer, *, told: bool) -> None:
 
 async def _ask_loaded(peer: Peer, *, told: bool) -> None:
     peer.loaded = {} if told else {"way": "reload", "reason": ""}
-    if told and "recorded" in peer.features:
+    if told and peer.tells:
         answer = await peer.server.post("/collective_rpc", {"method": "vgen_weights"})
         workers = answer["results"]
         # where one worker of several reloads, bits were not compared everywhere
@@ -355,7 +355,7 @@ class _Fleet:
         self._seconds: dict[str, list[float]] = {}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """In a group each server has a place of its own."""
+        """In a group each server has a place of its own; one of an older vgen is not told what will come."""
         offsets, offset = dict[str, int](), 1
         for peer in self._peers:
             offsets[peer.name] = offset
@@ -363,7 +363,8 @@ class _Fleet:
 
         def body(peer: Peer) -> Any:
             own = {"rank_offset": offsets[peer.name]} if "group" in init_info else {}
-            return {"init_info": {**init_info, **own}}
+            known = "recorded" in peer.features
+            return {"init_info": {name: told for name, told in init_info.items() if known or name not in FORMS} | own}
 
         self._post("/init_weight_transfer_engine", "transfer", body)
 

@@ -28,6 +28,10 @@ Form = tuple[str, str, list[int]]
 """Name, dtype and shape of a tensor that will come."""
 
 
+FORMS = ("forms", "forms_name")
+"""What an introduction says of the tensors that will come."""
+
+
 class WeightSyncClient(Protocol):
     """vLLM's own protocol for whoever drives a weight update; it is structural, and this repeats it."""
 
