@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -161,9 +162,27 @@ def test_sigterm_while_it_starts_ends_it_with_status_zero(tmp_path):
     assert within(60, lambda: command.children(recursive=True))
     children = command.children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
     assert alive(children) == []
+
+
+def test_a_signal_in_the_middle_of_starting_to_repeat_the_log_is_heard(tmp_path, monkeypatch):
+    from vgen.engines.serve import _Log
+
+    class Interrupted(BaseException):
+        pass
+
+    def start(thread):
+        raise Interrupted
+
+    log = _Log()
+    (tmp_path / "log").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(Interrupted):
+            log.follow(tmp_path / "log")
+    log.close()
 
 
 @pytest.mark.slow

@@ -101,8 +101,9 @@ class _Log:
         self._thread: threading.Thread | None = None
 
     def follow(self, path: Path) -> None:
-        self._thread = threading.Thread(target=self._follow, args=(path.open("rb"),), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._follow, args=(path.open("rb"),), daemon=True)
+        thread.start()
+        self._thread = thread  # not before: a signal may come in the middle of it, and what has not started has no end
 
     def close(self) -> None:
         self._ended.set()
