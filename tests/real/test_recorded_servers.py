@@ -41,20 +41,20 @@ sys.meta_path.insert(0, Keeping())
 '''
 
 
-def served(folder: Path, workers: int) -> Any:
-    """A server whose processes all keep the layout."""
+def served(folder: Path) -> Any:
+    """A server of two tensor parallel workers, whose processes all keep the layout."""
     own = folder / "own"
     own.mkdir()
     (own / "sitecustomize.py").write_text(KEEP_LAYOUT)
     environment = {"PYTHONPATH": str(own)}
-    return start_server(folder, arguments=ARGUMENTS, environment=environment, tensor_parallel_size=workers)
+    return start_server(folder, arguments=ARGUMENTS, environment=environment, tensor_parallel_size=2)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "tensor-parallel"])
-def plain(request, tmp_path_factory) -> Iterator[tuple[Any, dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Iterator[tuple[Any, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("plain")
     model = MODELS["qwen2"](folder)
-    with served(folder, request.param) as server:
+    with served(folder) as server:
         yield model, dict(base_urls=[server.url], control_key=server.control_key, timeout=120.0)
 
 

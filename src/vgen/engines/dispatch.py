@@ -234,6 +234,8 @@ async def _send(load: _Load, requests: list[Request]) -> ServerError | None:
                         tokens += len(answer.token_ids)
                         work.answer(answer)
                         continue
+                    if not peer.lost:
+                        peer.stray(answer.weight_version)
                     failed = ServerError("it was started anew, and holds other weights", url=peer.name, retryable=True)
                 else:
                     request, failed = answer

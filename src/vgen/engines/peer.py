@@ -143,6 +143,12 @@ class Peer:
             rate = tokens / seconds
             self.speed = rate if self.speed is None else 0.7 * self.speed + 0.3 * rate
 
+    def stray(self, holds: str | None) -> None:
+        """It is there, and holds other weights than it should."""
+        self.lost = True
+        problem = "vgen: %s is back with weights %r, not %r: it is left out until the next sync"
+        logger.warning(problem, self.name, holds, self.weight_version)
+
     async def look(self) -> None:
         """Whether a server whose completions do not say so was started anew while nobody looked: it is lost then."""
         with suppress(ServerError):  # what it is asked next says so as well
@@ -156,12 +162,7 @@ class Peer:
         except ServerError:
             return False
         if self.controlled and holds != self.weight_version:
-            logger.warning(
-                "vgen: %s is back with weights %r, not %r: it is left out until the next sync",
-                self.name,
-                holds,
-                self.weight_version,
-            )
+            self.stray(holds)
             return False
         self.lost = False
         return True
