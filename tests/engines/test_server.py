@@ -335,6 +335,16 @@ def test_a_server_of_an_older_vgen_is_not_told_what_will_come():
     assert again["forms_name"] == first["forms_name"]
 
 
+@pytest.mark.parametrize("verify", ["bits", "none"])
+def test_whether_bits_are_compared_travels_with_the_weights(verify):
+    with FaultyServer(features=["batch", "lease", "shared_memory", "recorded", "memory"]) as ours:
+        ours.answers["/collective_rpc"] = {"results": [{"way": "foreach", "reason": ""}]}
+        with generation(ours) as made:
+            made.sync_weights(verify=verify)
+    (update,) = calls(ours, "/update_weights")
+    assert update["update_info"]["verify"] is (verify == "bits")
+
+
 @pytest.mark.parametrize("features", [(), ("batch", "lease")])
 def test_a_server_that_was_started_anew_while_nobody_looked_is_left_out_until_the_next_sync(features, caplog):
     path = BATCH if features else COMPLETIONS

@@ -23,6 +23,14 @@ from vgen.testing import MemorySink
 PROMPTS = ([[1, 2, 3], [4, 5]], [[9, 8, 7, 6]])
 
 
+def sharded(path: str) -> Any:
+    """The saved model, each layer of it sharded over all ranks."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def whole(model: Any, path: str) -> Any:
     """A plain copy of the sharded model, on every rank."""
     copy = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
@@ -33,10 +41,7 @@ def whole(model: Any, path: str) -> Any:
 def main(path: str, url: str) -> dict:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(path)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=50.0)
     sink = MemorySink()

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks_fsdp import whole
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from ranks_fsdp import sharded, whole
 
 from vgen import ColocateGeneration, ProfilingContext, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -25,10 +23,7 @@ from vgen.testing import MemorySink
 def main(path: str, tensor_parallel_size: int) -> dict:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(path)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     sink = MemorySink()
     generation = ColocateGeneration(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from torchrun import on_two_ranks
 
 from vgen.testing import tiny_model
 
@@ -16,12 +12,7 @@ from vgen.testing import tiny_model
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_each_rank_gets_its_own_completions(tmp_path, tensor_parallel_size):
     tiny_model(tmp_path / "model")
-    worker = Path(__file__).with_name("ranks_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    command += [str(tmp_path / "model"), str(tensor_parallel_size), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    zero, one = on_two_ranks("ranks_worker.py", [str(tmp_path / "model"), str(tensor_parallel_size)], tmp_path)
     assert zero["lengths"] == [8, 8, 0, 0, 8, 8]  # the refused prompt's two are marked
     assert one["lengths"] == [8, 8]
     assert zero["prompt_ids"] == [[1, 2, 3], [], [4, 5]]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torchrun import on_two_ranks
 
 from vgen import Sampling, ServerGeneration
 from vgen.demo import max_logprob_difference
@@ -26,20 +23,15 @@ def difference(model, completions: list[dict]) -> float:
     return max_logprob_difference(model, Completions([c["prompt"] for c in completions], made, 1, None))
 
 
-def on_two_ranks(server, worker: str, arguments: list[str], folder: Path) -> list[dict]:
+def beside(server, worker: str, arguments: list[str], folder: Path) -> list[dict]:
     """What each rank has written."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name(worker)), *arguments, str(folder)]
-    keys = {"API_KEY": server.api_key, "CONTROL_KEY": server.control_key}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **keys})
-    assert done.returncode == 0, done.stderr[-9000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return on_two_ranks(worker, arguments, folder, API_KEY=server.api_key, CONTROL_KEY=server.control_key)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ranks_that_hold_shards_bring_whole_weights(server, tmp_path):
-    found = on_two_ranks(server, "ranks_fsdp.py", [server.folder, server.base_url], tmp_path)
+    found = beside(server, "ranks_fsdp.py", [server.folder, server.base_url], tmp_path)
     for rank, each in enumerate(found):
         assert each["prompts"] == [[[1, 2, 3], [4, 5]] if rank == 0 else [[9, 8, 7, 6]]] * 2
         assert each["versions"] == [["one"], ["two"]]
@@ -60,7 +52,7 @@ def test_ranks_share_a_server(server, tmp_path):
             parameter.copy_(torch.randn_like(parameter) * 0.05)
     save_file({name: parameter.detach() for name, parameter in fresh.named_parameters()}, tmp_path / "fresh")
     arguments = [server.folder, str(tmp_path / "fresh"), server.base_url]
-    zero, one = on_two_ranks(server, "ranks_server.py", arguments, tmp_path)
+    zero, one = beside(server, "ranks_server.py", arguments, tmp_path)
     assert [len(c["tokens"]) for c in zero["first"]] == [8, 8, 0, 0, 8, 8]
     assert [c["error"] for c in zero["first"]] == [None, None, "prompt 1 is empty", "prompt 1 is empty", None, None]
     assert [(c["prompt"], len(c["tokens"])) for c in one["first"]] == [([9, 8, 7, 6], 8)] * 2

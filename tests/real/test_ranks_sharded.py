@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from torchrun import on_two_ranks
 
 from vgen.testing import tiny_model
 
@@ -16,13 +12,8 @@ from vgen.testing import tiny_model
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_a_sharded_model_in_process_is_synced_and_verified_together(tmp_path, tensor_parallel_size):
     tiny_model(tmp_path / "model")
-    worker = Path(__file__).with_name("ranks_sharded.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    command += [str(tmp_path / "model"), str(tensor_parallel_size), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+    ranks = on_two_ranks("ranks_sharded.py", [str(tmp_path / "model"), str(tensor_parallel_size)], tmp_path)
+    for rank, found in enumerate(ranks):
         assert max(found["own"]) <= 1e-4
         assert min(found["stale"]) > 1e-3
         receiver = "colocate" if rank == 1 else "colocate of rank 1"

@@ -214,6 +214,8 @@ def test_an_engine_that_keeps_weights_as_they_are_loaded_copies_them_by_its_reco
 
     from vgen import ColocateGeneration, Sampling
     from vgen.demo import max_logprob_difference
+    from vgen.weights import recorded
+    from vgen.weights.recorded import copy_together
 
     monkeypatch.setattr(ops, "_supports_onednn", False)  # as on a GPU
     model, _ = tiny_model(tmp_path)
@@ -246,6 +248,16 @@ def test_an_engine_that_keeps_weights_as_they_are_loaded_copies_them_by_its_reco
                 assert off() <= 1e-4
                 assert way() == "foreach"
             transfer.close()
+
+        transfer = SharedMemoryTransfer(InProcess(generation.engine))
+        with monkeypatch.context() as patched:
+            patched.setattr(recorded, "copy_together", lambda pairs: copy_together(pairs[:-1]))
+            randomize(model)
+            transfer.send(ModuleSource(model))  # nobody has asked
+            transfer.verify = True
+            with pytest.raises(WeightSyncError, match="differs from its source"):
+                transfer.send(ModuleSource(model))
+        transfer.close()
 
 
 OF_THE_RECORD = {"does not fit": r"a size of \[271, 128\]", "no module or parameter": "no such tensor"}

@@ -130,6 +130,11 @@ class Peer:
         """Whether it says how its weights were loaded: it has vgen's methods in its workers."""
         return {"recorded", "memory"} <= self.features
 
+    @property
+    def silent(self) -> bool:
+        """Whether it has been given weights, and its completions do not say which they come from."""
+        return self.controlled and "batch" not in self.features and self.weight_version not in (None, STOCK_VERSION)
+
     async def rejoin(self, timeout: float) -> None:
         """Be again the one who may change a server that was started anew."""
         self.adapters.clear()
@@ -150,7 +155,7 @@ class Peer:
         logger.warning(problem, self.name, holds, self.weight_version)
 
     async def look(self) -> None:
-        """Whether a server whose completions do not say so was started anew while nobody looked: it is lost then."""
+        """Whether a `silent` server was started anew while nobody looked: it is lost then."""
         with suppress(ServerError):  # what it is asked next says so as well
             self.lost = started_anew(await held_version(self.server), self.weight_version)
 

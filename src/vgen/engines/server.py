@@ -18,7 +18,7 @@ from .base import BUCKET_BYTES, Batch, PauseMode, Source, SyncTrace, Transport, 
 from .dispatch import Work, serve
 from .http import Loop, Server
 from .memory import Reading, reading_of, slept, woken
-from .peer import STOCK_VERSION, LeaseHolder, Peer, describe
+from .peer import LeaseHolder, Peer, describe
 from .update import Updater
 
 T = TypeVar("T")
@@ -165,8 +165,7 @@ class ServerEngine:
 
     def _ready(self) -> list[Peer]:
         """The servers whose weights are known. Those that were lost are asked whether they are back."""
-        silent = [peer for peer in self._peers if peer.controlled and not peer.lost and "batch" not in peer.features]
-        if silent := [peer for peer in silent if peer.weight_version not in (None, STOCK_VERSION)]:
+        if silent := [peer for peer in self._peers if peer.silent and not peer.lost]:
             self._gather([peer.look() for peer in silent])
         if any(peer.lost for peer in self._peers):
             self._gather([peer.back() for peer in self._peers if peer.lost])

@@ -30,15 +30,12 @@ class Together:
 
         What is interrupted leaves at once, without a word.
         """
-        problem: Exception | None = None
         try:
             yield
         except Exception as error:
-            problem = error
-        told = self._everyone(None if problem is None else _told(problem, phase))
-        if problem is not None:
-            raise problem
-        for rank, said in enumerate(told):
+            self._everyone(_told(error, phase))
+            raise
+        for rank, said in enumerate(self._everyone(None)):
             if said is not None:
                 text, phase, parameter, receiver = said
                 raise WeightSyncError(text, phase=phase, parameter=parameter, receiver=f"{receiver} of rank {rank}")

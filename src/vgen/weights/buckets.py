@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import WeightSyncError
+from .recorder import Metadata
 from .spoil import said_of
 
 BUCKETS = 2
@@ -89,6 +90,9 @@ class BucketTransfer(ABC):
         """Whether servers that copy by their record compare every destination with its source."""
         self._bytes = bucket_bytes
         self._buckets: Sequence[Any] = ()
+        self._metadata: Metadata | None = None
+        self._forms = forms_of(None)
+        """Of the last source, made of its metadata."""
         self._told = ""
         """The name of the forms that the servers know."""
         self.copy_seconds = 0.0
@@ -110,7 +114,9 @@ class BucketTransfer(ABC):
         self.copy_seconds = self.load_seconds = 0.0
         self.buckets_sent = 0
         with self._closing():
-            self._open(forms_of(source))
+            if (metadata := said_of(source)) != self._metadata:
+                self._metadata, self._forms = metadata, forms_of(metadata)
+            self._open(self._forms)
             self.client.start_weight_update()
             try:
                 with ThreadPoolExecutor(1, "vgen-weights") as sender:
@@ -205,9 +211,8 @@ class BucketTransfer(ABC):
         self.buckets_sent += 1
 
 
-def forms_of(source: Any) -> dict[str, Any]:
+def forms_of(metadata: Metadata | None) -> dict[str, Any]:
     """What a server is told of a source before its tensors come, and a name for that; no name where it says nothing."""
-    metadata = said_of(source)
     if metadata is None:
         return {"forms_name": ""}
     forms: list[Form] = [(name, str(dtype).removeprefix("torch."), list(shape)) for name, shape, dtype in metadata]
