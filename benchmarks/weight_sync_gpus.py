@@ -4,9 +4,10 @@
     python benchmarks/weight_sync_gpus.py --json     # one JSON object
 
 A Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU; the trainer's model is there too (`resident`,
-`shared_memory`), and then on the second where there is one (`nccl`). `sync` is a whole `sync_weights()`, with pause,
-cache resets and resume; `live` is from its first send to when the weights are in place. Each sync brings fresh random
-weights, which are then looked at end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
+`shared_memory`), and then on the second where there is one (`nccl`). `vllm_ipc` and `vllm_nccl` are the same to stock
+servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with pause, cache resets and resume; `live` is
+from its first send to when the weights are in place. Each sync brings fresh random weights, which are then looked at
+end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,13 +54,13 @@ def rounds(model: Any, generation: Any, sync: Callable[[], dict[str, float]], co
     return {"median": {name: statistics.median(all) for name, all in seconds.items()}, "all": seconds, "wrong": wrong}
 
 
-def ours(model: Any, server: Any, transport: str, count: int) -> dict[str, Any]:
+def ours(model: Any, url: str, key: str | None, transport: str, count: int) -> dict[str, Any]:
     from vgen import ProfilingContext, ServerGeneration
     from vgen.profiling import names
     from vgen.testing import MemorySink
 
     sink = MemorySink()
-    keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=40.0)
+    keys: dict[str, Any] = dict(base_urls=[url], control_key=key, timeout=60.0)
     with ServerGeneration(model, weight_transport=transport, profiling=ProfilingContext([sink]), **keys) as generation:
 
         def sync() -> dict[str, float]:
@@ -78,7 +80,19 @@ def ours(model: Any, server: Any, transport: str, count: int) -> dict[str, Any]:
             generation.wake_up()
             generation.sync_weights()
             result["wrong"] += not right(generation, model)  # after a level-2 sleep
-    return result | {"first": first, "reason": sink.named(names.WEIGHT_SYNC)[-1].attributes[names.TRANSPORT_REASON]}
+    told = sink.named(names.WEIGHT_SYNC)[-1].attributes
+    result |= {"way": told.get(names.PLAN_WAY), "plan_reason": told.get(names.PLAN_REASON)}
+    return result | {"first": first, "reason": told[names.TRANSPORT_REASON]}
+
+
+def theirs(model: Any, folder: str, backend: str, count: int) -> dict[str, Any]:
+    """The same to a stock server, through vLLM's own engine."""
+    from vgen.testing import stock_server
+
+    own = ["--weight-transfer-config", json.dumps({"backend": backend}), "--logprobs-mode", "processed_logprobs"]
+    may = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    with stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may) as url:
+        return ours(model, url, None, backend, count)
 
 
 def measure(count: int, ways: list[str]) -> dict[str, Any]:
@@ -109,20 +123,25 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
             result["ways"][name]["spent"] = time.monotonic() - start
             print(name, json.dumps(result["ways"][name])[:1500], file=sys.stderr, flush=True)
 
-        with start_server(folder, arguments=ARGUMENTS, timeout=300.0) as server:
-            way("resident", lambda: ours(model, server, "resident", count))
-            way("shared_memory", lambda: ours(model, server, "shared_memory", min(count, 3)))
-            if torch.cuda.device_count() > 1:
+        two, own = torch.cuda.device_count() > 1, {"resident", "shared_memory", "nccl"} & set(ways)
+        way("vllm_ipc", lambda: theirs(model, folder, "ipc", count))
+        with start_server(folder, arguments=ARGUMENTS, timeout=300.0) if own else nullcontext() as server:
+            here = (server.url, server.control_key) if server is not None else ("", None)
+            way("resident", lambda: ours(model, *here, "resident", count))
+            way("shared_memory", lambda: ours(model, *here, "shared_memory", min(count, 3)))
+            if two:
                 torch.cuda.set_device(1)
                 model.to("cuda:1")
-                way("nccl", lambda: ours(model, server, "nccl", count))
+                way("nccl", lambda: ours(model, *here, "nccl", count))
+        if two:
+            way("vllm_nccl", lambda: theirs(model, folder, "nccl", count))
     return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--ways", default="resident,shared_memory,nccl")
+    parser.add_argument("--ways", default="resident,shared_memory,nccl,vllm_ipc,vllm_nccl")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args()
     result = measure(asked.rounds, asked.ways.split(","))

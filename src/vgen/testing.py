@@ -1,16 +1,23 @@
 """For tests, yours too: models small enough to make on the spot, an engine without a model, a server
-that goes wrong, a sink that remembers."""
+that goes wrong, one without anything of vgen's in it, a sink that remembers."""
 
 from __future__ import annotations
 
 import asyncio
 import http.server
 import json
+import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+import urllib.request
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -23,7 +30,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-__all__ = ["FakeEngine", "Fault", "FaultyServer", "MemorySink", "byte_tokenizer", "tiny_model", "tiny_vision_model"]
+__all__ = [
+    "FakeEngine",
+    "Fault",
+    "FaultyServer",
+    "MemorySink",
+    "byte_tokenizer",
+    "stock_server",
+    "tiny_model",
+    "tiny_vision_model",
+]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -382,3 +398,44 @@ class FaultyServer:
         ]
         metrics = {"queue_time_ms": 1.0, "time_to_first_token_ms": 2.0, "generation_time_ms": 3.0, "mean_itl_ms": 1.0}
         return {"id": "cmpl-fake", "choices": choices, "metrics": metrics if len(prompts) == 1 else None, "usage": {}}
+
+
+@contextmanager
+def stock_server(
+    model: str | Path,
+    *,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240.0,
+) -> Generator[str]:
+    """Run `vllm serve` in development mode, without anything of vgen's in it; gives its URL once it is healthy.
+
+    Raises `RuntimeError`, with what it said last, where it ends or does not get there within `timeout` seconds.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # `vllm serve` does not exist with the CPU build; this is what it runs.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    variables = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "", **(environment or {})}
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + timeout
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while True:
+                with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
+                    break
+                if server.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    raise RuntimeError(f"the server has not come up: {log.read()[-3000:]}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                with suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
+                server.wait()

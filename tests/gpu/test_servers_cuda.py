@@ -16,7 +16,7 @@ from vgen import ProfilingContext, Sampling, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.engines.launch import start_server
 from vgen.profiling import names
-from vgen.testing import MemorySink, tiny_model
+from vgen.testing import MemorySink, stock_server, tiny_model
 
 PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
 TOLERANCE = 5e-3
@@ -133,3 +133,47 @@ def test_nccl_from_another_gpu():
                     generation.sync_weights()
                 assert time.monotonic() - start < 60
                 assert torch.ones(3, device="cuda:1").sum().item() == 3  # the trainer's GPU goes on
+
+
+@pytest.mark.parametrize(("backend", "device"), [("nccl", "cuda:1"), ("ipc", "cuda:0")])
+def test_stock_servers_by_vllms_own_engines(backend, device):
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs two GPUs")
+    sink = MemorySink()
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model(folder, tie_word_embeddings=True)[0].to(device)
+        own = ["--weight-transfer-config", f'{{"backend": "{backend}"}}', "--logprobs-mode", "processed_logprobs"]
+        may = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        with (
+            stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may) as url,
+            ServerGeneration(
+                model,
+                base_urls=[url],
+                timeout=30.0,
+                bucket_bytes=300_000,
+                weight_transport=None if backend == "nccl" else "ipc",
+                profiling=ProfilingContext([sink]),
+            ) as generation,
+        ):
+            for _ in range(3):
+                randomize(model)
+                generation.sync_weights()
+                assert right(generation, model)
+            assert by(sink) == [backend] * 3
+            assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
+            source = generation._source
+            for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
+                generation._source = Changed(source, change)
+                generation._source.metadata = source.metadata
+                start = time.monotonic()
+                with pytest.raises(WeightSyncError, match=says):
+                    generation.sync_weights()
+                assert time.monotonic() - start < 30
+                generation._source = source
+                randomize(model)
+                generation.sync_weights()
+                assert right(generation, model)
+        # A server that has died.
+        with pytest.raises(WeightSyncError):
+            generation.sync_weights()
+        assert torch.ones(3, device=device).sum().item() == 3  # the trainer's GPU goes on

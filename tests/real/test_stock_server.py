@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from vgen import EngineError, ProfilingContext, Sampling, ServerError, ServerGeneration
+from vgen import EngineError, ProfilingContext, Sampling, ServerError, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
 from vgen.profiling import names
-from vgen.testing import MemorySink, tiny_model
+from vgen.testing import MemorySink, stock_server, tiny_model
 
 pytestmark = pytest.mark.slow  # a second server, beside the one that vgen starts
 
-FLAGS = (
-    "--enforce-eager --kv-cache-memory-bytes 67108864 --max-model-len 512 --dtype float32 --logprobs-mode "
-    "processed_logprobs --enable-per-request-metrics --enable-prompt-tokens-details --api-key the-api-key"
-)
+FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32"]
+FLAGS += ["--logprobs-mode", "processed_logprobs", "--enable-per-request-metrics", "--enable-prompt-tokens-details"]
+FLAGS += ["--api-key", "the-api-key", "--weight-transfer-config", '{"backend": "nccl"}']
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +29,9 @@ def folder(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def url(folder, tmp_path_factory) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    # `vllm serve` does not exist with the CPU build; this is what it runs
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "TORCH_COMPILE_DISABLE": "1"}
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", *FLAGS.split()],
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    until = time.monotonic() + 240
-    while True:
-        assert server.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < until, log.read_text()[-3000:]
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
-            break
-        time.sleep(0.5)
-    yield address
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
+def url(folder) -> Iterator[str]:
+    with stock_server(folder, arguments=FLAGS, environment={"TORCH_COMPILE_DISABLE": "1"}) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +73,21 @@ def test_fresh_random_weights_twice_by_the_servers_own_reload(served, sink):
     assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.PLAN_WAY] == "reload"
     with pytest.raises(ValueError, match="verify must be one of logprobs, none"):
         generation.sync_weights(verify="bits")
+
+
+def test_vllms_own_engine_is_known_and_needs_a_gpu_on_the_trainers_side(url, served, sink):
+    generation, model = served
+    assert generation.engine.peers[0].backend == "nccl"
+    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.TRANSPORT] == "checkpoint"
+    keys = dict(base_urls=url, api_key="the-api-key")
+    with pytest.raises(EngineError, match=r"takes no weights by ipc: start it with .*weight-transfer-config"):
+        ServerGeneration(model, weight_transport="ipc", **keys)
+    with (
+        ServerGeneration(model, weight_transport="nccl", **keys) as asked,
+        pytest.raises(WeightSyncError, match="phase 'gather' of trainer: it is not on a GPU, as nccl needs it"),
+    ):
+        asked.sync_weights()
+    assert max_logprob_difference(model, generation.generate([[1, 2, 3]], Sampling(max_tokens=8))) <= 1e-4
 
 
 def test_timing_of_every_completion(served):

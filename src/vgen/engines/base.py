@@ -223,7 +223,7 @@ PauseMode: TypeAlias = Literal["abort", "wait", "keep"]
 
 BUCKET_BYTES = 256 << 20
 """Of each of the two buckets that weights travel in, unless told otherwise."""
-Transport: TypeAlias = Literal["resident", "shared_memory", "nccl", "gloo", "checkpoint"]
+Transport: TypeAlias = Literal["resident", "shared_memory", "nccl", "gloo", "ipc", "checkpoint"]
 """How servers get weights: where they lie, on the trainer's own GPU; through memory that both sides map; by broadcast;
 or as a folder that they load."""
 InProcess: TypeAlias = Literal["recorded", "reload"]

@@ -106,6 +106,10 @@ class Peer:
     """Tells the machine that it is on, where it says so."""
     workers: int = 1
     """Of all its data parallel engines together."""
+    backend: str | None = None
+    """Of vLLM's own weight-transfer engines the one that a stock server was started with."""
+    starts: int = 0
+    """How often it was found to have been started anew."""
     devices: frozenset[str] | None = None
     """The GPUs of its workers, once they were asked for."""
     loaded: dict[str, str] = field(default_factory=dict[str, str])
@@ -126,6 +130,11 @@ class Peer:
         return self.server.name
 
     @property
+    def stock(self) -> bool:
+        """Whether its weights can be had without anything of vgen's in it."""
+        return self.controlled and not self.features
+
+    @property
     def tells(self) -> bool:
         """Whether it says how its weights were loaded: it has vgen's methods in its workers."""
         return {"recorded", "memory"} <= self.features
@@ -139,6 +148,7 @@ class Peer:
         """Be again the one who may change a server that was started anew."""
         self.adapters.clear()
         self.verified, self.devices = False, None
+        self.starts += 1
         if self.lease is not None:
             await self.lease.take(timeout, takeover=False)
 
@@ -204,6 +214,9 @@ async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
             peer.dtype = str(config["model_config"].get("dtype")).removeprefix("torch.")
             peer.quantization = config["model_config"].get("quantization")
             peer.max_num_seqs = int(config.get("scheduler_config", {}).get("max_num_seqs") or peer.max_num_seqs)
+            if transfer := config.get("weight_transfer_config"):
+                peer.backend = str(transfer["backend"])
+                peer.workers = int((await server.get("/get_world_size", timeout=PROBE_SECONDS))["world_size"])
         except (ServerError, KeyError, TypeError, ValueError):
             pass
     if not peer.shape:
@@ -227,9 +240,10 @@ async def describe(server: Server, shape: Collection[str] = ()) -> Peer:
     if peer.controlled:
         if not peer.features:
             logger.info(
-                "vgen: %s was not started by `vgen serve`: weights travel as checkpoints, and completions have either "
-                "timing or weight versions",
+                "vgen: %s was not started by `vgen serve`: weights travel by %s, and completions have either timing or "
+                "weight versions",
                 server.name,
+                f"checkpoints, or vLLM's own {peer.backend} engine" if peer.backend else "checkpoints",
             )
         with suppress(ServerError):
             peer.weight_version = await held_version(server)

@@ -19,7 +19,7 @@ from .dispatch import Work, serve
 from .http import Loop, Server
 from .memory import Reading, reading_of, slept, woken
 from .peer import LeaseHolder, Peer, describe
-from .update import Updater
+from .update import Updater, refusal
 
 T = TypeVar("T")
 logger = logging.getLogger("vgen.engines.server")
@@ -90,9 +90,8 @@ class ServerEngine:
             for peer in self._peers:
                 if model is not None and model != peer.model:
                     raise EngineError(f"{peer.name} serves {peer.model!r}, not {model!r}: start it with that model")
-                needed = "group" if weight_transport in ("nccl", "gloo") else weight_transport
-                if needed not in (None, "checkpoint") and needed not in peer.features:
-                    raise EngineError(f"{peer.name} takes no weights by {weight_transport}: start it with `vgen serve`")
+                if fix := refusal(peer, weight_transport):
+                    raise EngineError(f"{peer.name} takes no weights by {weight_transport}: {fix}")
                 for field, own in (shape or {}).items():
                     if peer.shape.get(field, own) != own:
                         raise EngineError(

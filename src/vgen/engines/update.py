@@ -23,6 +23,8 @@ from ..weights.resident import NotResident, ResidentTransfer, uuid_of
 from ..weights.shared_memory import SharedMemoryTransfer
 from ..weights.source import model_of
 from ..weights.spoil import RandomWeights, metadata_of
+from ..weights.vllm_transfer import Backend as Native
+from ..weights.vllm_transfer import VllmTransfer, available
 from . import weights_route
 from .base import PauseMode, Source, SyncTrace, Transport
 from .control import this_host
@@ -31,13 +33,15 @@ from .peer import Peer, held_version, started_anew
 
 logger = logging.getLogger("vgen.engines.server")
 
-_REASONS: dict[Transport, str] = {
-    "resident": "servers on the trainer's own GPU",
-    "shared_memory": "servers with vgen's plugin on this host",
-    "nccl": "servers with vgen's plugin on other GPUs",
-    "gloo": "servers with vgen's plugin on other hosts",
-    "checkpoint": "servers without vgen's plugin reload from a folder",
+_REASONS: dict[tuple[Transport, bool], str] = {
+    ("resident", False): "servers on the trainer's own GPU",
+    ("shared_memory", False): "servers with vgen's plugin on this host",
+    ("nccl", False): "servers with vgen's plugin on other GPUs",
+    ("gloo", False): "servers with vgen's plugin on other hosts",
+    ("nccl", True): "servers with vLLM's own NCCL engine",
+    ("checkpoint", True): "servers without vgen's plugin reload from a folder",
 }
+"""Of a transport, to servers with vgen's plugin or to stock ones."""
 _CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
 
 
@@ -59,7 +63,7 @@ class Updater:
         self._peers, self._loop, self._folder, self._bucket_bytes = peers, loop, folder, bucket_bytes
         self._port, self._timeout = port, timeout
         self._resident = ResidentTransfer()
-        self._buckets: dict[Transport, tuple[Any, Any]] = {}
+        self._transfers: dict[tuple[Transport, bool], tuple[Any, Any]] = {}
         """By what the transfer is for, and itself."""
 
     def sync(
@@ -83,15 +87,15 @@ class Updater:
         random = _random_like(source, peers) if spoil and not all(peer.verified for peer in peers) else None
         trace.set(
             {
-                names.TRANSPORT: "+".join(groups),
+                names.TRANSPORT: "+".join(dict.fromkeys(kind for kind, _ in groups)),
                 names.TRANSPORT_REASON: "asked for" if self._transport else "; ".join(reasons),
                 names.SYNC_RECEIVERS: len(peers),
             }
         )
-        stock = groups.pop("checkpoint", [])
+        reloading = [*groups.pop(("checkpoint", True), ()), *groups.pop(("checkpoint", False), ())]
         with ExitStack() as folders:
             written = list[str]()
-            if stock:  # before the pause: the servers generate while it is written
+            if reloading:  # before the pause: the servers generate while it is written
                 sources = [source] if random is None else [random, source]
                 with trace.phase("transfer") as span:
                     written = [folders.enter_context(self._written(weights)) for weights in sources]
@@ -99,15 +103,16 @@ class Updater:
             paused_at = time.monotonic()
             with trace.phase("pause"):
                 self._all(peers, "pause", lambda peer: peer.server.post(f"{_pause_of(peer)}?mode={mode}"))
-            for kind, those in groups.items():
-                if kind == "resident":
+            for group, those in groups.items():
+                if group[0] == "resident":
                     self._copy(those, table, source, version, trace, verify_bits)
                 else:
-                    self._send(kind, those, random, source, version, trace, verify_bits)
-            if stock:
-                self._reload(stock, written, version, trace)
+                    self._send(group, those, random, source, version, trace, verify_bits)
+            if reloading:
+                self._reload(reloading, written, version, trace)
         with trace.phase("reset_cache"):
-            self._all(peers, "reset_cache", lambda peer: _reset_caches(peer, told=peer not in stock))
+            telling = [peer for peer in peers if peer not in reloading and not peer.stock]
+            self._all(peers, "reset_cache", lambda peer: _reset_caches(peer, told=peer in telling))
         if resume:
             with trace.phase("resume"):
                 self._all(peers, "resume", lambda peer: peer.server.post("/resume"))
@@ -125,12 +130,14 @@ class Updater:
 
     def close(self) -> None:
         """Give the buckets' memory back."""
-        for _, transfer in self._buckets.values():
+        for _, transfer in self._transfers.values():
             transfer.close()
-        self._buckets.clear()
+        self._transfers.clear()
 
-    def _chosen(self, source: Source, peers: Sequence[Peer]) -> tuple[dict[Transport, list[Peer]], list[str], Any]:
-        """How the weights go to each server, and why; and where they lie, for servers that read them there."""
+    def _chosen(
+        self, source: Source, peers: Sequence[Peer]
+    ) -> tuple[dict[tuple[Transport, bool], list[Peer]], list[str], Any]:
+        """How the weights go to each server, and whether it is a stock one; why; and where they lie, for `resident`."""
         device = _device(source)
         on_gpu = [peer for peer in peers if "resident" in peer.features and peer.device_type == "cuda"]
         self._all([peer for peer in on_gpu if peer.devices is None], "pause", _ask_devices)
@@ -144,12 +151,14 @@ class Updater:
                     raise WeightSyncError(str(error), phase="gather", receiver="trainer") from error
                 beside = []
                 reasons.append(f"not resident: {error}")
-        groups = dict[Transport, list[Peer]]()
+        groups = dict[tuple[Transport, bool], list[Peer]]()
         for peer in peers:
             kind = self._transport or _kind(peer, device, peer in beside)
-            groups.setdefault(kind, []).append(peer)
-        if others := [peer.name for peer in groups.get("resident", ()) if peer not in beside]:
+            groups.setdefault((kind, peer.stock), []).append(peer)
+        if others := [peer.name for peer in groups.get(("resident", False), ()) if peer not in beside]:
             raise WeightSyncError("not on the trainer's own GPU", phase="transfer", receiver=", ".join(others))
+        if device is None and (asked := next((kind for kind, stock in groups if stock and kind != "checkpoint"), None)):
+            raise WeightSyncError(f"it is not on a GPU, as {asked} needs it", phase="gather", receiver="trainer")
         return groups, [*(_REASONS[kind] for kind in groups), *reasons], table
 
     def _reachable(self, trace: SyncTrace) -> list[Peer]:
@@ -195,7 +204,7 @@ class Updater:
 
     def _send(
         self,
-        kind: Transport,
+        group: tuple[Transport, bool],
         peers: Sequence[Peer],
         random: RandomWeights | None,
         source: Source,
@@ -204,7 +213,7 @@ class Updater:
         verify_bits: bool,
     ) -> None:
         fleet = _Fleet(self._loop, peers)
-        transfer = self._bucket_transfer(kind, peers, source, fleet)
+        transfer = self._transfer(group, peers, source, fleet)
         transfer.verify = verify_bits
         with trace.phase("transfer") as span:
             if random is not None:
@@ -222,28 +231,29 @@ class Updater:
             transfer.finish(version)
             fleet.tell(span, "/finish_weight_update")
 
-    def _bucket_transfer(self, kind: Transport, peers: Sequence[Peer], source: Source, fleet: _Fleet) -> Any:
+    def _transfer(self, group: tuple[Transport, bool], peers: Sequence[Peer], source: Source, fleet: _Fleet) -> Any:
         """The one that was used the last time, where it still fits."""
-        device = _device(source) if kind == "nccl" else None
-        wanted = device, tuple((peer.name, peer.workers) for peer in peers)
-        known, transfer = self._buckets.get(kind, (None, None))
+        kind, stock = group
+        device = _device(source) if kind in ("nccl", "ipc") else None
+        wanted = device, tuple((peer.name, peer.workers, peer.starts if stock else 0) for peer in peers)
+        known, transfer = self._transfers.get(group, (None, None))
         if known != wanted:
             if transfer is not None:
                 transfer.close()
+            own: dict[str, Any] = dict(bucket_bytes=self._bucket_bytes)
+            meeting: dict[str, Any] = dict(port=self._port, timeout=self._timeout)
             if kind == "shared_memory":
-                transfer = SharedMemoryTransfer(fleet, bucket_bytes=self._bucket_bytes)
+                transfer = SharedMemoryTransfer(fleet, **own)
+            elif stock:
+                assert device is not None  # `_chosen` has seen to that
+                engine: Native = "ipc" if kind == "ipc" else "nccl"
+                own |= dict(backend=engine, url=peers[0].name, workers=sum(peer.workers for peer in peers))
+                transfer = VllmTransfer(fleet, device=device, **own, **meeting)
             else:
                 backend: Backend = "nccl" if kind == "nccl" else "gloo"
-                transfer = GroupTransfer(
-                    fleet,
-                    workers={peer.name: peer.workers for peer in peers},
-                    device=device or torch.device("cpu"),
-                    backend=backend,
-                    bucket_bytes=self._bucket_bytes,
-                    port=self._port,
-                    timeout=self._timeout,
-                )
-            self._buckets[kind] = wanted, transfer
+                own |= dict(backend=backend, workers={peer.name: peer.workers for peer in peers})
+                transfer = GroupTransfer(fleet, device=device or torch.device("cpu"), **own, **meeting)
+            self._transfers[group] = wanted, transfer
         transfer.client = fleet
         return transfer
 
@@ -278,7 +288,7 @@ def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
 def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
     """The first of the transports that trainer and server can both take."""
     if "shared_memory" not in peer.features:
-        return "checkpoint"
+        return "nccl" if device is not None and peer.backend == "nccl" and available() else "checkpoint"
     if beside:
         return "resident"
     if "group" not in peer.features:
@@ -286,6 +296,20 @@ def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
     if device is not None and peer.device_type == "cuda" and uuid_of(device) not in (peer.devices or ()):
         return "nccl"
     return "shared_memory" if peer.host == this_host() else "gloo"
+
+
+def refusal(peer: Peer, transport: Transport | None) -> str:
+    """What to do so that a server takes weights by the `transport` that was asked for; empty where it does."""
+    if transport in (None, "checkpoint"):
+        return ""
+    if transport == "ipc" and peer.features:
+        return "`resident` takes its place on a server that `vgen serve` has started"
+    if transport in ("nccl", "ipc") and not peer.features:
+        if peer.backend != transport:
+            return f'start it with `vgen serve`, or --weight-transfer-config \'{{"backend": "{transport}"}}\''
+        return "" if available() else "install vLLM beside the trainer, whose side of it is vLLM's too"
+    needed = "group" if transport in ("nccl", "gloo") else transport
+    return "" if needed in peer.features else "start it with `vgen serve`"
 
 
 def _device(source: Source) -> torch.device | None:
@@ -355,14 +379,17 @@ class _Fleet:
         self._seconds: dict[str, list[float]] = {}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """In a group each server has a place of its own; one of an older vgen is not told what will come."""
+        """In a group each server has a place of its own; one of an older vgen is not told what will come.
+
+        vLLM's own engine means the place of the first of them.
+        """
         offsets, offset = dict[str, int](), 1
         for peer in self._peers:
             offsets[peer.name] = offset
             offset += peer.workers
 
         def body(peer: Peer) -> Any:
-            own = {"rank_offset": offsets[peer.name]} if "group" in init_info else {}
+            own = {"rank_offset": offsets[peer.name]} if {"group", "rank_offset"} & init_info.keys() else {}
             known = "recorded" in peer.features
             return {"init_info": {name: told for name, told in init_info.items() if known or name not in FORMS} | own}
 

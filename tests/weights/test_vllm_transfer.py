@@ -1,0 +1,180 @@
+"""The trainer's half of vLLM's own engines, before one that goes their way: `tests/gpu` has the real ones."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from vgen import WeightSyncError
+from vgen.weights import vllm_transfer
+from vgen.weights.vllm_transfer import Announced, VllmTransfer
+
+SOURCE = [("a", torch.arange(6.0)), ("b", torch.ones(2, 3)), ("c", torch.full((4,), 7.0))]
+
+
+class Servers:
+    """Receives what is broadcast in `Engine`, and calls as vLLM's servers do."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.fails: dict[str, Exception] = {}
+        self.came: dict[str, torch.Tensor] = {}
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self._called("init")
+        self.met = init_info
+
+    def start_weight_update(self) -> None:
+        self._called("start")
+
+    def update_weights(self, update_info: dict) -> None:
+        self._called("update")
+        self.announced = update_info
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._called(f"finish {weight_version}")
+
+    def _called(self, call: str) -> None:
+        self.calls.append(call)
+        if error := self.fails.pop(call, None):
+            raise error
+
+
+class Engine:
+    """As vLLM's `NCCLTrainerWeightTransferEngine`: it waits for servers that never come, until it is shut down."""
+
+    made: list[Engine]
+
+    def __init__(self, client: Any, servers: Servers) -> None:
+        self.client, self.servers, self.source = client, servers, None
+        self.gone = threading.Event()
+        Engine.made.append(self)
+
+    def send_weights(self) -> None:
+        forms = self.source.metadata()
+        told = {"names": [name for name, *_ in forms], "empty": None}
+        self.client.start_weight_update()
+        with ThreadPoolExecutor(1) as rpc:
+            update = rpc.submit(self.client.update_weights, told)
+            time.sleep(0.05)
+            for name, tensor in self.source:
+                if update.done() and update.exception():
+                    assert self.gone.wait(10)  # a broadcast that nobody receives
+                self.servers.came[name] = tensor.clone()
+            update.result()
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self.gone.set()
+
+
+@pytest.fixture
+def servers(monkeypatch) -> Servers:
+    Engine.made = []
+    servers = Servers()
+
+    def made(backend: str, driver: Any, own: dict[str, Any]) -> Engine:
+        driver.init_weight_transfer_engine({"rank_offset": 1, **own})
+        return Engine(driver, servers)
+
+    monkeypatch.setattr(vllm_transfer, "_trainer_engine", made)
+    monkeypatch.setattr(Announced, "metadata", lambda announced: announced._forms)
+    return servers
+
+
+@pytest.fixture
+def transfer(servers) -> VllmTransfer:
+    own: dict[str, Any] = dict(url="http://127.0.0.1:1", workers=3, device=torch.device("cpu"), bucket_bytes=100)
+    return VllmTransfer(servers, backend="nccl", timeout=5.0, **own)
+
+
+def test_everything_comes_under_its_version_and_servers_are_met_once(servers, transfer):
+    for version in ("1", "2"):
+        transfer.send(SOURCE, version)
+        for name, tensor in SOURCE:
+            assert torch.equal(servers.came[name], tensor)
+    calls = ["start", "update", "finish 1", "start", "update", "finish 2"]
+    assert servers.calls == ["init", *calls]
+    assert servers.announced == {"names": ["a", "b", "c"]}  # what is None is not sent
+    assert (servers.met["world_size"], servers.met["packed_buffer_size_bytes"]) == (4, 50)
+
+
+class BreaksOff(list):
+    """A source whose second tensor cannot be gathered."""
+
+    def metadata(self):
+        return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in SOURCE]
+
+    def __iter__(self):
+        yield SOURCE[0]
+        raise self[0]
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("the gather broke off"), KeyboardInterrupt()])
+def test_a_source_that_breaks_off_lets_the_servers_get_to_the_end_and_is_raised_then(servers, transfer, error):
+    raised = WeightSyncError if isinstance(error, Exception) else KeyboardInterrupt
+    with pytest.raises(raised, match="the gather broke off" if isinstance(error, Exception) else None):
+        transfer.send(BreaksOff([error]))
+    assert [tensor.sum().item() for tensor in servers.came.values()] == [15.0, 0.0, 0.0]
+    assert servers.calls == ["init", "start", "update", "finish None"]
+    transfer.send(SOURCE, "next")
+    assert torch.equal(servers.came["c"], SOURCE[2][1])
+
+
+@pytest.mark.parametrize(
+    ("came", "says"),
+    [
+        (SOURCE[:2], "at parameter 'c': it was announced and did not come"),
+        ([*SOURCE, ("d", torch.ones(1))], "at parameter 'd': it was not announced"),
+        ([SOURCE[0], ("b", torch.ones(3, 2)), SOURCE[2]], r"at parameter 'b': 'b' with a size of \[3, 2\]"),
+    ],
+)
+def test_a_source_that_is_not_as_it_was_announced_is_refused(servers, transfer, came, says):
+    class Source(list):
+        metadata = BreaksOff.metadata
+
+    with pytest.raises(WeightSyncError, match=says) as caught:
+        transfer.send(Source(came))
+    assert (caught.value.phase, caught.value.receiver) == ("gather", "trainer")
+    assert [servers.came[name].shape for name, _ in SOURCE] == [tensor.shape for _, tensor in SOURCE]
+
+
+def test_a_server_that_fails_ends_the_wait_for_it_and_the_next_transfer_meets_anew(servers, transfer):
+    servers.fails["update"] = RuntimeError("out of memory")
+    start = time.monotonic()
+    with pytest.raises(WeightSyncError, match="out of memory"):
+        transfer.send(SOURCE, "1")
+    assert time.monotonic() - start < 5
+    assert Engine.made[0].gone.is_set()
+    assert servers.calls[-1] == "finish None"  # no update is left open there
+    transfer.send(SOURCE, "2")
+    assert servers.calls.count("init") == len(Engine.made) == 2
+
+
+def test_a_server_that_refuses_to_meet_is_not_waited_for(servers, transfer, monkeypatch):
+    servers.fails["init"] = RuntimeError("there is another trainer")
+    met = vllm_transfer._trainer_engine
+
+    def waits(*args: Any) -> Any:
+        try:
+            return met(*args)
+        except RuntimeError:
+            time.sleep(60)  # in the store, for members that do not come
+
+    monkeypatch.setattr(vllm_transfer, "_trainer_engine", waits)
+    start = time.monotonic()
+    with pytest.raises(WeightSyncError, match="there is another trainer"):
+        transfer.send(SOURCE)
+    assert time.monotonic() - start < 3
+
+
+def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(servers, transfer, monkeypatch):
+    monkeypatch.setattr(vllm_transfer, "_trainer_engine", lambda *_: time.sleep(60))
+    transfer._timeout = 0.2
+    with pytest.raises(WeightSyncError, match=r"did not meet within 0\.2 s"):
+        transfer.send(SOURCE)
