@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Self
 from weakref import ref
 
 import torch
 
 
-def lie(places: list[tuple[Any, str, int]]) -> bool:
-    """Whether the tensors registered in these dicts under these names still have these addresses.
+class Places:
+    """Tensors as they are registered in dicts of modules, and where each lay when this was made."""
 
-    It stands before each copy and the device waits for it, so vLLM's parameters, a call of which goes through
-    `__torch_function__` for two microseconds, are asked without that.
-    """
-    with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
-        try:
-            return [held[name].data_ptr() for held, name, _ in places] == [address for *_, address in places]
-        except (AttributeError, KeyError):
-            return False
+    def __init__(self, held: Iterable[tuple[Any, str]]) -> None:
+        self.held = list(held)
+        self.addresses = [where[name].data_ptr() for where, name in self.held]
+
+    def kept(self) -> bool:
+        """Whether the tensors that are registered there now lie where those lay.
+
+        It stands before each copy and the device waits for it, so vLLM's parameters, a call of which goes through
+        `__torch_function__` for two microseconds, are asked without that.
+        """
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+            try:
+                return [where[name].data_ptr() for where, name in self.held] == self.addresses
+            except (AttributeError, KeyError):
+                return False
 
 
 class Live:
@@ -29,7 +37,7 @@ class Live:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._places: list[tuple[Any, str, int]] = []
+        found: list[tuple[Any, str]] = []
         self._forms: list[tuple[torch.Size, torch.dtype]] = []
         self._modules = [(ref(module), [id(child) for child in module._modules.values()]) for module in model.modules()]
         self.storages = set[int]()
@@ -37,10 +45,11 @@ class Live:
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:
-                        self._places.append((held, name, tensor.data_ptr()))
+                        found.append((held, name))
                         self._forms.append((tensor.shape, tensor.dtype))
                         self.storages.add(tensor.untyped_storage().data_ptr())
         self.storages.discard(0)
+        self._places = Places(found)
 
     @classmethod
     def of(cls, model: torch.nn.Module | None) -> Self | None:
@@ -51,11 +60,11 @@ class Live:
 
     def near(self) -> bool:
         """Whether every parameter that was there still is, where it was."""
-        return lie(self._places)
+        return self._places.kept()
 
     def whole(self) -> bool:
         """Whether no module has been put in, taken out or exchanged since, and no parameter added or reshaped."""
-        forms = ((held[name].shape, held[name].dtype) for held, name, _ in self._places)
+        forms = ((held[name].shape, held[name].dtype) for held, name in self._places.held)
         if any(now != then for now, then in zip(forms, self._forms, strict=True)):
             return False
         seen = 0
@@ -65,12 +74,11 @@ class Live:
                 return False
             seen += sum(tensor is not None for tensor in found._parameters.values())
             seen += sum(tensor is not None for tensor in found._buffers.values())
-        return seen == len(self._places)
+        return seen == len(self._places.held)
 
     def same_as(self, other: Live | None) -> bool:
         """Whether the model is the same, its modules too, and everything lies where it lay then."""
-        addresses = [address for *_, address in self._places]
-        return other is not None and addresses == [address for *_, address in other._places] and other.whole()
+        return other is not None and self._places.addresses == other._places.addresses and other.whole()
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Whether it is a part of the model itself, and no copy."""

@@ -14,7 +14,7 @@ import torch
 
 from ..engines.reload import NamedStream, reload
 from .coverage import problem_of, superseded
-from .live import lie
+from .live import Places
 from .recorder import Copy, Fill, Metadata, Recorder, record
 from .spoil import RandomWeights
 from .verify import Differences
@@ -44,10 +44,10 @@ class Record:
     """Copies that another source's copy writes over: as of a tied weight, so both must hold the same."""
     paths: list[str]
     """The destinations' names, by number."""
-    tensors: list[tuple[Any, str, int]]
-    """Where each parameter, and each buffer that is loaded, is registered, and its address."""
-    buffers: list[tuple[Any, str, int]]
-    """The same of buffers that no loader writes."""
+    tensors: Places
+    """Of the parameters, and of the buffers that are loaded."""
+    buffers: Places
+    """Of the buffers that no loader writes."""
     kept: list[tuple[torch.Tensor, torch.Tensor]]
     """Tensors of the model that no loader writes, and their content on the host, for after a level-2 sleep."""
     shared: set[int] = field(default_factory=set[int])
@@ -55,7 +55,7 @@ class Record:
 
     def in_place(self, *, buffers: bool = False) -> bool:
         """Whether the model still has its tensors where they were recorded, or all of its `buffers` too."""
-        return lie(self.tensors) and (not buffers or lie(self.buffers))
+        return self.tensors.kept() and (not buffers or self.buffers.kept())
 
     def of(self, name: str) -> Iterator[tuple[Copy, bool]]:
         """The copies of a source's tensor, and whether each is the one that counts."""
@@ -122,7 +122,7 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
     kept = [*_attributes_rest(held), *(tensor for tensor in rest if not _covered(tensor, held, written))]
     if sum(tensor.numel() * tensor.element_size() for tensor in kept) > MOST_KEPT_BYTES:
         raise Distrusted("it has too much that no loader writes")
-    at = [(where, name.rpartition(".")[2], tensor.data_ptr()) for _, where, name, tensor in held]
+    at = [(where, name.rpartition(".")[2]) for _, where, name, _ in held]
     written |= {target for target, found in fills.items() if found}
     needed = [target in written or isinstance(held[target][3], torch.nn.Parameter) for target in range(len(held))]
     return Record(
@@ -131,8 +131,8 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
         fills=recorder.fills,
         twins=twins,
         paths=paths,
-        tensors=[place for place, is_needed in zip(at, needed, strict=True) if is_needed],
-        buffers=[place for place, is_needed in zip(at, needed, strict=True) if not is_needed],
+        tensors=Places(place for place, is_needed in zip(at, needed, strict=True) if is_needed),
+        buffers=Places(place for place, is_needed in zip(at, needed, strict=True) if not is_needed),
         kept=[(tensor, tensor.to("cpu", copy=True)) for tensor in kept],
         shared={copy.place.data_ptr() for found in twins.values() for copy in found},
     )
