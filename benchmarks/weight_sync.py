@@ -326,35 +326,40 @@ def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, An
 
 
 def sleep(case: Case, sync: float) -> dict[str, Any]:
-    """Level-2 sleep, wake, the first token: against waking and a sync."""
+    """From waking after a level-2 sleep to the first token: with the weights brought back, and by vLLM alone."""
     import torch
 
     from vgen import Sampling
 
-    case.generation.sleep(2)  # the first one is slower
-    case.generation.wake_up()
-    case.generation.generate([[1, 2, 3]], Sampling(max_tokens=1))
-    tokens = []
-    for first in range(5):
+    def to_token(fall: Callable[[], Any], wake: Callable[[], Any], first: int) -> float:
+        fall()
+        randomize(case.model)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
         begin = time.perf_counter()
+        wake()
         case.generation.generate([[4 + first, 5, 6]], Sampling(max_tokens=1))
-        tokens.append(time.perf_counter() - begin)
-    token = statistics.median(tokens)
-    case.generation.sleep(2)
-    randomize(case.model)
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    case.generation.wake_up()
-    woken = time.perf_counter()
-    case.generation.generate([[17, 8, 9]], Sampling(max_tokens=1))
-    end = time.perf_counter()
+        return time.perf_counter() - begin
+
+    def alone(what: Callable[[Any], Any]) -> None:
+        with case.engine._at_work():
+            what(case.engine.llm)
+
+    level = 2 if case.device == "cuda" else 0  # where vLLM's sleep discards nothing, and nothing is restored
+    plain, own = list[float](), list[float]()
+    for index in range(8):
+        took = to_token(
+            lambda: alone(lambda llm: llm.sleep(level=level)), lambda: alone(lambda llm: llm.wake_up()), index
+        )
+        plain += [took] if index else []  # the first one is slower
+        took = to_token(lambda: case.generation.sleep(2), case.generation.wake_up, 100 + index)
+        own += [took] if index else []
     if case.device == "cpu":
-        case.generation.sync_weights()  # nothing was discarded, so nothing was restored
-    own = {"wake_seconds": woken - begin, "token_seconds": token, "wake_to_token_seconds": end - begin}
-    own["restore_seconds"] = end - woken - token
-    own["restore_of_sync"] = own["restore_seconds"] / sync
-    return own | case.compare()
+        case.generation.sync_weights()
+    restore = statistics.median(own) - statistics.median(plain)
+    found: dict[str, Any] = {"wake_to_token_seconds": statistics.median(own), "all": own}
+    found |= {"plain_wake_to_token_seconds": statistics.median(plain), "all_plain": plain}
+    return found | {"restore_seconds": restore, "restore_of_sync": restore / sync} | case.compare()
 
 
 def table(results: list[dict[str, Any]]) -> str:

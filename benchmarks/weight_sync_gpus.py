@@ -4,8 +4,8 @@
     python benchmarks/weight_sync_gpus.py --json     # one JSON object
 
 A Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU; the trainer's model is there too (`resident`,
-`shared_memory`), and then on the second where there is one (`nccl`). `vllm_ipc` and `vllm_nccl` are the same to stock
-servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with pause, cache resets and resume; `live` is
+`shared_memory`), and then on the second where there is one (`nccl`; `nccl_1g` in buckets of 1 GiB). `vllm_ipc` and
+`vllm_nccl` are the same to stock servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with pause, cache resets and resume; `live` is
 from its first send to when the weights are in place. Each sync brings fresh random weights, which are then looked at
 end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
 """
@@ -54,14 +54,15 @@ def rounds(model: Any, generation: Any, sync: Callable[[], dict[str, float]], co
     return {"median": {name: statistics.median(all) for name, all in seconds.items()}, "all": seconds, "wrong": wrong}
 
 
-def ours(model: Any, url: str, key: str | None, transport: str, count: int) -> dict[str, Any]:
+def ours(model: Any, url: str, key: str | None, transport: str, count: int, **options: Any) -> dict[str, Any]:
     from vgen import ProfilingContext, ServerGeneration
     from vgen.profiling import names
     from vgen.testing import MemorySink
 
     sink = MemorySink()
     keys: dict[str, Any] = dict(base_urls=[url], control_key=key, timeout=60.0)
-    with ServerGeneration(model, weight_transport=transport, profiling=ProfilingContext([sink]), **keys) as generation:
+    keys |= dict(weight_transport=transport, profiling=ProfilingContext([sink]), **options)
+    with ServerGeneration(model, **keys) as generation:
 
         def sync() -> dict[str, float]:
             generation.sync_weights()
@@ -123,7 +124,7 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
             result["ways"][name]["spent"] = time.monotonic() - start
             print(name, json.dumps(result["ways"][name])[:1500], file=sys.stderr, flush=True)
 
-        two, own = torch.cuda.device_count() > 1, {"resident", "shared_memory", "nccl"} & set(ways)
+        two, own = torch.cuda.device_count() > 1, {"resident", "shared_memory", "nccl", "nccl_1g"} & set(ways)
         way("vllm_ipc", lambda: theirs(model, folder, "ipc", count))
         with start_server(folder, arguments=ARGUMENTS, timeout=300.0) if own else nullcontext() as server:
             here = (server.url, server.control_key) if server is not None else ("", None)
@@ -133,6 +134,7 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
                 torch.cuda.set_device(1)
                 model.to("cuda:1")
                 way("nccl", lambda: ours(model, *here, "nccl", count))
+                way("nccl_1g", lambda: ours(model, *here, "nccl", count, bucket_bytes=1 << 30))
         if two:
             way("vllm_nccl", lambda: theirs(model, folder, "nccl", count))
     return result
@@ -141,7 +143,7 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--ways", default="resident,shared_memory,nccl,vllm_ipc,vllm_nccl")
+    parser.add_argument("--ways", default="resident,shared_memory,nccl,nccl_1g,vllm_ipc,vllm_nccl")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args()
     result = measure(asked.rounds, asked.ways.split(","))

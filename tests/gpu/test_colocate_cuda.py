@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vgen import ColocateGeneration, ProfilingContext, Sampling
+from vgen import ColocateGeneration, ProfilingContext, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.engines.base import EngineState
 from vgen.profiling import names
@@ -41,12 +41,73 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.copy_(torch.randn_like(parameter) * 0.05)
 
 
-def test_fresh_random_weights_under_cuda_graphs(generation, model):
-    for _ in range(3):
+def test_the_recorded_copy_under_cuda_graphs_and_after_level_2_sleep(generation, model, sink):
+    sink.clear()
+    for _ in range(4):  # walked, proven, then replayed
         generation.generate(PROMPTS, Sampling(max_tokens=4))
         randomize(model)
         generation.sync_weights()
         assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=24), 4)) < TOLERANCE
+    spans = sink.named(names.WEIGHT_SYNC)
+    assert [span.attributes[names.TRANSPORT] for span in spans] == ["recorded"] * 4
+    assert spans[0].attributes[names.VERIFY] == "logprobs"
+    assert spans[-1].attributes[names.PLAN_WAY] == "kernel", spans[-1].attributes
+
+    generation.sleep(2)
+    randomize(model)
+    generation.wake_up()
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
+    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.PLAN_WAY] == "kernel"
+
+    model.to("cpu"), torch.cuda.empty_cache()  # as a trainer that makes room does
+    model.to("cuda")
+    randomize(model)
+    generation.sync_weights()
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
+
+    model.to("cpu")
+    randomize(model)
+    generation.sync_weights()  # from the host
+    model.to("cuda")
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
+
+
+def test_weights_that_come_asleep_are_looked_at_when_it_wakes(generation, model, sink, monkeypatch):
+    def asleep(source) -> list[str | None]:
+        generation.sleep(2)
+        generation.wake_up(["weights"])
+        randomize(model)
+        with monkeypatch.context() as patched:
+            patched.setattr(generation, "_source", source)
+            generation.sync_weights()
+        generation.wake_up(["kv_cache"])
+        return [sink.named(kind)[-1].attributes.get(names.VERIFY) for kind in (names.WEIGHT_SYNC, names.WAKE_UP)]
+
+    source = generation._source
+
+    class Wrong:
+        """One layer is not the trainer's."""
+
+        bytes = tensors = 0
+        seconds = 0.0
+
+        def __init__(self) -> None:
+            self.model = model
+
+        def __iter__(self):
+            for name, tensor in source:
+                yield name, tensor * 3 if "layers.1.mlp" in name else tensor
+
+    generation.engine._verified = False
+    assert asleep(source) == ["deferred", "logprobs"]
+    assert sink.named(names.SYNC_VERIFY)[-1].parent is sink.named(names.WAKE_UP)[-1]
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=24))) < TOLERANCE
+    generation.engine._verified = False
+    with pytest.raises(WeightSyncError, match="log-probabilities"):
+        asleep(Wrong())
+    assert generation.state is EngineState.FAILED
+    generation.sync_weights()  # awake by now
+    assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
 
 
 @pytest.mark.parametrize("level", [1, 2])
