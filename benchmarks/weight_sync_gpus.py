@@ -5,9 +5,9 @@
 
 A Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU; the trainer's model is there too (`resident`,
 `shared_memory`), and then on the second where there is one (`nccl`; `nccl_1g` in buckets of 1 GiB). `vllm_ipc` and
-`vllm_nccl` are the same to stock servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with pause, cache resets and resume; `live` is
-from its first send to when the weights are in place. Each sync brings fresh random weights, which are then looked at
-end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
+`vllm_nccl` are the same to stock servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with pause,
+cache resets and resume; `live` is from its first send to when the weights are in place. Each sync brings fresh random
+weights, which are then looked at end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
 """
 
 from __future__ import annotations

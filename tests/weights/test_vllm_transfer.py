@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vgen import WeightSyncError
+from vgen import EngineError, ProfilingContext, ServerGeneration, WeightSyncError
+from vgen.engines import update
+from vgen.profiling import names
+from vgen.testing import FaultyServer, MemorySink
 from vgen.weights import vllm_transfer
 from vgen.weights.vllm_transfer import Announced, VllmTransfer
 
@@ -178,3 +183,71 @@ def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(ser
     transfer._timeout = 0.2
     with pytest.raises(WeightSyncError, match=r"did not meet within 0\.2 s"):
         transfer.send(SOURCE)
+
+
+class Model(torch.nn.Module):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+def stock(stack: ExitStack, workers: int, backend: str = "nccl") -> FaultyServer:
+    """A stock server, as far as it describes itself."""
+    server = stack.enter_context(FaultyServer())
+    server.answers["/server_info"]["vllm_config"]["weight_transfer_config"] = {"backend": backend}
+    server.answers["/get_world_size"] = {"world_size": workers}
+    server.answers["/weight_info"] = {"weight_version": "default"}
+    return server
+
+
+def bodies(server: FaultyServer, path: str) -> list[Any]:
+    return [body for seen, _, body in server.seen if seen == path]
+
+
+def test_several_stock_servers_are_one_group_and_one_that_was_started_anew_is_met_again(servers, monkeypatch):
+    monkeypatch.setattr(update, "_device", lambda source: torch.device("cpu"))
+    sink = MemorySink()
+    with ExitStack() as stack:
+        first, second = stock(stack, 2), stock(stack, 3)
+        keys = dict(base_urls=[first.url, second.url], timeout=20.0, profiling=ProfilingContext([sink]))
+        generation = stack.enter_context(ServerGeneration(Model(), **keys))
+
+        def sync(version: str) -> None:
+            generation.sync_weights(version=version, verify="none")
+            for server in (first, second):
+                server.answers["/weight_info"] = {"weight_version": version}
+
+        sync("1")
+        sync("2")
+        told = [bodies(server, "/init_weight_transfer_engine") for server in (first, second)]
+        assert [
+            [(each["init_info"]["rank_offset"], each["init_info"]["world_size"]) for each in own] for own in told
+        ] == [
+            [(1, 6)],
+            [(3, 6)],
+        ]
+        assert bodies(second, "/finish_weight_update") == [{"weight_version": "1"}, {"weight_version": "2"}]
+        second.answers["/weight_info"] = {"weight_version": "default"}
+        sync("3")
+        assert len(bodies(first, "/init_weight_transfer_engine")) == 2
+    span = sink.named(names.WEIGHT_SYNC)[-1].attributes
+    assert (span[names.TRANSPORT], span[names.PLAN_WAY]) == ("nccl", "reload")
+    assert span[names.TRANSPORT_REASON] == "servers with vLLM's own NCCL engine"
+    assert all(engine.gone.is_set() for engine in Engine.made)  # closed on the way out
+
+
+def test_vllms_own_ipc_is_never_taken_unasked_and_refused_where_it_cannot_be(servers, monkeypatch):
+    with ExitStack() as stack:
+        server = stock(stack, 1, "ipc")
+        peer = stack.enter_context(ServerGeneration(Model(), base_urls=server.url, timeout=20.0)).engine.peers[0]
+        assert update._kind(peer, torch.device("cpu"), False) == "checkpoint"
+        with pytest.raises(EngineError, match=r"takes no weights by nccl: start it with .*weight-transfer-config"):
+            ServerGeneration(Model(), base_urls=server.url, timeout=20.0, weight_transport="nccl")
+        ours = stack.enter_context(FaultyServer(features=["batch", "lease", "shared_memory"]))
+        with pytest.raises(EngineError, match="`resident` takes its place"):
+            ServerGeneration(Model(), base_urls=ours.url, timeout=20.0, weight_transport="ipc")
+        monkeypatch.setattr(vllm_transfer, "find_spec", lambda name: None)
+        with pytest.raises(EngineError, match="install vLLM beside the trainer"):
+            ServerGeneration(Model(), base_urls=server.url, timeout=20.0, weight_transport="ipc")

@@ -225,7 +225,7 @@ BUCKET_BYTES = 256 << 20
 """Of each of the two buckets that weights travel in, unless told otherwise."""
 Transport: TypeAlias = Literal["resident", "shared_memory", "nccl", "gloo", "ipc", "checkpoint"]
 """How servers get weights: where they lie, on the trainer's own GPU; through memory that both sides map; by broadcast;
-or as a folder that they load."""
+through vLLM's own CUDA IPC; or as a folder that they load."""
 InProcess: TypeAlias = Literal["recorded", "reload"]
 """How weights reach an engine in this process: copied by a record of its loader, or by vLLM's own reload."""
 Verify: TypeAlias = Literal["bits", "logprobs", "none"]
