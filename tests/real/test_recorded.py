@@ -15,6 +15,7 @@ from vgen import ColocateGeneration, ProfilingContext, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.profiling import names
 from vgen.testing import MemorySink
+from vgen.weights.mover import AHEAD
 
 SLOW = pytest.mark.slow
 ALONE = pytest.mark.skipif(
@@ -130,6 +131,73 @@ def test_a_hook_that_repacks_into_the_same_shape_is_found_by_the_reloads_bytes(t
         generation.sync_weights(verify="none")
     assert syncs(sink)[-1][names.TRANSPORT] == "reload"
     assert "something else than the record" in syncs(sink)[-1][names.TRANSPORT_REASON]
+
+
+class TorchMover:
+    """As `KernelMover`, by torch's own copies."""
+
+    how = "kernel"
+    calls: list[str]
+
+    def __init__(self, pairs):
+        by_size = sorted(pairs, key=lambda pair: -pair[0].numel())
+        self.ahead, self.others = by_size[:AHEAD], by_size[AHEAD:]
+        self.largest = {tensor.untyped_storage().data_ptr() for pair in self.ahead for tensor in pair}
+
+    def start(self):
+        self.calls.append("start")
+        for place, value in self.ahead:
+            place.copy_(value)
+
+    def finish(self):
+        self.calls.append("finish")
+        for place, value in self.others:
+            place.copy_(value)
+
+    def run(self):
+        self.start()
+        self.finish()
+
+    @classmethod
+    def of(cls, pairs):
+        mover = cls(pairs)
+        mover.run()
+        cls.calls.append("made")
+        return mover
+
+
+def test_the_largest_weights_go_ahead_where_they_lie_where_they_lay(qwen2, monkeypatch):
+    from vgen.weights import recorded
+
+    model, generation, *_ = qwen2
+    monkeypatch.setattr(TorchMover, "calls", [], raising=False)
+    monkeypatch.setattr(recorded, "mover_of", TorchMover.of)
+    weights = generation.engine._weights
+    looked = recorded.RecordedCopy._prepare
+    monkeypatch.setattr(recorded.RecordedCopy, "_prepare", lambda *own: TorchMover.calls.append("look") or looked(*own))
+
+    def sync() -> list[str]:
+        TorchMover.calls.clear()
+        randomize(model)
+        generation.sync_weights()
+        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
+        return [*TorchMover.calls]
+
+    weights._mover = weights._live = None
+    assert sync() == ["look"]
+    assert sync() == (making := ["look", "start", "finish", "made"])  # it lies where it lay
+    assert sync() == ["start", "look", "finish"]
+    largest = model.model.embed_tokens.weight
+    smallest = model.model.norm.weight
+    for moved in (smallest, largest):
+        moved.data = moved.data.clone()
+        assert sync() == (["start", "look"] if moved is smallest else ["look"])
+        assert weights._mover is None
+        assert sync() == making
+        assert sync() == ["start", "look", "finish"]
+    weights.forget()  # as a level-2 sleep does
+    assert sync() == ["look", "start", "finish"]
+    weights._mover = weights._live = None
 
 
 def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(qwen2, plain_layout, monkeypatch):

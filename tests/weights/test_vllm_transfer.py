@@ -106,7 +106,7 @@ def test_everything_comes_under_its_version_and_servers_are_met_once(servers, tr
     calls = ["start", "update", "finish 1", "start", "update", "finish 2"]
     assert servers.calls == ["init", *calls]
     assert servers.announced == {"names": ["a", "b", "c"]}  # what is None is not sent
-    assert (servers.met["world_size"], servers.met["packed_buffer_size_bytes"]) == (4, 50)
+    assert (servers.met["world_size"], servers.met["packed"]) == (4, False)
 
 
 class BreaksOff(list):

@@ -88,7 +88,7 @@ class Updater:
         trace.set(
             {
                 names.TRANSPORT: "+".join(dict.fromkeys(kind for kind, _ in groups)),
-                names.TRANSPORT_REASON: "asked for" if self._transport else "; ".join(reasons),
+                names.TRANSPORT_REASON: "; ".join(reasons),
                 names.SYNC_RECEIVERS: len(peers),
             }
         )
@@ -159,7 +159,7 @@ class Updater:
             raise WeightSyncError("not on the trainer's own GPU", phase="transfer", receiver=", ".join(others))
         if device is None and (asked := next((kind for kind, stock in groups if stock and kind != "checkpoint"), None)):
             raise WeightSyncError(f"it is not on a GPU, as {asked} needs it", phase="gather", receiver="trainer")
-        return groups, [*(_REASONS[kind] for kind in groups), *reasons], table
+        return groups, ["asked for"] if self._transport else [*(_REASONS[kind] for kind in groups), *reasons], table
 
     def _reachable(self, trace: SyncTrace) -> list[Peer]:
         """All servers, but for those that were lost before and still are; and who else has changed their weights."""

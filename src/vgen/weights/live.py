@@ -28,6 +28,18 @@ class Places:
             except (AttributeError, KeyError):
                 return False
 
+    def within(self, storages: set[int]) -> Places:
+        """Those that lie in storages at these addresses."""
+        return Places((where, name) for where, name in self.held if _storage(where[name]) in storages)
+
+    def storages(self) -> set[int]:
+        """The addresses of theirs."""
+        return {_storage(where[name]) for where, name in self.held}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
 
 class Live:
     """The addresses of a plain model's parameters and buffers: those that a stream of its weights consists of views of.
@@ -47,9 +59,9 @@ class Live:
                     if tensor is not None:
                         found.append((held, name))
                         self._forms.append((tensor.shape, tensor.dtype))
-                        self.storages.add(tensor.untyped_storage().data_ptr())
+                        self.storages.add(_storage(tensor))
         self.storages.discard(0)
-        self._places = Places(found)
+        self.places = Places(found)
 
     @classmethod
     def of(cls, model: torch.nn.Module | None) -> Self | None:
@@ -60,11 +72,11 @@ class Live:
 
     def near(self) -> bool:
         """Whether every parameter that was there still is, where it was."""
-        return self._places.kept()
+        return self.places.kept()
 
     def whole(self) -> bool:
         """Whether no module has been put in, taken out or exchanged since, and no parameter added or reshaped."""
-        forms = ((held[name].shape, held[name].dtype) for held, name in self._places.held)
+        forms = ((held[name].shape, held[name].dtype) for held, name in self.places.held)
         if any(now != then for now, then in zip(forms, self._forms, strict=True)):
             return False
         seen = 0
@@ -74,15 +86,15 @@ class Live:
                 return False
             seen += sum(tensor is not None for tensor in found._parameters.values())
             seen += sum(tensor is not None for tensor in found._buffers.values())
-        return seen == len(self._places.held)
+        return seen == len(self.places.held)
 
     def same_as(self, other: Live | None) -> bool:
         """Whether the model is the same, its modules too, and everything lies where it lay then."""
-        return other is not None and self._places.addresses == other._places.addresses and other.whole()
+        return other is not None and self.places.addresses == other.places.addresses and other.whole()
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Whether it is a part of the model itself, and no copy."""
-        return tensor.untyped_storage().data_ptr() in self.storages
+        return _storage(tensor) in self.storages
 
 
 def _special(module: torch.nn.Module) -> bool:

@@ -17,14 +17,24 @@ Move: TypeAlias = tuple[int, int, int]
 
 LEAST_RUN = 512
 """Rows shorter than this many bytes are left to torch."""
+AHEAD = 8
+"""How many of the copies, the largest, are started before the others were looked at."""
 
 _log = logging.getLogger(__name__)
 
 
 class Mover(Protocol):
-    """Makes the same copies each time `run` is called. It holds addresses, and keeps nothing alive."""
+    """Makes the same copies each time: the first of them by `start`, the others by `finish`, or all by `run`.
+
+    It holds addresses, and keeps nothing alive. `largest` are the storages, places' and values', that `start` needs.
+    """
 
     how: str
+    largest: set[int]
+
+    def start(self) -> None: ...
+
+    def finish(self) -> None: ...
 
     def run(self) -> None: ...
 
@@ -92,13 +102,36 @@ def _split(starts: torch.Tensor, size: int, length: int) -> list[int]:
 
 
 class KernelMover:
-    """One launch over a table of moves, and what needs a conversion beside it: a graph of both."""
+    """Launches over tables of moves, and what needs a conversion beside them: graphs of both."""
 
     how = "kernel"
 
     def __init__(self, pairs: list[Pair]) -> None:
+        by_size = sorted(pairs, key=lambda pair: pair[0].numel() * pair[0].element_size(), reverse=True)
+        ahead = min(AHEAD, len(pairs) // 2)
+        self.largest = {tensor.untyped_storage().data_ptr() for pair in by_size[:ahead] for tensor in pair}
+        self._ahead, self._others = _Launch(by_size[:ahead]), _Launch(by_size[ahead:])
+
+    def start(self) -> None:
+        self._ahead.run()
+
+    def finish(self) -> None:
+        self._others.run()
+
+    def run(self) -> None:
+        self.start()
+        self.finish()
+
+
+class _Launch:
+    """One graph of a table's kernels and of torch's own copies."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
         from .move_kernel import Table
 
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if not pairs:
+            return
         moves, others = moves_of(pairs)
         self._table = Table(moves, pairs[0][0].device)  # the graph has its address
         self._graph = torch.cuda.CUDAGraph()
@@ -108,4 +141,5 @@ class KernelMover:
                 place.copy_(value, non_blocking=True)
 
     def run(self) -> None:
-        self._graph.replay()
+        if self._graph is not None:
+            self._graph.replay()

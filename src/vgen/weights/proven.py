@@ -128,7 +128,7 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
     return Record(
         forms=forms,
         copies=copies,
-        fills=recorder.fills,
+        fills=[fill for fill in recorder.fills if fill.place.numel()],
         twins=twins,
         paths=paths,
         tensors=Places(place for place, is_needed in zip(at, needed, strict=True) if is_needed),

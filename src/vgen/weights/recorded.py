@@ -17,7 +17,7 @@ import torch
 from ..engines.base import InProcess
 from ..engines.reload import NamedStream, reload
 from ..errors import WeightSyncError
-from .live import Live
+from .live import Live, Places
 from .mover import Mover, mover_of
 from .proven import Distrusted, Record, check, make_record
 from .recorder import Metadata
@@ -45,6 +45,8 @@ class RecordedCopy:
         self._record: Record | None = None
         self._live: Live | None = None
         self._mover: Mover | None = None
+        self._largest: tuple[Places, Places] | None = None
+        """What must lie where it lay for the mover to start: of the model, and of the source."""
         self._source: Any = None
         """What the mover brings."""
         self._lost = self._decided = False
@@ -77,6 +79,7 @@ class RecordedCopy:
         Raises:
             WeightSyncError: In phase `verify`: something differs. The record is not used again.
         """
+        ahead = not verify and self._start(source)
         first = self._prepare(runner, source)
         if self._record is None:
             if self._transport == "recorded":
@@ -85,8 +88,9 @@ class RecordedCopy:
             if first:
                 _spoil(runner, source)
             return self._reload(runner, source)
-        self._restore()
-        self._replay(source, verify or first)
+        if not ahead:
+            self._restore()
+        self._replay(source, verify or first, ahead)
         runner.reset_lora_state()
         self._lost = False
         return ()
@@ -199,10 +203,20 @@ class RecordedCopy:
         for fill in self._record.fills:
             fill.place.fill_(fill.value)
 
-    def _replay(self, source: Any, verify: bool) -> None:
+    def _start(self, source: Any) -> bool:
+        """Start with the largest copies where these still are what they were; all others are looked at meanwhile."""
+        if self._mover is None or self._largest is None or self._source is not source or self._lost:
+            return False
+        if not all(places.kept() for places in self._largest):
+            return False
+        self._restore()
+        self._mover.start()
+        return True
+
+    def _replay(self, source: Any, verify: bool, ahead: bool) -> None:
         mover, live = self._mover, self._live
         if mover is not None and live is not None and self._source is source and not verify and live.near():
-            mover.run()
+            mover.finish() if ahead else mover.run()
             if live.whole():
                 self.way = mover.how
                 source.seconds = 0.0  # a pass that was not needed has brought as much as the last one, in no time
@@ -246,11 +260,18 @@ class RecordedCopy:
         """Copy the parts of a plain model; once they lie where they lay the last time, in the best way."""
         again = live is not None and live.same_as(self._live)
         self._live = live
-        if again and waiting and (mover := mover_of(waiting)) is not None:
-            self._mover, self.way = mover, mover.how
+        if again and live is not None and waiting and (mover := mover_of(waiting)) is not None:
+            self._mover, self.way, self._largest = mover, mover.how, self._needed(mover, live)
             return
         self.way = "foreach"
         copy_together(waiting)
+
+    def _needed(self, mover: Mover, live: Live) -> tuple[Places, Places] | None:
+        """What the mover's start and the constants need; None where it is not known of all of it."""
+        assert self._record is not None
+        storages = mover.largest | {fill.place.untyped_storage().data_ptr() for fill in self._record.fills}
+        own, of_source = self._record.tensors.within(storages), live.places.within(storages)
+        return (own, of_source) if own.storages() | of_source.storages() == storages else None
 
     def _judge(self, names: tuple[str, ...], problem: str) -> None:
         if names:
