@@ -83,6 +83,8 @@ def ours(model: Any, url: str, key: str | None, transport: str, count: int, **op
             result["wrong"] += not right(generation, model)  # after a level-2 sleep
     told = sink.named(names.WEIGHT_SYNC)[-1].attributes
     result |= {"way": told.get(names.PLAN_WAY), "plan_reason": told.get(names.PLAN_REASON)}
+    if sent := sink.named(names.SYNC_TRANSFER):
+        result["last_transfer"] = {name.removeprefix("vgen.weight_sync."): v for name, v in sent[-1].attributes.items()}
     return result | {"first": first, "reason": told[names.TRANSPORT_REASON]}
 
 

@@ -88,7 +88,7 @@ class RecordedCopy:
             if first:
                 _spoil(runner, source)
             return self._reload(runner, source)
-        if not ahead:
+        if first or not ahead:
             self._restore()
         self._replay(source, verify or first, ahead)
         runner.reset_lora_state()
