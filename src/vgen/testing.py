@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from .engines.base import Batch, PauseMode, Request, Source, SyncTrace, Verify
+from .engines.launch import free_port
 from .profiling import names
 from .profiling.sinks.memory import MemorySink
 from .types import Completion, RequestTiming, Sampling, SleepReport
@@ -412,8 +413,7 @@ def stock_server(
 
     Raises `RuntimeError`, with what it said last, where it ends or does not get there within `timeout` seconds.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     # `vllm serve` does not exist with the CPU build; this is what it runs.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *arguments]

@@ -164,7 +164,7 @@ def test_stock_servers_by_vllms_own_engines(backend, device):
             source = generation._source
             for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
                 generation._source = Changed(source, change)
-                generation._source.metadata = source.metadata
+                generation._source.metadata, generation._source.model = source.metadata, model
                 start = time.monotonic()
                 with pytest.raises(WeightSyncError, match=says):
                     generation.sync_weights()

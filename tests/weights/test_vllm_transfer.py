@@ -185,6 +185,24 @@ def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(ser
         transfer.send(SOURCE)
 
 
+@pytest.mark.real
+def test_a_trainer_whose_vllm_finds_no_nccl_is_told_so_before_anything_is_sent(monkeypatch):
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/nowhere/libnccl.so.2")
+    servers = Servers()
+    own: dict[str, Any] = dict(url="http://127.0.0.1:1", workers=3, device=torch.device("cpu"), bucket_bytes=100)
+    with pytest.raises(WeightSyncError, match=r"no NCCL beside the trainer .*VLLM_NCCL_SO_PATH"):
+        VllmTransfer(servers, backend="nccl", timeout=20.0, **own).send(SOURCE)
+    assert "start" not in servers.calls
+
+
+def test_buckets_of_vllms_ipc_hold_the_largest_tensor(servers):
+    own: dict[str, Any] = dict(url="http://127.0.0.1:1", workers=1, device=torch.device("cpu"), backend="ipc")
+    for bucket_bytes, size in ((100, 100), (10, 24)):
+        VllmTransfer(servers, bucket_bytes=bucket_bytes, **own).send(SOURCE)
+        assert Engine.made[-1].packed_buffer_size_bytes == size
+
+
 class Model(torch.nn.Module):
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
 

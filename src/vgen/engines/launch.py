@@ -132,7 +132,7 @@ def start_server(
     log goes with the server. Raises `EngineError`, with what vLLM said last.
     """
     _check(model)
-    port = _free_port(host, port)
+    port = free_port(host, port)
     control_key = _header_safe(control_key) if control_key is not None else secrets.token_urlsafe(32)
     folder = tempfile.TemporaryDirectory(prefix="vgen-serve-")  # its mode is 0700
     key_file = Path(folder.name, _KEY_FILE)
@@ -263,7 +263,8 @@ def _check(model: str | Path) -> None:
         raise EngineError(f"{model} is not a model directory: it has no config.json")
 
 
-def _free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int = 0) -> int:
+    """`port`, or where that is 0 one that is free at `host`. Raises `EngineError` where nothing can listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import pickle
-import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
+from math import prod
 from threading import Thread
 from typing import Any, Literal
 
 import torch
 
+from ..engines.launch import free_port
 from ..errors import WeightSyncError
 from .buckets import WeightSyncClient, as_sync_error
 from .group import own_address
@@ -82,6 +83,8 @@ class VllmTransfer:
             if on_gpu:
                 torch.cuda.current_stream().synchronize()  # vLLM's engine reads on streams of its own
             engine.source = whole
+            if self._backend == "ipc":  # each bucket is of this size, and vLLM's refuses a tensor that is larger
+                engine.packed_buffer_size_bytes = max(self._bucket_bytes, whole.largest)
             try:
                 engine.send_weights()
             finally:
@@ -123,7 +126,9 @@ class VllmTransfer:
             try:
                 self._engine = made.result(self._timeout)
             except TimeoutError:
-                raise _refused(f"vLLM's {self._backend} engines did not meet within {self._timeout:g} s") from None
+                hint = ": does each server find NCCL (VLLM_NCCL_SO_PATH)?" if self._backend == "nccl" else ""
+                problem = f"vLLM's {self._backend} engines did not meet within {self._timeout:g} s{hint}"
+                raise _refused(problem) from None
         return self._engine
 
     def _make(self, made: Future[Any]) -> None:
@@ -142,9 +147,9 @@ class VllmTransfer:
         if self._backend == "ipc":
             return {"packed": True, "packed_buffer_size_bytes": self._bucket_bytes}
         address = own_address(self._url)
-        meeting = {"master_address": address, "master_port": self._port or _free_port(address)}
-        # Tensor by tensor. In vLLM 0.32 its packed receiver keeps views of one buffer for a layer that the next one
-        # completes on another stream, and does not wait: on a model in buckets of 150 KB such a layer came out wrong.
+        meeting = {"master_address": address, "master_port": free_port(address, self._port)}
+        # Tensor by tensor. In vLLM 0.32 its packed receiver has two buffers on two streams, and a layer whose tensors
+        # came in both is put together on one of them, with nothing to make it wait for the other.
         return {"packed": False, "world_size": 1 + self._workers, **meeting}
 
 
@@ -188,6 +193,11 @@ class Announced:
         self._forms = metadata_of(source)
         self._error: BaseException | None = None
 
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest tensor."""
+        return max((prod(shape) * dtype.itemsize for _, shape, dtype in self._forms), default=0)
+
     def metadata(self) -> list[Any]:
         from vllm.distributed.weight_transfer.base import ParamMeta
 
@@ -227,17 +237,26 @@ def _trainer_engine(backend: Backend, driver: _Driver, own: dict[str, Any]) -> A
 
     nowhere: Any = ()  # the source of each transfer is its own
     if backend == "nccl":
+        _find_nccl()
         engine, info = nccl_engine.NCCLTrainerWeightTransferEngine, nccl_engine.NCCLTrainerInitInfo
     else:
         engine, info = ipc_engine.IPCTrainerWeightTransferEngine, ipc_engine.IPCTrainerInitInfo
     return engine.trainer_init(info(**own, rank=0), client=driver, source=nowhere)  # pyright: ignore
 
 
-def _free_port(address: str) -> int:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+def _find_nccl() -> None:
+    """Without the library vLLM's communicators are made all the same, and send nothing."""
+    from vllm import envs
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    try:
+        if envs.VLLM_DISABLE_PYNCCL:
+            raise RuntimeError("VLLM_DISABLE_PYNCCL is set")
+        NCCLLibrary()
+    except Exception as error:
+        raise _refused(
+            f"vLLM finds no NCCL beside the trainer ({error}): set VLLM_NCCL_SO_PATH to its libnccl.so.2"
+        ) from error
 
 
 def _gathered(problem: str, parameter: str) -> WeightSyncError:
