@@ -24,9 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -34,6 +33,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 ROUNDS = {"trl": 3, "one_load": 5, "reload": 5}
 FAST_ROUNDS = 15
 DECODED = 16
+TURN = "start beside other runs with this file, and be measured when none of them is; may be repeated"
 MODELS = ("qwen2", "llama", "qwen3_moe")
 COMMON = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False)
 LARGE: dict[str, dict[str, Any]] = {
@@ -145,6 +145,23 @@ def floor(size: int, device: str) -> float:
     return seconds
 
 
+class Turn:
+    """Runs that are given the same files start side by side, and are measured one at a time, once all have started."""
+
+    def __init__(self, files: list[str]) -> None:
+        self._files = [open(file, "a") for file in files]  # noqa: SIM115 - until the process ends
+        self._lock(fcntl.LOCK_SH)
+
+    def take(self) -> None:
+        """From here on, until this process ends, no other one is measured."""
+        self._lock(fcntl.LOCK_UN)
+        self._lock(fcntl.LOCK_EX)
+
+    def _lock(self, how: int) -> None:
+        for file in self._files:
+            fcntl.flock(file, how)
+
+
 class Case:
     """One model with an engine, and the ways of bringing weights from one to the other."""
 
@@ -223,8 +240,8 @@ class Case:
         return {"mean": found.mean, "largest": found.largest, "decoded": judged, "right": bool(right)}
 
 
-def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, Any]:
-    """All figures of one model. With `turn`, a file, engines start side by side and are measured one at a time."""
+def measure(kind: str, device: str, turn: Turn) -> dict[str, Any]:
+    """All figures of one model."""
     import torch
 
     from vgen.weights.mover import moves_of
@@ -235,13 +252,9 @@ def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, An
 
         ops._supports_onednn = False
     start = time.monotonic()
-    if turn is not None:
-        fcntl.flock(turn, fcntl.LOCK_SH)
     case = Case(kind, device)
-    if turn is not None:
-        fcntl.flock(turn, fcntl.LOCK_UN)
-        fcntl.flock(turn, fcntl.LOCK_EX)  # once no other one starts or is measured
     result: dict[str, Any] = {"model": kind, "bytes": case.bytes, "start_seconds": round(time.monotonic() - start, 1)}
+    turn.take()
     result |= {"floor_seconds": case.measure_floor(), "ways": {}, "checks": {}}
 
     case.generation.sync_weights()  # builds and proves the record
@@ -326,40 +339,48 @@ def measure(kind: str, device: str, turn: IO[str] | None = None) -> dict[str, An
 
 
 def sleep(case: Case, sync: float) -> dict[str, Any]:
-    """From waking after a level-2 sleep to the first token: with the weights brought back, and by vLLM alone."""
+    """Waking after a level-2 sleep, and from there to the first token: with the weights brought back, by vLLM alone.
+
+    `restore_seconds` is what the second part takes longer, as a part of a whole `sync_weights()` in `restore_of_sync`.
+    """
     import torch
 
     from vgen import Sampling
-
-    def to_token(fall: Callable[[], Any], wake: Callable[[], Any], first: int) -> float:
-        fall()
-        randomize(case.model)
-        if case.device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        wake()
-        case.generation.generate([[4 + first, 5, 6]], Sampling(max_tokens=1))
-        return time.perf_counter() - begin
 
     def alone(what: Callable[[Any], Any]) -> None:
         with case.engine._at_work():
             what(case.engine.llm)
 
     level = 2 if case.device == "cuda" else 0  # where vLLM's sleep discards nothing, and nothing is restored
-    plain, own = list[float](), list[float]()
+    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "plain": (lambda: alone(lambda llm: llm.sleep(level=level)), lambda: alone(lambda llm: llm.wake_up())),
+        "own": (lambda: case.generation.sleep(2), case.generation.wake_up),
+    }
+    times: dict[str, list[float]] = {f"{name}_{part}": [] for name in ways for part in ("wake", "to_token")}
+    spans: list[float] = []
     for index in range(8):
-        took = to_token(
-            lambda: alone(lambda llm: llm.sleep(level=level)), lambda: alone(lambda llm: llm.wake_up()), index
-        )
-        plain += [took] if index else []  # the first one is slower
-        took = to_token(lambda: case.generation.sleep(2), case.generation.wake_up, 100 + index)
-        own += [took] if index else []
+        for first, (name, (fall, wake)) in enumerate(ways.items()):
+            fall()
+            randomize(case.model)
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            wake()
+            awake = time.perf_counter()
+            case.generation.generate([[4 + index, 5 + first, 6]], Sampling(max_tokens=1))
+            token = time.perf_counter()
+            if index:  # the first one is slower
+                times[f"{name}_wake"].append(awake - begin)
+                times[f"{name}_to_token"].append(token - awake)
+        if case.device == "cuda":
+            spans += [case.sink.named("vgen.weight_sync")[-1].duration] if index else []
     if case.device == "cpu":
         case.generation.sync_weights()
-    restore = statistics.median(own) - statistics.median(plain)
-    found: dict[str, Any] = {"wake_to_token_seconds": statistics.median(own), "all": own}
-    found |= {"plain_wake_to_token_seconds": statistics.median(plain), "all_plain": plain}
-    return found | {"restore_seconds": restore, "restore_of_sync": restore / sync} | case.compare()
+    found: dict[str, Any] = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    restore = found["own_to_token_seconds"] - found["plain_to_token_seconds"]
+    found |= {"restore_seconds": restore, "restore_of_sync": restore / sync, "all": times}
+    found["restoring_sync_seconds"] = statistics.median(spans) if spans else None
+    return found | case.compare()
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -408,18 +429,18 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=190.0, help="seconds for each model")
     parser.add_argument("--together", action="store_true", help="start the engines side by side, where all have room")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--turn", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", metavar="FILE", action="append", default=[], help=TURN)
     arguments = parser.parse_args()
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.one:
-        with open(arguments.turn) if arguments.turn else nullcontext() as turn:
-            print("\n" + json.dumps(measure(arguments.one, device, turn)), flush=True)
+        print("\n" + json.dumps(measure(arguments.one, device, Turn(arguments.turn))), flush=True)
         return 0
     results = []
-    with tempfile.NamedTemporaryFile() as turn:
-        more = ["--turn", turn.name] if arguments.together else []
+    with tempfile.NamedTemporaryFile() as own:
+        files = [*arguments.turn, *([own.name] if arguments.together else [])]
+        more = [each for file in files for each in ("--turn", file)]
         running: dict[str, subprocess.Popen[str]] = {}
         for kind in (kinds := arguments.models.split(",")):
             for one in kinds if arguments.together else [kind]:

@@ -26,6 +26,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+from weight_sync import TURN, Turn
+
+START_SECONDS = 150.0
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
 ARGUMENTS = ["--max-model-len", "1024", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30)]
 ARGUMENTS += ["--gpu-memory-utilization", "0.3", "--compilation-config", json.dumps(GRAPHS), "--enable-sleep-mode"]
@@ -88,17 +91,18 @@ def ours(model: Any, url: str, key: str | None, transport: str, count: int, **op
     return result | {"first": first, "reason": told[names.TRANSPORT_REASON]}
 
 
-def theirs(model: Any, folder: str, backend: str, count: int) -> dict[str, Any]:
+def theirs(model: Any, folder: str, backend: str, count: int, turn: Turn) -> dict[str, Any]:
     """The same to a stock server, through vLLM's own engine."""
     from vgen.testing import stock_server
 
     own = ["--weight-transfer-config", json.dumps({"backend": backend}), "--logprobs-mode", "processed_logprobs"]
     may = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    with stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may) as url:
+    with stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may, timeout=START_SECONDS) as url:
+        turn.take()
         return ours(model, url, None, backend, count)
 
 
-def measure(count: int, ways: list[str]) -> dict[str, Any]:
+def measure(count: int, ways: list[str], turn: Turn) -> dict[str, Any]:
     import torch
     from weight_sync import floor, make
 
@@ -113,7 +117,7 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
         byte_tokenizer().save_pretrained(folder)
         model.config._name_or_path = folder
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        result |= {"bytes": size, "floor_seconds": floor(size, "cuda")}
+        result["bytes"] = size
 
         def way(name: str, run: Callable[[], dict[str, Any]]) -> None:
             if name not in ways:
@@ -124,11 +128,14 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
             except Exception as error:
                 result["ways"][name] = {"error": f"{type(error).__name__}: {error}"[-600:], "wrong": 1}
             result["ways"][name]["spent"] = time.monotonic() - start
-            print(name, json.dumps(result["ways"][name])[:1500], file=sys.stderr, flush=True)
+            print(name, json.dumps(result["ways"][name]), file=sys.stderr, flush=True)
 
         two, own = torch.cuda.device_count() > 1, {"resident", "shared_memory", "nccl", "nccl_1g"} & set(ways)
-        way("vllm_ipc", lambda: theirs(model, folder, "ipc", count))
-        with start_server(folder, arguments=ARGUMENTS, timeout=300.0) if own else nullcontext() as server:
+        way("vllm_ipc", lambda: theirs(model, folder, "ipc", count, turn))
+        ready = start_server(folder, arguments=ARGUMENTS, timeout=START_SECONDS) if own else nullcontext()
+        with ready as server:
+            if server is not None:
+                turn.take()
             here = (server.url, server.control_key) if server is not None else ("", None)
             way("resident", lambda: ours(model, *here, "resident", count))
             way("shared_memory", lambda: ours(model, *here, "shared_memory", min(count, 3)))
@@ -138,7 +145,10 @@ def measure(count: int, ways: list[str]) -> dict[str, Any]:
                 way("nccl", lambda: ours(model, *here, "nccl", count))
                 way("nccl_1g", lambda: ours(model, *here, "nccl", count, bucket_bytes=1 << 30))
         if two:
-            way("vllm_nccl", lambda: theirs(model, folder, "nccl", count))
+            torch.cuda.set_device(1)
+            model.to("cuda:1")
+            way("vllm_nccl", lambda: theirs(model, folder, "nccl", count, turn))
+        result["floor_seconds"] = floor(size, "cuda")
     return result
 
 
@@ -146,9 +156,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ways", default="resident,shared_memory,nccl,nccl_1g,vllm_ipc,vllm_nccl")
+    parser.add_argument("--turn", metavar="FILE", action="append", default=[], help=TURN)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args()
-    result = measure(asked.rounds, asked.ways.split(","))
+    result = measure(asked.rounds, asked.ways.split(","), Turn(asked.turn))
     if asked.json:
         print(json.dumps(result))
     else:
