@@ -17,7 +17,7 @@ import torch
 
 from ..errors import WeightSyncError
 from .buckets import WeightSyncClient, abort_update, as_sync_error
-from .live import Live
+from .live import Live, Places
 from .source import model_of
 
 UNKNOWN = "it does not know these weights' handles"
@@ -128,6 +128,7 @@ class ResidentWeights:
         try:
             memory = [self._open(each["handle"], int(each["bytes"]), device) for each in described["handles"]]
             self.tensors = [(entry[0], _view(memory[entry[4]], entry)) for entry in described["tensors"]]
+            self.places = Places([({name: tensor}, name) for name, tensor in self.tensors])
         except BaseException:
             self.close()
             raise
