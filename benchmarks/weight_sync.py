@@ -244,8 +244,8 @@ def measure(kind: str, device: str, turn: Turn) -> dict[str, Any]:
     """All figures of one model."""
     import torch
 
-    from vgen.weights.mover import moves_of
-    from vgen.weights.recorded import RecordedCopy, copy_together
+    from vgen.weights.mover import copy_together, moves_of
+    from vgen.weights.recorded import RecordedCopy
 
     if device == "cpu":  # as on a GPU, parameters stay as they are loaded
         import vllm._custom_ops as ops

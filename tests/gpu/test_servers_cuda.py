@@ -7,6 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vgen.demo import max_logprob_difference
 from vgen.engines.launch import start_server
 from vgen.profiling import names
 from vgen.testing import MemorySink, stock_server, tiny_model
+from vgen.weights import vllm_transfer
 
 PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
 TOLERANCE = 5e-3
@@ -137,43 +139,43 @@ def test_nccl_from_another_gpu():
 
 @pytest.mark.parametrize(("backend", "device"), [("nccl", "cuda:1"), ("ipc", "cuda:0")])
 def test_stock_servers_by_vllms_own_engines(backend, device):
-    if backend == "nccl" and torch.cuda.device_count() < 2:
-        pytest.skip("NCCL needs two GPUs")
+    if backend == "nccl":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("NCCL needs two GPUs")
+        try:
+            vllm_transfer.find_nccl()
+        except WeightSyncError as error:
+            pytest.skip(str(error))
     sink = MemorySink()
-    with tempfile.TemporaryDirectory() as folder:
+    own = ["--weight-transfer-config", f'{{"backend": "{backend}"}}', "--logprobs-mode", "processed_logprobs"]
+    may = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         model = tiny_model(folder, tie_word_embeddings=True)[0].to(device)
-        own = ["--weight-transfer-config", f'{{"backend": "{backend}"}}', "--logprobs-mode", "processed_logprobs"]
-        may = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-        with (
-            stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may) as url,
-            ServerGeneration(
-                model,
-                base_urls=[url],
-                timeout=30.0,
-                bucket_bytes=300_000,
-                weight_transport=None if backend == "nccl" else "ipc",
-                profiling=ProfilingContext([sink]),
-            ) as generation,
-        ):
-            for _ in range(3):
-                randomize(model)
+        server = ExitStack()
+        stack.callback(server.close)
+        url = server.enter_context(stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may))
+        keys: dict[str, Any] = dict(base_urls=[url], timeout=30.0, bucket_bytes=300_000, weight_transport=backend)
+        generation = stack.enter_context(ServerGeneration(model, profiling=ProfilingContext([sink]), **keys))
+        for _ in range(3):
+            randomize(model)
+            generation.sync_weights()
+            assert right(generation, model)
+        assert by(sink) == [backend] * 3
+        assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
+        source = generation._source
+        for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
+            generation._source = Changed(source, change)
+            generation._source.metadata, generation._source.model = source.metadata, model
+            start = time.monotonic()
+            with pytest.raises(WeightSyncError, match=says):
                 generation.sync_weights()
-                assert right(generation, model)
-            assert by(sink) == [backend] * 3
-            assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
-            source = generation._source
-            for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
-                generation._source = Changed(source, change)
-                generation._source.metadata, generation._source.model = source.metadata, model
-                start = time.monotonic()
-                with pytest.raises(WeightSyncError, match=says):
-                    generation.sync_weights()
-                assert time.monotonic() - start < 30
-                generation._source = source
-                randomize(model)
-                generation.sync_weights()
-                assert right(generation, model)
-        # A server that has died.
-        with pytest.raises(WeightSyncError):
+            assert time.monotonic() - start < 30
+            generation._source = source
+            randomize(model)
+            generation.sync_weights()
+            assert right(generation, model)
+        server.close()
+        with pytest.raises(WeightSyncError):  # it has died
             generation.sync_weights()
         assert torch.ones(3, device=device).sum().item() == 3  # the trainer's GPU goes on

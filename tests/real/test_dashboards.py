@@ -75,7 +75,7 @@ def fail_once(generation: Any) -> None:
 
 def replay_a_gpu(profiling: ProfilingContext) -> None:
     """What a CPU has none of, as it was on a GPU: device seconds of syncs, and what sleeping gave back."""
-    models = json.loads((RESULTS / "weight_sync-h100.json").read_text())["models"]
+    models = json.loads((RESULTS / "weight_sync-h200.json").read_text())["models"]
     for model in models:
         profiling.record(
             names.DEVICE_TIME, model["ways"]["recorded"]["seconds"], **{names.TIMED_SPAN: names.WEIGHT_SYNC}

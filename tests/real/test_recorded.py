@@ -200,6 +200,33 @@ def test_the_largest_weights_go_ahead_where_they_lie_where_they_lay(qwen2, monke
     weights._mover = weights._live = None
 
 
+def test_the_largest_weights_of_another_process_go_ahead_too(qwen2, monkeypatch):
+    from vgen.weights import recorded
+    from vgen.weights.resident import ResidentWeights
+
+    model, generation, *_ = qwen2
+    monkeypatch.setattr(TorchMover, "calls", [], raising=False)
+    monkeypatch.setattr(recorded, "mover_of", TorchMover.of)
+    held = list(generation._source)
+    table = {"name": "weights", "handles": [], "tensors": []}
+    for index, (name, tensor) in enumerate(held):
+        table["handles"].append({"handle": str(index), "bytes": tensor.numel() * tensor.element_size()})
+        table["tensors"].append((name, "float32", list(tensor.shape), list(tensor.stride()), index, 0))
+    opened = lambda own, handle, size, device: held[int(handle)][1].detach().flatten().view(torch.uint8)  # noqa: E731
+    monkeypatch.setattr(ResidentWeights, "_open", opened)
+    source = ResidentWeights(table, torch.device("cpu"))
+    weights = generation.engine._weights
+    weights._mover = weights._live = None
+    for calls in ([], ["start", "finish", "made"], ["start", "finish"], ["start", "finish"]):
+        TorchMover.calls.clear()
+        randomize(model)
+        generation.engine._load(source, False)
+        generation.engine._reset_caches()
+        assert TorchMover.calls == calls
+        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
+    weights._mover = weights._live = None
+
+
 def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(qwen2, plain_layout, monkeypatch):
     from vgen.weights import recorded
 

@@ -215,7 +215,7 @@ def test_an_engine_that_keeps_weights_as_they_are_loaded_copies_them_by_its_reco
     from vgen import ColocateGeneration, Sampling
     from vgen.demo import max_logprob_difference
     from vgen.weights import recorded
-    from vgen.weights.recorded import copy_together
+    from vgen.weights.mover import copy_together
 
     monkeypatch.setattr(ops, "_supports_onednn", False)  # as on a GPU
     model, _ = tiny_model(tmp_path)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vgen.weights.mover import moves_of
+from vgen.weights.mover import copy_together, moves_of
 from vgen.weights.proven import Distrusted, make_record
-from vgen.weights.recorded import RecordedCopy, copy_together
+from vgen.weights.recorded import RecordedCopy
 
 SHAPES = {"q": (4, 8), "k": (2, 8), "embed": (10, 8), "head": (10, 8)}
 

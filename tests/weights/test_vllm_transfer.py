@@ -191,7 +191,7 @@ def test_a_trainer_whose_vllm_finds_no_nccl_is_told_so_before_anything_is_sent(m
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/nowhere/libnccl.so.2")
     servers = Servers()
     own: dict[str, Any] = dict(url="http://127.0.0.1:1", workers=3, device=torch.device("cpu"), bucket_bytes=100)
-    with pytest.raises(WeightSyncError, match=r"no NCCL beside the trainer .*VLLM_NCCL_SO_PATH"):
+    with pytest.raises(WeightSyncError, match=r"no NCCL that it can use .*VLLM_NCCL_SO_PATH"):
         VllmTransfer(servers, backend="nccl", timeout=20.0, **own).send(SOURCE)
     assert "start" not in servers.calls
 
@@ -229,7 +229,8 @@ def test_several_stock_servers_are_one_group_and_one_that_was_started_anew_is_me
     sink = MemorySink()
     with ExitStack() as stack:
         first, second = stock(stack, 2), stock(stack, 3)
-        keys = dict(base_urls=[first.url, second.url], timeout=20.0, profiling=ProfilingContext([sink]))
+        keys: dict[str, Any] = dict(base_urls=[first.url, second.url], timeout=20.0, weight_transport="nccl")
+        keys["profiling"] = ProfilingContext([sink])
         generation = stack.enter_context(ServerGeneration(Model(), **keys))
 
         def sync(version: str) -> None:
@@ -252,15 +253,22 @@ def test_several_stock_servers_are_one_group_and_one_that_was_started_anew_is_me
         assert len(bodies(first, "/init_weight_transfer_engine")) == 2
     span = sink.named(names.WEIGHT_SYNC)[-1].attributes
     assert (span[names.TRANSPORT], span[names.PLAN_WAY]) == ("nccl", "reload")
-    assert span[names.TRANSPORT_REASON] == "servers with vLLM's own NCCL engine"
+    assert span[names.TRANSPORT_REASON] == "asked for"
     assert all(engine.gone.is_set() for engine in Engine.made)  # closed on the way out
 
 
-def test_vllms_own_ipc_is_never_taken_unasked_and_refused_where_it_cannot_be(servers, monkeypatch):
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_vllms_own_engines_are_never_taken_unasked(backend):
+    with ExitStack() as stack:
+        server = stock(stack, 1, backend)
+        peer = stack.enter_context(ServerGeneration(Model(), base_urls=server.url, timeout=20.0)).engine.peers[0]
+        assert update._kind(peer, torch.device("cuda"), False) == "checkpoint"
+        assert update.refusal(peer, backend) == ""
+
+
+def test_vllms_own_engines_are_refused_where_they_cannot_be(monkeypatch):
     with ExitStack() as stack:
         server = stock(stack, 1, "ipc")
-        peer = stack.enter_context(ServerGeneration(Model(), base_urls=server.url, timeout=20.0)).engine.peers[0]
-        assert update._kind(peer, torch.device("cpu"), False) == "checkpoint"
         with pytest.raises(EngineError, match=r"takes no weights by nccl: start it with .*weight-transfer-config"):
             ServerGeneration(Model(), base_urls=server.url, timeout=20.0, weight_transport="nccl")
         ours = stack.enter_context(FaultyServer(features=["batch", "lease", "shared_memory"]))

@@ -38,7 +38,6 @@ _REASONS: dict[tuple[Transport, bool], str] = {
     ("shared_memory", False): "servers with vgen's plugin on this host",
     ("nccl", False): "servers with vgen's plugin on other GPUs",
     ("gloo", False): "servers with vgen's plugin on other hosts",
-    ("nccl", True): "servers with vLLM's own NCCL engine",
     ("checkpoint", True): "servers without vgen's plugin reload from a folder",
 }
 """Of a transport, to servers with vgen's plugin or to stock ones."""
@@ -288,7 +287,7 @@ def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
 def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
     """The first of the transports that trainer and server can both take."""
     if "shared_memory" not in peer.features:
-        return "nccl" if device is not None and peer.backend == "nccl" and available() else "checkpoint"
+        return "checkpoint"  # vLLM's own engines can leave a server waiting for ever: for who asks for them
     if beside:
         return "resident"
     if "group" not in peer.features:

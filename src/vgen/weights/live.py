@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from weakref import ref
 
 import torch
@@ -39,6 +39,20 @@ class Places:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+class Located(Protocol):
+    """Where the tensors of a source lie that makes none for a pass: `Live`, or what stands for it elsewhere."""
+
+    places: Places
+
+    def near(self) -> bool: ...
+
+    def whole(self) -> bool: ...
+
+    def same_as(self, other: Any) -> bool: ...
+
+    def hold(self, tensor: torch.Tensor) -> bool: ...
 
 
 class Live:
@@ -88,9 +102,9 @@ class Live:
             seen += sum(tensor is not None for tensor in found._buffers.values())
         return seen == len(self.places.held)
 
-    def same_as(self, other: Live | None) -> bool:
+    def same_as(self, other: Any) -> bool:
         """Whether the model is the same, its modules too, and everything lies where it lay then."""
-        return other is not None and self.places.addresses == other.places.addresses and other.whole()
+        return isinstance(other, Live) and self.places.addresses == other.places.addresses and other.whole()
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Whether it is a part of the model itself, and no copy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -37,6 +37,17 @@ class Mover(Protocol):
     def finish(self) -> None: ...
 
     def run(self) -> None: ...
+
+
+def copy_together(pairs: list[Pair]) -> None:
+    """Copy each value of `(place, value)` into its place, those of the same dtypes and devices in one call."""
+    groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for place, value in pairs:
+        places, values = groups.setdefault((place.dtype, value.dtype, place.device, value.device), ([], []))
+        places.append(place)
+        values.append(value)
+    for places, values in groups.values():
+        torch._foreach_copy_(places, values, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def mover_of(pairs: list[Pair]) -> Mover | None:

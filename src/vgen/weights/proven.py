@@ -14,6 +14,7 @@ import torch
 
 from ..engines.reload import NamedStream, reload
 from .coverage import problem_of, superseded
+from .kept import Kept
 from .live import Places
 from .recorder import Copy, Fill, Metadata, Recorder, record
 from .spoil import RandomWeights
@@ -48,8 +49,8 @@ class Record:
     """Of the parameters, and of the buffers that are loaded."""
     buffers: Places
     """Of the buffers that no loader writes."""
-    kept: list[tuple[torch.Tensor, torch.Tensor]]
-    """Tensors of the model that no loader writes, and their content on the host, for after a level-2 sleep."""
+    kept: Kept
+    """Of the model's tensors, what no loader writes."""
     shared: set[int] = field(default_factory=set[int])
     """Addresses that have twins."""
 
@@ -133,7 +134,7 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
         paths=paths,
         tensors=Places(place for place, is_needed in zip(at, needed, strict=True) if is_needed),
         buffers=Places(place for place, is_needed in zip(at, needed, strict=True) if not is_needed),
-        kept=[(tensor, tensor.to("cpu", copy=True)) for tensor in kept],
+        kept=Kept(kept),
         shared={copy.place.data_ptr() for found in twins.values() for copy in found},
     )
 

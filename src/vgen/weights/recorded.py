@@ -17,8 +17,8 @@ import torch
 from ..engines.base import InProcess
 from ..engines.reload import NamedStream, reload
 from ..errors import WeightSyncError
-from .live import Live, Places
-from .mover import Mover, mover_of
+from .live import Live, Located, Places
+from .mover import Mover, copy_together, mover_of
 from .proven import Distrusted, Record, check, make_record
 from .recorder import Metadata
 from .source import model_of
@@ -43,7 +43,7 @@ class RecordedCopy:
         """Of the last load: `reload`, or how the record was copied."""
         self._receiver = receiver
         self._record: Record | None = None
-        self._live: Live | None = None
+        self._live: Located | None = None
         self._mover: Mover | None = None
         self._largest: tuple[Places, Places] | None = None
         """What must lie where it lay for the mover to start: of the model, and of the source."""
@@ -198,8 +198,7 @@ class RecordedCopy:
         """Write what does not come from a source."""
         assert self._record is not None
         if self._lost:
-            for tensor, content in self._record.kept:
-                tensor.copy_(content)
+            self._record.kept.restore()
         for fill in self._record.fills:
             fill.place.fill_(fill.value)
 
@@ -256,7 +255,7 @@ class RecordedCopy:
         self._judge(this.differences.names(), "it differs from its source")
         self._judge(this.twins.names(), "two sources with different content are loaded into it")
 
-    def _together(self, waiting: list[tuple[torch.Tensor, torch.Tensor]], live: Live | None) -> None:
+    def _together(self, waiting: list[tuple[torch.Tensor, torch.Tensor]], live: Located | None) -> None:
         """Copy the parts of a plain model; once they lie where they lay the last time, in the best way."""
         again = live is not None and live.same_as(self._live)
         self._live = live
@@ -266,7 +265,7 @@ class RecordedCopy:
         self.way = "foreach"
         copy_together(waiting)
 
-    def _needed(self, mover: Mover, live: Live) -> tuple[Places, Places] | None:
+    def _needed(self, mover: Mover, live: Located) -> tuple[Places, Places] | None:
         """What the mover's start and the constants need; None where it is not known of all of it."""
         assert self._record is not None
         storages = mover.largest | {fill.place.untyped_storage().data_ptr() for fill in self._record.fills}
@@ -284,7 +283,9 @@ class RecordedCopy:
 class _Pass:
     """One pass of a source's tensors through a record."""
 
-    def __init__(self, record: Record, *, live: Any = None, parts: bool = False, verify: bool = False) -> None:
+    def __init__(
+        self, record: Record, *, live: Located | None = None, parts: bool = False, verify: bool = False
+    ) -> None:
         self._record, self._live, self._lasting, self._verify = record, live, parts, verify
         self._given = set[str]()
         self._written = dict[int, int]()
@@ -350,17 +351,6 @@ class _Pass:
         return [name for name in self._record.copies if name not in self._given]
 
 
-def copy_together(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy each value of `(place, value)` into its place, those of the same dtypes and devices in one call."""
-    groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for place, value in pairs:
-        places, values = groups.setdefault((place.dtype, value.dtype, place.device, value.device), ([], []))
-        places.append(place)
-        values.append(value)
-    for places, values in groups.values():
-        torch._foreach_copy_(places, values, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _spoil(runner: Any, source: Any) -> None:
     """Fill the engine with random weights: whatever its reload then fails to replace, a probe cannot miss.
 
@@ -372,7 +362,7 @@ def _spoil(runner: Any, source: Any) -> None:
         reload(runner, NamedStream(random))
 
 
-def _live_of(source: Any) -> Any:
+def _live_of(source: Any) -> Located | None:
     """Where the source's weights lie: as it says itself, or its model."""
     own = getattr(source, "live", None)
     return Live.of(model_of(source)) if own is None else own()

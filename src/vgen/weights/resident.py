@@ -17,7 +17,7 @@ import torch
 
 from ..errors import WeightSyncError
 from .buckets import WeightSyncClient, abort_update, as_sync_error
-from .live import Live, Places
+from .live import Live, Located, Places
 from .source import model_of
 
 UNKNOWN = "it does not know these weights' handles"
@@ -139,14 +139,15 @@ class ResidentWeights:
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors]
 
-    def live(self) -> ResidentWeights:
+    def live(self) -> Located:
         """In place of `Live`: that the weights lie where they did is for the trainer to say, by the table's name."""
         return self
 
     def near(self) -> bool:
         return True
 
-    whole = near
+    def whole(self) -> bool:
+        return True
 
     def same_as(self, other: Any) -> bool:
         return other is self

@@ -25,6 +25,8 @@ from .group import own_address
 from .spoil import metadata_of
 
 Backend = Literal["nccl", "ipc"]
+NCCL = "2.29.7"
+"""The least that vLLM 0.32 takes."""
 
 
 def available() -> bool:
@@ -126,8 +128,9 @@ class VllmTransfer:
             try:
                 self._engine = made.result(self._timeout)
             except TimeoutError:
-                hint = ": does each server find NCCL (VLLM_NCCL_SO_PATH)?" if self._backend == "nccl" else ""
-                problem = f"vLLM's {self._backend} engines did not meet within {self._timeout:g} s{hint}"
+                problem = f"vLLM's {self._backend} engines did not meet within {self._timeout:g} s"
+                if self._backend == "nccl":
+                    problem += f": does each server find NCCL {NCCL} or newer (VLLM_NCCL_SO_PATH)?"
                 raise _refused(problem) from None
         return self._engine
 
@@ -237,15 +240,18 @@ def _trainer_engine(backend: Backend, driver: _Driver, own: dict[str, Any]) -> A
 
     nowhere: Any = ()  # the source of each transfer is its own
     if backend == "nccl":
-        _find_nccl()
+        find_nccl()
         engine, info = nccl_engine.NCCLTrainerWeightTransferEngine, nccl_engine.NCCLTrainerInitInfo
     else:
         engine, info = ipc_engine.IPCTrainerWeightTransferEngine, ipc_engine.IPCTrainerInitInfo
     return engine.trainer_init(info(**own, rank=0), client=driver, source=nowhere)  # pyright: ignore
 
 
-def _find_nccl() -> None:
-    """Without the library vLLM's communicators are made all the same, and send nothing."""
+def find_nccl() -> None:
+    """Raise `WeightSyncError` where vLLM finds no NCCL: its communicators would be made all the same, and send nothing.
+
+    One older than `NCCL` counts as none.
+    """
     from vllm import envs
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
@@ -255,7 +261,8 @@ def _find_nccl() -> None:
         NCCLLibrary()
     except Exception as error:
         raise _refused(
-            f"vLLM finds no NCCL beside the trainer ({error}): set VLLM_NCCL_SO_PATH to its libnccl.so.2"
+            f"vLLM finds no NCCL that it can use beside the trainer ({error}): set VLLM_NCCL_SO_PATH to the "
+            f"libnccl.so.2 of NCCL {NCCL} or newer"
         ) from error
 
 
