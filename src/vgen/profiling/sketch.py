@@ -7,7 +7,8 @@ import math
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +200,8 @@ class Row:
         self._gauges: dict[str, float] = {}
         self._fixed: dict[str, float] | None = None
         self._heir = heir
+        self._folder = 0
+        """The thread that is folding."""
 
     @property
     def closed(self) -> bool:
@@ -223,11 +226,12 @@ class Row:
         with _lock:
             other._settle()
             self._settle()
-            for name, histogram in other._histograms.items():
-                self._histogram(name).merge(histogram)
-            for name, value in other._totals.items():
-                self._totals[name] = self._totals.get(name, 0) + value
-            self._gauges |= other._gauges
+            with self._folding():
+                for name, histogram in other._histograms.items():
+                    self._histogram(name).merge(histogram)
+                for name, value in other._totals.items():
+                    self._totals[name] = self._totals.get(name, 0) + value
+                self._gauges |= other._gauges
 
     def histogram(self, name: str) -> Histogram | None:
         """The histogram of that name, where there is one: for sinks that draw distributions."""
@@ -279,29 +283,44 @@ class Row:
             found = self._histograms[name] = Histogram()
         return found
 
+    @contextmanager
+    def _folding(self) -> Generator[None]:
+        """Within it what a signal handler brings to this thread waits, else it would be written over afterwards."""
+        self._folder = threading.get_ident()  # in a forked child no other thread's matters
+        try:
+            yield
+        finally:
+            self._folder = 0
+
     def _settle(self) -> None:
         with _lock:
-            if self._fixed is not None and self._heir is not None:
-                while self._seconds:
-                    self._heir.add(*self._seconds.popleft())
-                while self._values:
-                    self._heir.record(*self._values.popleft())
+            if self._folder == threading.get_ident():
                 return
-            taken: dict[str, list[float]] = {}
+            with self._folding():
+                self._fold()
+
+    def _fold(self) -> None:
+        if self._fixed is not None and self._heir is not None:
             while self._seconds:
-                name, seconds = self._seconds.popleft()
-                taken.setdefault(name, []).append(seconds)
-            taken = {f"{name}.duration": values for name, values in taken.items()}
+                self._heir.add(*self._seconds.popleft())
             while self._values:
-                instrument, values = self._values.popleft()
-                if instrument.kind == "histogram":
-                    taken.setdefault(instrument.name, []).extend(values)
-                elif instrument.kind == "gauge":
-                    self._gauges[instrument.name] = values[-1]
-                else:
-                    self._add_up(instrument.name, values)
-            for name, values in taken.items():
-                self._histogram(name).extend(values)
+                self._heir.record(*self._values.popleft())
+            return
+        taken: dict[str, list[float]] = {}
+        while self._seconds:
+            name, seconds = self._seconds.popleft()
+            taken.setdefault(name, []).append(seconds)
+        taken = {f"{name}.duration": values for name, values in taken.items()}
+        while self._values:
+            instrument, values = self._values.popleft()
+            if instrument.kind == "histogram":
+                taken.setdefault(instrument.name, []).extend(values)
+            elif instrument.kind == "gauge":
+                self._gauges[instrument.name] = values[-1]
+            else:
+                self._add_up(instrument.name, values)
+        for name, values in taken.items():
+            self._histogram(name).extend(values)
 
     def _add_up(self, name: str, values: Sequence[float]) -> None:
         finite = [value for value in values if math.isfinite(value)]
