@@ -6,36 +6,28 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .buckets import aligned
-from .mover import copy_together
+from .mover import Pair, copy_together
+
+SMALL = 1 << 16
+"""Up to so many bytes a tensor's content stays on its device: an attention layer alone has several scales."""
 
 
 class Kept:
-    """The content of `tensors` on the host, in one piece: a layer has several, and the device waits for all of them."""
+    """Tensors and their content as it is now, of the larger ones on the host."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._tensors = list(tensors)
-        sizes = [tensor.numel() * tensor.element_size() for tensor in self._tensors]
-        self._offsets = [sum(map(aligned, sizes[:index])) for index in range(len(sizes))]
-        on_gpu = any(tensor.is_cuda for tensor in self._tensors)
-        self._host = torch.empty(sum(map(aligned, sizes)), dtype=torch.uint8, pin_memory=on_gpu)
-        for content, tensor in zip(self._contents(self._host), self._tensors, strict=True):
-            content.copy_(tensor)
+        self._pairs = [(tensor, _content(tensor)) for tensor in tensors]
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Pair]:
         """Each tensor and its content."""
-        return zip(self._tensors, self._contents(self._host), strict=True)
+        return iter(self._pairs)
 
     def restore(self) -> None:
-        """Write it back, on the current stream."""
-        there = {
-            device: self._host.to(device, non_blocking=True) for device in {tensor.device for tensor in self._tensors}
-        }
-        contents = {device: self._contents(flat) for device, flat in there.items()}
-        copy_together([(tensor, contents[tensor.device][index]) for index, tensor in enumerate(self._tensors)])
+        """Write the content back, on the current stream."""
+        copy_together(self._pairs)
 
-    def _contents(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            flat[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-            for offset, tensor in zip(self._offsets, self._tensors, strict=True)
-        ]
+
+def _content(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() * tensor.element_size() <= SMALL or not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
