@@ -20,3 +20,15 @@ def test_the_kernel_moves_every_byte():
             value.normal_()
         mover.run()
         assert verify_bits((str(index), *pair) for index, pair in enumerate(pairs)) == ()
+
+
+def test_what_no_loader_writes_comes_back_from_the_device_and_from_the_host():
+    from vgen.weights.kept import SMALL, Kept
+
+    small, large = torch.randn(7, device="cuda"), torch.randn(SMALL, device="cuda")
+    before, kept = [small.clone(), large.clone()], Kept([small, large])
+    assert [content.device.type for _, content in kept] == ["cuda", "cpu"]
+    small.zero_(), large.zero_()
+    kept.restore()
+    assert torch.equal(small, before[0])
+    assert torch.equal(large, before[1])

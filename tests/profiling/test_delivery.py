@@ -50,15 +50,12 @@ def test_a_queued_sink_gets_everything_in_order_on_one_thread_of_its_own(context
 def test_records_arrive_without_a_flush_within_a_tenth_of_a_second(contexts: Make):
     sink = Recorder()
     profiling = contexts(sink)
-    took = list[float]()
-    for _ in range(3):
-        profiling.flush()
-        sink.told.clear()
-        start = time.monotonic()
-        exercise(profiling)
-        assert eventually(lambda: ("idle", "") in sink.told)
-        took.append(time.monotonic() - start)
-    assert min(took) < 0.1 + 0.1  # the machine's own hiccups aside
+    profiling.flush()
+    sink.told.clear()
+    start = time.monotonic()
+    exercise(profiling)
+    assert eventually(lambda: ("idle", "") in sink.told)
+    assert time.monotonic() - start < 0.1 + 0.2  # and the machine's own hiccups
 
 
 def test_what_a_sink_does_not_override_costs_no_thread(contexts: Make):
@@ -298,7 +295,7 @@ def test_a_blocking_sink_costs_the_work_nothing_and_close_its_deadline(contexts:
     for command in (profiling.flush, profiling.close):
         start = time.perf_counter()
         assert command(0.3) is False
-        assert 0.25 < time.perf_counter() - start < 1.2  # the default deadline is 2 s
+        assert 0.25 < time.perf_counter() - start < 0.5
     assert profiling.dropped()["Faulty"] >= 100
     assert "Other" not in profiling.dropped()
     assert ("step", "99") in other.told
@@ -325,10 +322,10 @@ def test_a_blocking_flush_or_close_is_left_behind_in_time(contexts: Make, comman
     exercise(profiling)
     start = time.perf_counter()
     assert getattr(profiling, command)(0.2) is False
-    assert time.perf_counter() - start < 1.2
+    assert time.perf_counter() - start < 0.4
     start = time.perf_counter()
     profiling.close(0.2)
-    assert time.perf_counter() - start < 1.2
+    assert time.perf_counter() - start < 0.4
     gate.open()
 
 
@@ -338,7 +335,7 @@ def test_many_hanging_sinks_share_one_deadline(contexts: Make):
     exercise(profiling)
     start = time.perf_counter()
     assert profiling.close(0.3) is False
-    assert time.perf_counter() - start < 1.2  # one after the other they would take 1.5 s
+    assert time.perf_counter() - start < 0.5
     assert profiling.dropped()["Faulty"] >= 5, "sinks of one class are counted together"
     gate.open()
 

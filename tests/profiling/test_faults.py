@@ -245,9 +245,9 @@ def test_a_folder_on_a_file_system_that_hangs_blocks_nobody(tmp_path: Path):
     time.sleep(0.2)
     start = time.perf_counter()
     emit(profiling, 1000)
-    assert time.perf_counter() - start < 1.2
+    assert time.perf_counter() - start < 0.5
     start = time.perf_counter()
     assert profiling.close(0.3) is False
-    assert time.perf_counter() - start < 1.2
+    assert time.perf_counter() - start < 0.5
     assert profiling.dropped()["JsonlSink"] >= 1000
     os.close(reading)

@@ -250,7 +250,7 @@ def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any) -> None:
             work(profiling, n)
     started = time.monotonic()
     profiling.close()
-    assert time.monotonic() - started < 1.2  # nothing is waited for until the deadline of 2 s
+    assert time.monotonic() - started < 0.5
     assert profiling.dropped() == {"WandbSink": 2}
     check_steps(wandb_runs.rows(run), 1)
 

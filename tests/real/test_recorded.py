@@ -195,8 +195,13 @@ def test_the_largest_weights_go_ahead_where_they_lie_where_they_lay(qwen2, monke
         assert weights._mover is None
         assert sync() == making
         assert sync() == ["start", "look", "finish"]
-    weights.forget()  # as a level-2 sleep does
+    kept = list(weights._record.kept)
+    assert any(content.any() for _, content in kept)
+    for tensor, _ in kept:
+        tensor.zero_()
+    weights.forget()  # as a level-2 sleep does, which discards what no loader writes, too
     assert sync() == ["look", "start", "finish"]
+    assert all(torch.equal(tensor, content) for tensor, content in kept)
     weights._mover = weights._live = None
 
 
@@ -212,7 +217,10 @@ def test_the_largest_weights_of_another_process_go_ahead_too(qwen2, monkeypatch)
     for index, (name, tensor) in enumerate(held):
         table["handles"].append({"handle": str(index), "bytes": tensor.numel() * tensor.element_size()})
         table["tensors"].append((name, "float32", list(tensor.shape), list(tensor.stride()), index, 0))
-    opened = lambda own, handle, size, device: held[int(handle)][1].detach().flatten().view(torch.uint8)  # noqa: E731
+
+    def opened(own, handle, size, device):
+        return held[int(handle)][1].detach().flatten().view(torch.uint8)
+
     monkeypatch.setattr(ResidentWeights, "_open", opened)
     source = ResidentWeights(table, torch.device("cpu"))
     weights = generation.engine._weights
