@@ -315,7 +315,7 @@ def measure(kind: str, device: str, turn: Turn) -> dict[str, Any]:
         case.on_worker(bring)
 
     whole, returned = [], []
-    for _ in range(5):
+    for _ in range(FAST_ROUNDS):
         randomize(case.model)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -358,7 +358,7 @@ def sleep(case: Case, sync: float) -> dict[str, Any]:
     }
     times: dict[str, list[float]] = {f"{name}_{part}": [] for name in ways for part in ("wake", "to_token")}
     spans: list[float] = []
-    for index in range(8):
+    for index in range(25):
         for first, (name, (fall, wake)) in enumerate(ways.items()):
             fall()
             randomize(case.model)

@@ -137,6 +137,19 @@ def test_nccl_from_another_gpu():
                 assert torch.ones(3, device="cuda:1").sum().item() == 3  # the trainer's GPU goes on
 
 
+def on_its_own_gpu(model: Any, keys: dict[str, Any]) -> None:
+    """A trainer on the server's GPU, where NCCL cannot be: that is said at once, and the server lives on."""
+    with ServerGeneration(model, **keys) as generation:
+        start = time.monotonic()
+        with pytest.raises(WeightSyncError, match=r'on other GPUs.* weight_transport="checkpoint"'):
+            generation.sync_weights()
+        assert time.monotonic() - start < 20
+    with ServerGeneration(model, **keys, weight_transport="checkpoint") as generation:
+        randomize(model)
+        generation.sync_weights()
+        assert right(generation, model)
+
+
 @pytest.mark.parametrize(("backend", "device"), [("nccl", "cuda:1"), ("ipc", "cuda:0")])
 def test_stock_servers_by_vllms_own_engines(backend, device):
     if backend == "nccl":
@@ -155,8 +168,14 @@ def test_stock_servers_by_vllms_own_engines(backend, device):
         server = ExitStack()
         stack.callback(server.close)
         url = server.enter_context(stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may))
-        keys: dict[str, Any] = dict(base_urls=[url], timeout=30.0, bucket_bytes=300_000, weight_transport=backend)
-        generation = stack.enter_context(ServerGeneration(model, profiling=ProfilingContext([sink]), **keys))
+        keys: dict[str, Any] = dict(base_urls=[url], timeout=30.0, bucket_bytes=300_000)
+        keys["profiling"] = ProfilingContext([sink])
+        if backend == "nccl":
+            on_its_own_gpu(model.to("cuda:0"), keys)
+            model.to(device), sink.clear()
+        else:
+            keys["weight_transport"] = "ipc"
+        generation = stack.enter_context(ServerGeneration(model, **keys))
         for _ in range(3):
             randomize(model)
             generation.sync_weights()

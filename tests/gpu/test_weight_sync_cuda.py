@@ -26,9 +26,11 @@ def test_what_no_loader_writes_comes_back_from_the_device_and_from_the_host():
     from vgen.weights.kept import SMALL, Kept
 
     small, large = torch.randn(7, device="cuda"), torch.randn(SMALL, device="cuda")
-    before, kept = [small.clone(), large.clone()], Kept([small, large])
-    assert [content.device.type for _, content in kept] == ["cuda", "cpu"]
-    small.zero_(), large.zero_()
+    host = torch.ones(3)
+    before, kept = [small.clone(), large.clone()], Kept([small, host, large])
+    assert [content.device.type for _, content in kept] == ["cuda", "cpu", "cpu"]
+    small.zero_(), large.zero_(), host.zero_()
     kept.restore()
     assert torch.equal(small, before[0])
     assert torch.equal(large, before[1])
+    assert not host.any()  # a sleep has discarded nothing there

@@ -42,8 +42,10 @@ def cuda(monkeypatch):
         is_initialized=lambda: True,
         Event=Event,
         mem_get_info=lambda: (60, 100),
-        memory_allocated=lambda: 10,
-        memory_reserved=lambda: 20,
+        memory_stats_as_nested_dict=lambda: {
+            "allocated_bytes": {"all": {"current": 10}, "small_pool": {"current": 1}},
+            "reserved_bytes": {"all": {"current": 20}, "small_pool": {"current": 2}},
+        },
         synchronize=lambda: pytest.fail("nothing may wait for the device"),
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=stand_in))

@@ -173,7 +173,7 @@ def test_a_server_that_refuses_to_meet_is_not_waited_for(servers, transfer, monk
 
     monkeypatch.setattr(vllm_transfer, "_trainer_engine", waits)
     start = time.monotonic()
-    with pytest.raises(WeightSyncError, match="there is another trainer"):
+    with pytest.raises(WeightSyncError, match=r'there is another trainer.* weight_transport="checkpoint" does without'):
         transfer.send(SOURCE)
     assert time.monotonic() - start < 3
 
@@ -257,13 +257,42 @@ def test_several_stock_servers_are_one_group_and_one_that_was_started_anew_is_me
     assert all(engine.gone.is_set() for engine in Engine.made)  # closed on the way out
 
 
-@pytest.mark.parametrize("backend", ["nccl", "ipc"])
-def test_vllms_own_engines_are_never_taken_unasked(backend):
+OLD = "vLLM finds no NCCL that it can use"
+
+
+@pytest.mark.parametrize(
+    ("backend", "trainer", "problem", "kind", "reason"),
+    [
+        ("nccl", "cuda", "", "nccl", "servers with vLLM's own NCCL engine"),
+        ("nccl", "cuda", OLD, "checkpoint", f"servers without vgen's plugin reload from a folder; not nccl: {OLD}"),
+        ("nccl", None, "", "checkpoint", "servers without vgen's plugin reload from a folder"),
+        ("ipc", "cuda", "", "checkpoint", "servers without vgen's plugin reload from a folder"),
+    ],
+)
+def test_nccl_is_taken_where_both_sides_can_and_ipc_on_request_alone(
+    monkeypatch, backend, trainer, problem, kind, reason
+):
+    monkeypatch.setattr(update, "_device", lambda source: trainer and torch.device(trainer))
+    monkeypatch.setattr(update, "nccl_problem", lambda: problem)
     with ExitStack() as stack:
         server = stock(stack, 1, backend)
-        peer = stack.enter_context(ServerGeneration(Model(), base_urls=server.url, timeout=20.0)).engine.peers[0]
-        assert update._kind(peer, torch.device("cuda"), False) == "checkpoint"
-        assert update.refusal(peer, backend) == ""
+        engine = stack.enter_context(ServerGeneration(Model(), base_urls=server.url, timeout=20.0)).engine
+        groups, reasons, _ = engine._updater._chosen(SOURCE, engine.peers)
+        assert list(groups) == [(kind, True)]
+        assert "; ".join(reasons) == reason
+        assert update.refusal(engine.peers[0], backend) == ""
+
+
+def test_why_nccl_cannot_be_is_known_beforehand(monkeypatch):
+    def too_old() -> None:
+        raise WeightSyncError(OLD, phase="transfer", receiver="server")
+
+    monkeypatch.setattr(vllm_transfer, "find_nccl", too_old)
+    assert vllm_transfer.nccl_problem() == OLD
+    monkeypatch.setattr(vllm_transfer, "find_nccl", lambda: None)
+    assert vllm_transfer.nccl_problem() == ""
+    monkeypatch.setattr(vllm_transfer, "find_spec", lambda name: None)
+    assert vllm_transfer.nccl_problem() == "vLLM is not installed beside the trainer"
 
 
 def test_vllms_own_engines_are_refused_where_they_cannot_be(monkeypatch):

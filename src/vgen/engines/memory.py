@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..profiling.device import resident
+from ..profiling.device import resident, torchs
 from ..types import SleepReport
 
 
@@ -30,7 +30,7 @@ class Reading:
         import torch
 
         free, total = torch.cuda.mem_get_info()
-        return cls(free, total - free - torch.cuda.memory_reserved(), resident(), *_pools())
+        return cls(free, total - free - torchs()[1], resident(), *_pools())
 
     def __add__(self, other: Reading) -> Reading:
         return Reading(

@@ -24,7 +24,7 @@ from ..weights.shared_memory import SharedMemoryTransfer
 from ..weights.source import model_of
 from ..weights.spoil import RandomWeights, metadata_of
 from ..weights.vllm_transfer import Backend as Native
-from ..weights.vllm_transfer import VllmTransfer, available
+from ..weights.vllm_transfer import VllmTransfer, available, nccl_problem
 from . import weights_route
 from .base import PauseMode, Source, SyncTrace, Transport
 from .control import this_host
@@ -38,6 +38,7 @@ _REASONS: dict[tuple[Transport, bool], str] = {
     ("shared_memory", False): "servers with vgen's plugin on this host",
     ("nccl", False): "servers with vgen's plugin on other GPUs",
     ("gloo", False): "servers with vgen's plugin on other hosts",
+    ("nccl", True): "servers with vLLM's own NCCL engine",
     ("checkpoint", True): "servers without vgen's plugin reload from a folder",
 }
 """Of a transport, to servers with vgen's plugin or to stock ones."""
@@ -150,6 +151,8 @@ class Updater:
                     raise WeightSyncError(str(error), phase="gather", receiver="trainer") from error
                 beside = []
                 reasons.append(f"not resident: {error}")
+        if self._transport is None and any(_native(peer, device) for peer in peers) and (problem := nccl_problem()):
+            reasons.append(f"not nccl: {problem}")
         groups = dict[tuple[Transport, bool], list[Peer]]()
         for peer in peers:
             kind = self._transport or _kind(peer, device, peer in beside)
@@ -287,7 +290,7 @@ def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
 def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
     """The first of the transports that trainer and server can both take."""
     if "shared_memory" not in peer.features:
-        return "checkpoint"  # vLLM's own engines can leave a server waiting for ever: for who asks for them
+        return "nccl" if _native(peer, device) and not nccl_problem() else "checkpoint"
     if beside:
         return "resident"
     if "group" not in peer.features:
@@ -295,6 +298,11 @@ def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
     if device is not None and peer.device_type == "cuda" and uuid_of(device) not in (peer.devices or ()):
         return "nccl"
     return "shared_memory" if peer.host == this_host() else "gloo"
+
+
+def _native(peer: Peer, device: torch.device | None) -> bool:
+    """Whether a stock server waits for a trainer on a GPU by vLLM's NCCL engine. Its IPC is for who asks for it."""
+    return peer.stock and peer.backend == "nccl" and device is not None
 
 
 def refusal(peer: Peer, transport: Transport | None) -> str:

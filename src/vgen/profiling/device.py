@@ -69,7 +69,7 @@ def memory() -> dict[str, int]:
     if cuda is not None:
         free, total = cuda.mem_get_info()
         found[names.DEVICE_FREE], found[names.DEVICE_USED] = free, total - free
-        found[names.ALLOCATED], found[names.RESERVED_MEMORY] = cuda.memory_allocated(), cuda.memory_reserved()
+        found[names.ALLOCATED], found[names.RESERVED_MEMORY] = torchs()
     try:
         found[names.HOST_RESIDENT] = resident()
         available = _read("/proc/meminfo").partition(b"MemAvailable:")[2]
@@ -77,6 +77,13 @@ def memory() -> dict[str, int]:
     except (OSError, IndexError):
         pass  # not Linux
     return found
+
+
+def torchs() -> tuple[int, int]:
+    """What torch's allocator has given out of the current CUDA device's memory, and what it holds, in bytes."""
+    # `memory_allocated` and `memory_reserved` each spell out hundreds of statistics.
+    found = sys.modules["torch"].cuda.memory_stats_as_nested_dict()
+    return found["allocated_bytes"]["all"]["current"], found["reserved_bytes"]["all"]["current"]
 
 
 def resident() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .mover import Pair, copy_together
+from .mover import Pair, copy_groups, grouped
 
 SMALL = 1 << 16
 """Up to so many bytes a tensor's content stays on its device: an attention layer alone has several scales."""
@@ -17,14 +17,16 @@ class Kept:
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._pairs = [(tensor, _content(tensor)) for tensor in tensors]
+        discarded = [pair for pair in self._pairs if pair[0].is_cuda]  # a sleep leaves host memory as it is
+        self._groups = grouped(discarded or self._pairs)
 
     def __iter__(self) -> Iterator[Pair]:
         """Each tensor and its content."""
         return iter(self._pairs)
 
     def restore(self) -> None:
-        """Write the content back, on the current stream."""
-        copy_together(self._pairs)
+        """Write back, on the current stream, what a sleep discards: on the device, or all where none is there."""
+        copy_groups(self._groups)
 
 
 def _content(tensor: torch.Tensor) -> torch.Tensor:

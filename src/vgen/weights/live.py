@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
+from operator import is_
 from typing import Any, Protocol, Self
-from weakref import ref
 
 import torch
 
@@ -58,24 +59,25 @@ class Located(Protocol):
 class Live:
     """The addresses of a plain model's parameters and buffers: those that a stream of its weights consists of views of.
 
-    Nothing is kept alive: a trainer may move its model to the host and back. `near` is checked before memory at the
-    old addresses is read, `whole` may be checked after.
+    The modules are kept alive, their memory is not: a trainer may move its model to the host and back. `near` is
+    checked before memory at the old addresses is read, `whole` may be checked after.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         found: list[tuple[Any, str]] = []
-        self._forms: list[tuple[torch.Size, torch.dtype]] = []
-        self._modules = [(ref(module), [id(child) for child in module._modules.values()]) for module in model.modules()]
+        self._absent: list[tuple[Any, str]] = []
         self.storages = set[int]()
         for module in model.modules():
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
+                    (self._absent if tensor is None else found).append((held, name))
                     if tensor is not None:
-                        found.append((held, name))
-                        self._forms.append((tensor.shape, tensor.dtype))
                         self.storages.add(_storage(tensor))
         self.storages.discard(0)
         self.places = Places(found)
+        self._modules = list(model.modules())
+        self._tables = self._tables_now()
+        self._forms, self._structure = self._forms_now(), self._structure_now()
 
     @classmethod
     def of(cls, model: torch.nn.Module | None) -> Self | None:
@@ -90,17 +92,29 @@ class Live:
 
     def whole(self) -> bool:
         """Whether no module has been put in, taken out or exchanged since, and no parameter added or reshaped."""
-        forms = ((held[name].shape, held[name].dtype) for held, name in self.places.held)
-        if any(now != then for now, then in zip(forms, self._forms, strict=True)):
+        try:
+            return (
+                self._forms_now() == self._forms
+                and all(map(is_, self._tables_now(), self._tables))
+                and self._structure_now() == self._structure
+                and all(held[name] is None for held, name in self._absent)
+            )
+        except (AttributeError, KeyError):  # a parameter is gone
             return False
-        seen = 0
-        for module, children in self._modules:
-            found = module()
-            if found is None or [id(child) for child in found._modules.values()] != children:
-                return False
-            seen += sum(tensor is not None for tensor in found._parameters.values())
-            seen += sum(tensor is not None for tensor in found._buffers.values())
-        return seen == len(self.places.held)
+
+    def _forms_now(self) -> list[Any]:
+        tensors = [held[name] for held, name in self.places.held]
+        return [tensor.shape for tensor in tensors] + [tensor.dtype for tensor in tensors]
+
+    def _tables_now(self) -> list[dict[str, Any]]:
+        """What modules register their parameters, buffers and children in."""
+        own = self._modules
+        return [m._parameters for m in own] + [m._buffers for m in own] + [m._modules for m in own]
+
+    def _structure_now(self) -> tuple[list[int], list[int]]:
+        """How much is registered in each table, and which children."""
+        children = self._tables[2 * len(self._modules) :]
+        return [*map(len, self._tables)], [*map(id, chain.from_iterable([table.values() for table in children]))]
 
     def same_as(self, other: Any) -> bool:
         """Whether the model is the same, its modules too, and everything lies where it lay then."""

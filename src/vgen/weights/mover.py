@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -12,6 +13,8 @@ from .verify import Differences
 
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """A place and the value that belongs there."""
+Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""Places and their values, all of the same dtypes and devices."""
 Move: TypeAlias = tuple[int, int, int]
 """Destination address, source address and bytes."""
 
@@ -39,14 +42,24 @@ class Mover(Protocol):
     def run(self) -> None: ...
 
 
-def copy_together(pairs: list[Pair]) -> None:
+def copy_together(pairs: Iterable[Pair]) -> None:
     """Copy each value of `(place, value)` into its place, those of the same dtypes and devices in one call."""
-    groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    copy_groups(grouped(pairs))
+
+
+def grouped(pairs: Iterable[Pair]) -> list[Group]:
+    """The pairs that one call copies."""
+    groups: dict[Any, Group] = {}
     for place, value in pairs:
         places, values = groups.setdefault((place.dtype, value.dtype, place.device, value.device), ([], []))
         places.append(place)
         values.append(value)
-    for places, values in groups.values():
+    return list(groups.values())
+
+
+def copy_groups(groups: list[Group]) -> None:
+    """Copy what `grouped` has put together."""
+    for places, values in groups:
         torch._foreach_copy_(places, values, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -34,6 +34,17 @@ def available() -> bool:
     return find_spec("vllm") is not None
 
 
+def nccl_problem() -> str:
+    """Why vLLM's NCCL engine cannot be used beside the trainer; empty where it can."""
+    if not available():
+        return "vLLM is not installed beside the trainer"
+    try:
+        find_nccl()
+    except WeightSyncError as error:
+        return error.problem
+    return ""
+
+
 class VllmTransfer:
     """Sends a model, again and again, through vLLM's engine `backend` to servers with `workers` in all.
 
@@ -128,11 +139,21 @@ class VllmTransfer:
             try:
                 self._engine = made.result(self._timeout)
             except TimeoutError:
-                problem = f"vLLM's {self._backend} engines did not meet within {self._timeout:g} s"
-                if self._backend == "nccl":
-                    problem += f": does each server find NCCL {NCCL} or newer (VLLM_NCCL_SO_PATH)?"
-                raise _refused(problem) from None
+                raise self._not_met(f"within {self._timeout:g} s") from None
+            except WeightSyncError:
+                raise
+            except Exception as error:
+                raise self._not_met(f"({type(error).__name__}: {error})") from error
         return self._engine
+
+    def _not_met(self, how: str) -> WeightSyncError:
+        problem = f"vLLM's {self._backend} engines did not meet {how}"
+        if self._backend == "nccl":
+            problem += (
+                f": each server must be on other GPUs than the trainer, and find NCCL {NCCL} or newer "
+                '(VLLM_NCCL_SO_PATH); weight_transport="checkpoint" does without'
+            )
+        return _refused(problem)
 
     def _make(self, made: Future[Any]) -> None:
         """In a thread of its own: each side waits for the other, and where a server refuses it does not come."""
