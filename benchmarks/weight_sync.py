@@ -399,7 +399,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 continue
             numbers = f"{found['seconds'] * 1e3:9.2f} {found['of_floor']:8.2f}  {found['mean']:12.2g}"
             lines.append(f"  {name:20} {numbers}  {found['right']}  {found.get('way', '')}")
-        lines.append(f"  sync_weights() {result['sync_weights_seconds'] * 1e3:.2f} ms; sleep {result['sleep']}")
+        slept = {name: value for name, value in result["sleep"].items() if name != "all"}
+        lines.append(f"  sync_weights() {result['sync_weights_seconds'] * 1e3:.2f} ms; sleep {slept}")
         lines.append(f"  first sync {result['first_sync']}; checks {result['checks']}")
         lines.append(f"  wrong: {result['wrong'] or 'nothing'}")
     return "\n".join(lines)
