@@ -178,10 +178,21 @@ def test_a_server_that_refuses_to_meet_is_not_waited_for(servers, transfer, monk
     assert time.monotonic() - start < 3
 
 
+def test_what_the_trainers_own_side_refuses_says_what_to_do(servers, transfer, monkeypatch):
+    def refuses(*args: Any) -> Any:
+        raise RuntimeError("NCCL error: invalid usage")
+
+    monkeypatch.setattr(vllm_transfer, "_trainer_engine", refuses)
+    with pytest.raises(
+        WeightSyncError, match=r"did not meet: NCCL error: invalid usage: .* on other GPUs .* does without"
+    ):
+        transfer.send(SOURCE)
+
+
 def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(servers, transfer, monkeypatch):
     monkeypatch.setattr(vllm_transfer, "_trainer_engine", lambda *_: time.sleep(60))
     transfer._timeout = 0.2
-    with pytest.raises(WeightSyncError, match=r"did not meet within 0\.2 s"):
+    with pytest.raises(WeightSyncError, match=r"did not meet: not within 0\.2 s"):
         transfer.send(SOURCE)
 
 

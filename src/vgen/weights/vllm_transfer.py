@@ -139,21 +139,19 @@ class VllmTransfer:
             try:
                 self._engine = made.result(self._timeout)
             except TimeoutError:
-                raise self._not_met(f"within {self._timeout:g} s") from None
-            except WeightSyncError:
-                raise
-            except Exception as error:
-                raise self._not_met(f"({type(error).__name__}: {error})") from error
+                raise self.not_met(TimeoutError(f"not within {self._timeout:g} s")) from None
         return self._engine
 
-    def _not_met(self, how: str) -> WeightSyncError:
-        problem = f"vLLM's {self._backend} engines did not meet {how}"
+    def not_met(self, error: Exception) -> WeightSyncError:
+        """What to raise where `error` has kept the two sides from coming together."""
+        found = error if isinstance(error, WeightSyncError) else _refused(str(error))
+        problem = f"vLLM's {self._backend} engines did not meet: {found.problem}"
         if self._backend == "nccl":
             problem += (
                 f": each server must be on other GPUs than the trainer, and find NCCL {NCCL} or newer "
                 '(VLLM_NCCL_SO_PATH); weight_transport="checkpoint" does without'
             )
-        return _refused(problem)
+        return WeightSyncError(problem, phase=found.phase, parameter=found.parameter, receiver=found.receiver)
 
     def _make(self, made: Future[Any]) -> None:
         """In a thread of its own: each side waits for the other, and where a server refuses it does not come."""
@@ -162,8 +160,10 @@ class VllmTransfer:
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
                 found = _trainer_engine(self._backend, _Driver(self, made), self._own())
-            except Exception as error:
+            except WeightSyncError as error:
                 made.set_exception(error)
+            except Exception as error:
+                made.set_exception(self.not_met(error))
             else:
                 made.set_result(found)
 
@@ -187,7 +187,7 @@ class _Driver:
         try:
             self._transfer.client.init_weight_transfer_engine(init_info)
         except Exception as error:
-            self._made.set_exception(error)
+            self._made.set_exception(self._transfer.not_met(error))
             raise
 
     def start_weight_update(self) -> None:
