@@ -47,8 +47,8 @@ class ServerGeneration(Generation):
         pause_mode: What becomes of requests in flight during a sync: `keep`, `wait` or `abort`.
         weight_transport: `resident` (a server on the trainer's own GPU), `shared_memory` (on its host), `nccl` (on
             another GPU), `gloo` (elsewhere) or `checkpoint` (one that `vgen serve` has not started); by default the
-            first of these that each server can take. Asked for, `nccl` and `ipc` also serve stock servers that were
-            started with vLLM's own engine of that name.
+            first of these that each server can take. `nccl` also serves stock servers that were started with vLLM's
+            own engine of that name; so does `ipc`, where it is asked for.
         weights_folder: A folder that servers see too, for syncs by checkpoint. The system's temporary one by default.
         bucket_bytes: Of memory in which weights travel; two such buckets are held, and a larger tensor gets what it
             needs.
