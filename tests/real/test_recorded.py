@@ -195,6 +195,16 @@ def test_the_largest_weights_go_ahead_where_they_lie_where_they_lay(qwen2, monke
         assert weights._mover is None
         assert sync() == making
         assert sync() == ["start", "look", "finish"]
+    # What is seen after the copy alone: it is made again, by what the model is by now.
+    square, norm = model.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].input_layernorm
+    square.data = square.data.t()
+    assert sync() == ["start", "look", "finish"]
+    square.data = square.data.t()
+    assert [sync(), sync(), sync()] == [["look"], making, ["start", "look", "finish"]]
+    norm._parameters = {"weight": torch.nn.Parameter(norm.weight.data.clone())}
+    assert sync() == ["start", "look", "finish"]
+    assert weights._mover is None
+    assert [sync(), sync()] == [making, ["start", "look", "finish"]]
     kept = list(weights._record.kept)
     assert any(content.any() for _, content in kept)
     for tensor, _ in kept:

@@ -34,6 +34,10 @@ def reshaped(model: nn.Module) -> None:
     model.layers[0][0].weight.data = model.layers[0][0].weight.data.view(2, 8)
 
 
+def transposed(model: nn.Module) -> None:
+    model.layers[0][0].weight.data = model.layers[0][0].weight.data.t()  # of as many rows as columns
+
+
 def reread(model: nn.Module) -> None:
     model.scale = model.scale.view(torch.int32)
 
@@ -53,6 +57,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a bias is gone": lambda model: setattr(model.layers[0][1], "bias", None),
     "a parameter has another name": renamed,
     "a parameter has another shape in the same place": reshaped,
+    "a parameter has rows and columns exchanged in the same place": transposed,
     "a buffer has another dtype in the same place": reread,
     "a module registers its parameters elsewhere": another_table,
 }

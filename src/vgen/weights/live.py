@@ -104,7 +104,8 @@ class Live:
 
     def _forms_now(self) -> list[Any]:
         tensors = [held[name] for held, name in self.places.held]
-        return [tensor.shape for tensor in tensors] + [tensor.dtype for tensor in tensors]
+        shapes, dtypes = [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors]
+        return [*shapes, *dtypes, *[tensor.is_contiguous() for tensor in tensors]]
 
     def _tables_now(self) -> list[dict[str, Any]]:
         """What modules register their parameters, buffers and children in."""
