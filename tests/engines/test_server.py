@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from vgen import (
 )
 from vgen.profiling import names
 from vgen.testing import FaultyServer, MemorySink
+from vgen.weights.source import source_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install 'vgen[server]'")
@@ -392,6 +394,30 @@ def test_a_takeover_of_a_stock_server_is_reported(server, caplog):
     (sync,) = sink.named(names.WEIGHT_SYNC)
     assert sync.attributes[names.FOREIGN_VERSION] == "theirs"
     assert "another trainer" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "level", "verified"), [("cuda", 2, False), ("cuda", 1, True), ("cpu", 2, True)])
+def test_what_follows_the_first_sleep_that_discards_weights_is_verified(server, device, level, verified):
+    server.answers["/server_info"]["vllm_config"]["device_config"]["device"] = device
+    with generation(server) as made:
+        (peer,) = made.engine.peers
+        peer.verified = True
+        made.sleep(level)
+        assert peer.verified is verified
+        peer.verified = True
+        made.wake_up()
+        made.sleep(level)
+        assert peer.verified
+
+
+def test_a_source_of_the_model_stands_for_it(server):
+    pytest.importorskip("safetensors")
+    model = Model()
+    with ServerGeneration(source_of(model, rename=lambda name: f"policy.{name}"), base_urls=server.url) as made:
+        reloaded = []
+        made.engine._updater._written = lambda source: reloaded.append(dict(source)) or nullcontext("folder")
+        made.sync_weights(verify="none")
+    assert [list(weights) for weights in reloaded] == [[f"policy.{name}" for name, _ in model.named_parameters()]]
 
 
 def test_the_lease_is_taken_carried_and_released(ours):

@@ -24,6 +24,15 @@ def _experts(folder):
     return _saved(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_fields(Qwen3MoeForCausalLM), **own)), folder)
 
 
+def bloom(folder):
+    """Not one of `MODELS`: vLLM refuses its tied head under that name."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    fields = dict(vocab_size=272, hidden_size=128, n_layer=2, n_head=4, eos_token_id=256, bos_token_id=None)
+    fields |= dict(pad_token_id=257, tie_word_embeddings=True, architectures=["BloomForCausalLM"])
+    return _saved(BloomForCausalLM(BloomConfig(**fields)), folder)
+
+
 def _fields(kind):
     fields = dict(vocab_size=272, hidden_size=128, intermediate_size=256, num_hidden_layers=2, eos_token_id=256)
     fields |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None)

@@ -205,7 +205,7 @@ def test_the_largest_weights_go_ahead_where_they_lie_where_they_lay(qwen2, monke
     assert sync() == ["start", "look", "finish"]
     assert weights._mover is None
     assert [sync(), sync()] == [making, ["start", "look", "finish"]]
-    kept = list(weights._record.kept)
+    kept = [*weights._record.kept, *weights._constants]
     assert any(content.any() for _, content in kept)
     for tensor, _ in kept:
         tensor.zero_()
@@ -243,6 +243,20 @@ def test_the_largest_weights_of_another_process_go_ahead_too(qwen2, monkeypatch)
         assert TorchMover.calls == calls
         assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
     weights._mover = weights._live = None
+
+
+def test_too_much_that_no_loader_writes_is_left_to_the_reload(qwen2, plain_layout):
+    model, generation, sink, _ = qwen2
+    weights = generation.engine._weights
+    for constants, transport, reason in ((None, "reload", "it has too much"), (weights._constants, "recorded", "in")):
+        weights._constants = constants
+        weights._drop()
+        weights._decided = False
+        randomize(model)
+        generation.sync_weights()
+        assert syncs(sink)[-1][names.TRANSPORT] == transport
+        assert syncs(sink)[-1][names.TRANSPORT_REASON].startswith(reason)
+        assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) <= 1e-4
 
 
 def test_a_stale_weight_is_noticed_by_bits_and_by_logprobs(qwen2, plain_layout, monkeypatch):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from vgen.weights import kept
 from vgen.weights.kept import Kept
+from vgen.weights.proven import constants_of
 
 
 def test_tensors_of_all_kinds_come_back_bit_for_bit():
@@ -27,3 +29,46 @@ def test_tensors_of_all_kinds_come_back_bit_for_bit():
     kept.restore()
     assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
     Kept([]).restore()
+
+
+class Backend:
+    """As an attention layer's, which is no module."""
+
+    def __init__(self) -> None:
+        self.alibi_slopes = torch.tensor([0.5, 0.25])
+        self.scale = 0.1
+
+
+class Attention(torch.nn.Module):
+    """Named as vLLM's, whose hook after loading makes nothing of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.register_buffer("scale", torch.ones(3))
+        self.impl, self.view, self.kv_cache = Backend(), self.weight[:1], torch.ones(5)
+
+    def process_weights_after_loading(self) -> None: ...
+
+
+class Latent(Attention):
+    """Makes tensors of its weights after each loading."""
+
+
+def test_constants_are_what_nobody_registers_nor_makes_anew():
+    layer, more = Attention(), torch.nn.Identity()
+    more.table = torch.arange(4)
+    model = torch.nn.ModuleList([layer, more, Latent()])
+    constants = constants_of(model)
+    assert constants is not None
+    assert [tensor.tolist() for tensor, _ in constants] == [[0.5, 0.25], [0, 1, 2, 3]]
+    layer.impl.alibi_slopes.zero_(), more.table.zero_()
+    constants.restore()
+    assert layer.impl.alibi_slopes.tolist() == [0.5, 0.25]
+    assert more.table.tolist() == [0, 1, 2, 3]
+
+
+def test_more_than_fits_is_not_kept(monkeypatch):
+    monkeypatch.setattr(kept, "MOST", 16)
+    assert kept.kept_of([torch.ones(4)]) is not None
+    assert kept.kept_of([torch.ones(4), torch.ones(1)]) is None

@@ -87,6 +87,10 @@ def test_a_filter_and_a_rename():
     assert [name for name, *_ in source.metadata()] == list(found)
     with pytest.raises(ValueError, match="two tensors the name 'x'"):
         source_of(model, rename=lambda name: "x").metadata()
+    assert source_of(source) is source
+    assert source.model is model
+    with pytest.raises(ValueError, match="its own include and rename"):
+        source_of(source, include=lambda name: True)
 
 
 def compiled(model: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from ..errors import EngineError, MissingExtraError, WeightSyncError
 from ..profiling import names
 from ..types import Completion, RequestTiming, Sampling, SleepReport
+from ..weights.proven import constants_of
 from ..weights.recorded import RecordedCopy
 from ..weights.source import one_pass
 from ..weights.verified import Deferred, verified
@@ -83,12 +84,14 @@ class ColocateEngine:
         self.max_model_length: int = config.max_model_len
         self.vocabulary_size: int = config.get_vocab_size()
         self.dtype, self.quantization = str(config.dtype).removeprefix("torch."), config.quantization
-        self._awake, self._verified = True, False
+        self._awake, self._verified, self._slept = True, False, False
         self._deferred: Deferred | None = None
         self._together = Together(alone=True)
         """The ranks of the last sync."""
         self._adapters, self._admission = Adapters(self._llm), Admission(self._engine)
-        self._weights = RecordedCopy(receiver=self.kind, transport=weight_transport)
+        with self._at_work():
+            (constants,) = self._llm.collective_rpc(lambda worker: constants_of(worker.model_runner.get_model()))
+        self._weights = RecordedCopy(receiver=self.kind, transport=weight_transport, constants=constants)
         self._engine.set_weight_version(weight_version)
 
     @contextmanager
@@ -246,8 +249,14 @@ class ColocateEngine:
             before = Reading.now()
             self._llm.sleep(level=level)
             if level == 2:
-                self._weights.forget()
+                self._discarded()
             return slept(before, Reading.now())
+
+    def _discarded(self) -> None:
+        """The weights are gone. The first time, what brings them back is verified: something else may be gone, too."""
+        self._weights.forget()
+        if not self._slept:
+            self._slept, self._verified = True, False
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Take the memory of `tags` again."""

@@ -118,6 +118,8 @@ class Peer:
     """LoRA adapters that were loaded here, and what tells each from what it was before."""
     verified: bool = False
     """Whether its weights were looked at end to end since it was started."""
+    slept: bool = False
+    """Whether its weights were discarded since it was started."""
     lost: bool = False
     """It was out of reach: it may have been started anew since, with other weights."""
     speed: float | None = None
@@ -147,7 +149,7 @@ class Peer:
     async def rejoin(self, timeout: float) -> None:
         """Be again the one who may change a server that was started anew."""
         self.adapters.clear()
-        self.verified, self.devices = False, None
+        self.verified, self.slept, self.devices = False, False, None
         self.starts += 1
         if self.lease is not None:
             await self.lease.take(timeout, takeover=False)

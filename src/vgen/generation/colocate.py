@@ -9,7 +9,7 @@ from ..engines.base import InProcess
 from ..profiling import ProfilingContext, names
 from ..profiling.device import memory
 from ..ranks import GroupRanks, Ranks, SingleRank
-from ..weights.source import engine_dtype, source_of
+from ..weights.source import ModuleSource, engine_dtype, source_of
 from .base import Generation
 from .stall import STALL_SECONDS
 
@@ -30,7 +30,8 @@ class ColocateGeneration(Generation):
 
     Args:
         model: The trainer's model: a module with a `config`, sharded, wrapped or with adapters as `source_of` takes it.
-            It is read at every sync and never written; adapters are merged into copies.
+            It is read at every sync and never written; adapters are merged into copies. Or such a source of it, which
+            leaves weights out or renames them.
         accelerator: An `accelerate.Accelerator`, for the number of this rank; else torch.distributed is asked.
         processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
         tensor_parallel_size: Trainer ranks that share one engine. Must divide the number of ranks.
@@ -61,7 +62,7 @@ class ColocateGeneration(Generation):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | ModuleSource,
         *,
         accelerator: Any = None,
         processing_class: Any = None,
@@ -92,7 +93,8 @@ class ColocateGeneration(Generation):
         if world_size % tensor_parallel_size:
             raise ValueError(f"tensor_parallel_size {tensor_parallel_size} must divide the {world_size} ranks evenly")
         processing_class = processing_class or tokenizer
-        source, checkpoint = source_of(model), checkpoint_of(model, processing_class)
+        source = source_of(model)
+        checkpoint = checkpoint_of(source.model, processing_class)
         settings: dict[str, Any] = dict(
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,

@@ -9,7 +9,7 @@ from ..engines.base import BUCKET_BYTES, PauseMode, Transport
 from ..profiling import ProfilingContext, names
 from ..ranks import DistributedRanks, LedEngine, ranks_of
 from ..weights.names import unwrapped
-from ..weights.source import source_of
+from ..weights.source import ModuleSource, source_of
 from .base import Generation
 from .stall import STALL_SECONDS
 
@@ -32,7 +32,8 @@ class ServerGeneration(Generation):
     on all.
 
     Args:
-        model: The trainer's model. It is read at every sync and never written.
+        model: The trainer's model. It is read at every sync and never written. Or a source of it, by `source_of`, which
+            leaves weights out or renames them.
         accelerator: An `accelerate.Accelerator`, for the ranks; else torch.distributed is asked, where initialized.
         base_urls: Where the servers are; one may be a router in front of many. `host` and `port` name a single one.
         processing_class: The tokenizer or processor, for prompts given as text; `tokenizer` is the same.
@@ -75,7 +76,7 @@ class ServerGeneration(Generation):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | ModuleSource,
         *,
         accelerator: Any = None,
         base_urls: Sequence[str] = (),
@@ -108,13 +109,16 @@ class ServerGeneration(Generation):
         from ..engines.peer import STOCK_VERSION
         from ..engines.server import ServerEngine
 
+        source = source_of(model)
+
         def connect() -> ServerEngine:
             urls = [base_urls] if isinstance(base_urls, str) else list(base_urls) or [f"http://{host}:{port}"]
             keys: dict[str, Any] = dict(api_key=api_key, control_key=control_key, ssl=ssl)
             servers = [Server(url, timeout=timeout, connect_timeout=connect_timeout, **keys) for url in urls]
-            text = unwrapped(model).config.get_text_config()
+            trainers = unwrapped(source.model)
+            text = trainers.config.get_text_config()
             shape = {name: found for name in SHAPE if isinstance(found := getattr(text, name, None), int)}
-            if isinstance(width := _embedding_width(unwrapped(model)), int):
+            if isinstance(width := _embedding_width(trainers), int):
                 shape["embedding_dim"] = width
             return ServerEngine(
                 servers,
@@ -138,7 +142,7 @@ class ServerGeneration(Generation):
             held = engine.weight_version
         super().__init__(
             engine,
-            source_of(model),
+            source,
             tokenizer=processing_class or tokenizer,
             # Another trainer has been here, or this one goes on elsewhere: its weights are not the trainer's.
             stale=held not in (None, weight_version) and (held, weight_version) != (STOCK_VERSION, "0"),

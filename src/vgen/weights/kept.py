@@ -10,6 +10,8 @@ from .mover import Pair, copy_groups, grouped
 
 SMALL = 1 << 16
 """Up to so many bytes a tensor's content stays on its device: an attention layer alone has several scales."""
+MOST = 256 << 20
+"""Of all together."""
 
 
 class Kept:
@@ -27,6 +29,12 @@ class Kept:
     def restore(self) -> None:
         """Write back, on the current stream, what a sleep discards: on the device, or all where none is there."""
         copy_groups(self._groups)
+
+
+def kept_of(tensors: Iterable[torch.Tensor]) -> Kept | None:
+    """None where they have more than `MOST` bytes."""
+    tensors = list(tensors)
+    return Kept(tensors) if sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= MOST else None
 
 
 def _content(tensor: torch.Tensor) -> torch.Tensor:

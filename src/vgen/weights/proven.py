@@ -6,7 +6,7 @@ constants, and the engine's own reload of random weights has left exactly what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch
 
 from ..engines.reload import NamedStream, reload
 from .coverage import problem_of, superseded
-from .kept import Kept
+from .kept import Kept, kept_of
 from .live import Places
 from .recorder import Copy, Fill, Metadata, Recorder, record
 from .spoil import RandomWeights
+from .trusted import ATTENTION
 from .verify import Differences
 
-MOST_KEPT_BYTES = 256 << 20
-"""Of tensors that no loader writes: more than this is not copied to the host, and the model is reloaded instead."""
+TOO_MUCH = "it has too much that no loader writes"
 
 
 class Distrusted(Exception):
@@ -50,7 +50,7 @@ class Record:
     buffers: Places
     """Of the buffers that no loader writes."""
     kept: Kept
-    """Of the model's tensors, what no loader writes."""
+    """Of the registered tensors, what no loader writes."""
     shared: set[int] = field(default_factory=set[int])
     """Addresses that have twins."""
 
@@ -120,9 +120,9 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
         (twins if order in over else copies).setdefault(copy.source, []).append(copy)
     written = {target for target, found in by_target.items() if found}
     rest = [tensor.data for target, (*_, tensor) in enumerate(held) if target not in written]
-    kept = [*_attributes_rest(held), *(tensor for tensor in rest if not _covered(tensor, held, written))]
-    if sum(tensor.numel() * tensor.element_size() for tensor in kept) > MOST_KEPT_BYTES:
-        raise Distrusted("it has too much that no loader writes")
+    kept = kept_of(tensor for tensor in rest if not _covered(tensor, held, written))
+    if kept is None:
+        raise Distrusted(TOO_MUCH)
     at = [(where, name.rpartition(".")[2]) for _, where, name, _ in held]
     written |= {target for target, found in fills.items() if found}
     needed = [target in written or isinstance(held[target][3], torch.nn.Parameter) for target in range(len(held))]
@@ -134,16 +134,19 @@ def _judged(recorder: Recorder, held: list[tuple[Any, Any, str, torch.Tensor]], 
         paths=paths,
         tensors=Places(place for place, is_needed in zip(at, needed, strict=True) if is_needed),
         buffers=Places(place for place, is_needed in zip(at, needed, strict=True) if not is_needed),
-        kept=Kept(kept),
+        kept=kept,
         shared={copy.place.data_ptr() for found in twins.values() for copy in found},
     )
 
 
-def check(made: Record, runner: Any, metadata: Metadata) -> None:
+def check(made: Record, runner: Any, metadata: Metadata, constants: Kept) -> None:
     """Let the engine reload random weights, and compare with what the record says. Raises `Distrusted`.
+
+    Nor may the reload change `constants`.
 
     Afterwards the engine holds these random weights: they are replaced at once.
     """
+    steady = [(tensor, tensor.clone()) for tensor, _ in constants]
     device = next(iter(made.copies.values()))[0].place.device if made.copies else torch.device("cpu")
     # A name that the loader skips may be a tied weight's other name, which the reload, having untied it, would take.
     metadata = [entry for entry in metadata if entry[0] in made.copies or entry[0] in made.twins]
@@ -164,7 +167,7 @@ def check(made: Record, runner: Any, metadata: Metadata) -> None:
             differences.compare(made.paths[copy.target], copy.place, copy.part.of(tensor))
     for fill in made.fills:
         differences.compare(made.paths[fill.target], fill.place, torch.full_like(fill.place, fill.value))
-    for tensor, content in made.kept:
+    for tensor, content in (*made.kept, *steady):
         differences.compare("a tensor that is not loaded", tensor, content)
     if names := differences.names():
         raise Distrusted({name: "the engine's reload leaves something else than the record" for name in names})
@@ -201,15 +204,23 @@ def _attributes(model: torch.nn.Module) -> dict[tuple[str, str], torch.Tensor]:
     }
 
 
-def _attributes_rest(held: list[tuple[Any, Any, str, torch.Tensor]]) -> Iterable[torch.Tensor]:
-    """Plain attributes that are no views of what is registered."""
-    own = {tensor.untyped_storage().data_ptr() for *_, tensor in held}
-    modules = dict.fromkeys(module for module, *_ in held)
-    for module in modules:
-        for name, value in vars(module).items():
-            tensor = isinstance(value, torch.Tensor) and name != "kv_cache" and not value.is_meta
-            if tensor and value.numel() and value.untyped_storage().data_ptr() not in own:
-                yield value.data
+def constants_of(model: torch.nn.Module) -> Kept | None:
+    """Tensors that modules keep as plain attributes, and their attention backends do, as ALiBi's slopes.
+
+    A level-2 sleep discards these as well, and vLLM does not bring them back. Without views of what is registered, the
+    KV cache, and what a layer makes anew of its weights after each loading. None where it is too much to keep.
+    """
+    own = {tensor.untyped_storage().data_ptr() for *_, tensor in _registered(model)}
+    found: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        if hasattr(module, "process_weights_after_loading") and type(module).__name__ not in ATTENTION:
+            continue
+        for holder in (module, getattr(module, "impl", None)):
+            for name, value in getattr(holder, "__dict__", {}).items():
+                tensor = isinstance(value, torch.Tensor) and name != "kv_cache" and not value.is_meta
+                if tensor and value.numel() and value.untyped_storage().data_ptr() not in own:
+                    found.setdefault(id(value), value.data)
+    return kept_of(found.values())
 
 
 def _covered(tensor: torch.Tensor, held: list[tuple[Any, Any, str, torch.Tensor]], written: set[int]) -> bool:

@@ -17,24 +17,30 @@ import torch
 from ..engines.base import InProcess
 from ..engines.reload import NamedStream, reload
 from ..errors import WeightSyncError
+from .kept import Kept
 from .live import Live, Located, Places
 from .mover import Mover, copy_together, mover_of
-from .proven import Distrusted, Record, check, make_record
+from .proven import TOO_MUCH, Distrusted, Record, check, make_record
 from .recorder import Metadata
 from .source import model_of
 from .spoil import RandomWeights, metadata_of
 from .trusted import distrust
 from .verify import Differences
 
+NONE = Kept(())
+
 
 class RecordedCopy:
     """Brings weights into the model of one runner: by its record where that is safe, else by the engine's reload.
 
-    Everything here runs in the worker's process, on the current stream.
+    Everything here runs in the worker's process, on the current stream. `constants` are the model's own, as
+    `constants_of` found them before anything was discarded.
     """
 
-    def __init__(self, *, receiver: str = "engine", transport: InProcess | None = None) -> None:
-        self._transport = transport
+    def __init__(
+        self, *, receiver: str = "engine", transport: InProcess | None = None, constants: Kept | None = NONE
+    ) -> None:
+        self._transport, self._constants = transport, constants
         self.reasons: dict[str, str] = {}
         """Why modules are not trusted, by their path; with `""` for the model as a whole."""
         self.modules = 0
@@ -141,6 +147,8 @@ class RecordedCopy:
 
     def _prepare(self, runner: Any, source: Any) -> bool:
         """Make sure that what is known of the model still holds. Whether it had to be found out."""
+        if self._lost and self._constants is not None:
+            self._constants.restore()
         if self._record is not None and not (self._record.in_place(buffers=self._lost) and self._same(source)):
             self._drop()
             self._decided = False
@@ -182,10 +190,13 @@ class RecordedCopy:
         self.reasons = {path: why for path, module in model.named_modules() if (why := distrust(module))}
         if self.reasons:
             return
+        if self._constants is None:
+            self.reasons = {"": TOO_MUCH}
+            return
         try:
             metadata = metadata_of(source)
             made = make_record(model, metadata)
-            check(made, runner, metadata)
+            check(made, runner, metadata, self._constants)
             self._record = made
         except Distrusted as error:
             self.reasons = error.reasons

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def source_of(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ModuleSource,
     *,
     include: Callable[[str], bool] | None = None,
     rename: Callable[[str], str] | None = None,
@@ -30,8 +30,13 @@ def source_of(
 
     It may be a plain module, compiled, in DDP, FSDP1, FSDP2 or DeepSpeed ZeRO-3, with PEFT adapters (merged into
     copies) on any of these, or quantized with bitsandbytes (dequantized). The model is looked at anew in each pass.
-    `include` says of a checkpoint name whether it is sent; `rename` gives the name to send it under.
+    `include` says of a checkpoint name whether it is sent; `rename` gives the name to send it under. A source is
+    returned as it is.
     """
+    if isinstance(model, ModuleSource):
+        if include is not None or rename is not None:
+            raise ValueError("a source has its own include and rename: give the model")
+        return model
     return ModuleSource(model, include=include, rename=rename)
 
 
@@ -66,6 +71,11 @@ class ModuleSource:
         self.tensors = 0
         self.seconds = 0.0
         """Spent in the last pass on getting the tensors, apart from what their receiver did with them."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The trainer's, in whatever it is wrapped."""
+        return self._model
 
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of all that a pass yields, in its order. Gathers nothing and needs no other rank."""
@@ -198,5 +208,5 @@ def model_of(source: Any) -> torch.nn.Module | None:
     """The trainer's module that a source reads, where it says so."""
     import torch
 
-    found = getattr(source, "model", None) or getattr(source, "_model", None)
+    found = getattr(source, "model", None)
     return found if isinstance(found, torch.nn.Module) else None

@@ -24,6 +24,7 @@ from ..engines.reload import Reload
 from ..errors import WeightSyncError
 from .buckets import BUCKETS, LEFT_OPEN, Described, Form
 from .group import Receiver
+from .proven import constants_of
 from .recorded import RecordedCopy
 from .recorder import Metadata
 from .resident import UNKNOWN, NotResident, ResidentWeights
@@ -100,7 +101,8 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         self._maps: OrderedDict[str, _Mapping] = OrderedDict()
         self._receiver: Receiver | None = None
         self._resident: ResidentWeights | None = None
-        self._recorded = RecordedCopy(receiver="server")
+        self._constants = constants_of(self.model)
+        self._recorded = RecordedCopy(receiver="server", constants=self._constants)
         self._forms: tuple[str, Metadata] | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -193,7 +195,8 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         if init_info.forms is not None:
             known = [(name, tuple(shape), _dtype(kind, name)) for name, kind, shape in init_info.forms]
             self._forms = init_info.forms_name, known
-            self._recorded = RecordedCopy(receiver="server")  # what was not safe for others may be for these
+            # What was not safe for others may be for these.
+            self._recorded = RecordedCopy(receiver="server", constants=self._constants)
 
     def _runner(self) -> Any:
         """What a `RecordedCopy` asks of one. vLLM's worker resets the state of adapters when an update is finished."""
