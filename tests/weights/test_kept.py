@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from vgen.weights import kept
 from vgen.weights.kept import Kept
@@ -20,14 +21,18 @@ def test_tensors_of_all_kinds_come_back_bit_for_bit():
         torch.tensor([True, False, True]),
         torch.randn(2, 2, dtype=torch.float64),
     ]
+    with torch.inference_mode():
+        tensors.append(torch.randn(3))  # as what vLLM makes in a forward pass
     before = [tensor.clone() for tensor in tensors]
-    kept = Kept(tensors)
+    kept = Kept(tensor.data for tensor in tensors)
     assert all(torch.equal(tensor, content) for tensor, content in kept)
-    for tensor in tensors:
-        tensor.zero_()
-    assert not torch.equal(tensors[0], before[0])
-    kept.restore()
-    assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
+    for _ in range(2):
+        with torch.inference_mode():
+            for tensor in tensors:
+                tensor.zero_()
+        assert not torch.equal(tensors[0], before[0])
+        kept.restore()
+        assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
     Kept([]).restore()
 
 
@@ -66,6 +71,15 @@ def test_constants_are_what_nobody_registers_nor_makes_anew():
     constants.restore()
     assert layer.impl.alibi_slopes.tolist() == [0.5, 0.25]
     assert more.table.tolist() == [0, 1, 2, 3]
+
+
+def test_tensors_made_of_others_are_left_alone():
+    layer = Attention()
+    layer.weight = torch.nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    layer.other = TwoTensor(torch.ones(3), torch.ones(3))
+    constants = constants_of(layer)
+    assert constants is not None
+    assert [tensor.tolist() for tensor, _ in constants] == [[1.0], [0.5, 0.25]]  # what was a view of the weight before
 
 
 def test_more_than_fits_is_not_kept(monkeypatch):

@@ -210,7 +210,7 @@ def constants_of(model: torch.nn.Module) -> Kept | None:
     A level-2 sleep discards these as well, and vLLM does not bring them back. Without views of what is registered, the
     KV cache, and what a layer makes anew of its weights after each loading. None where it is too much to keep.
     """
-    own = {tensor.untyped_storage().data_ptr() for *_, tensor in _registered(model)}
+    own = {None, *(_storage(tensor) for *_, tensor in _registered(model))}
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if hasattr(module, "process_weights_after_loading") and type(module).__name__ not in ATTENTION:
@@ -218,9 +218,17 @@ def constants_of(model: torch.nn.Module) -> Kept | None:
         for holder in (module, getattr(module, "impl", None)):
             for name, value in getattr(holder, "__dict__", {}).items():
                 tensor = isinstance(value, torch.Tensor) and name != "kv_cache" and not value.is_meta
-                if tensor and value.numel() and value.untyped_storage().data_ptr() not in own:
+                if tensor and value.numel() and _storage(value) not in own:
                     found.setdefault(id(value), value.data)
     return kept_of(found.values())
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """None for one that is made of others, as quantized weights of torchao are."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _covered(tensor: torch.Tensor, held: list[tuple[Any, Any, str, torch.Tensor]], written: set[int]) -> bool:
