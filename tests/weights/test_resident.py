@@ -131,7 +131,7 @@ def test_the_first_way_that_both_sides_can_take(monkeypatch, features, device_ty
     monkeypatch.setattr("vgen.engines.update.uuid_of", lambda device: "the trainer's")
     server: Any = SimpleNamespace(name="server")
     peer = Peer(server, "m", 100, device_type=device_type, features=features, host=host, devices=frozenset({"its own"}))
-    assert _kind(peer, trainer, beside) == kind
+    assert _kind(peer, trainer, beside, True) == kind
 
 
 def test_the_trainers_own_gpu_is_no_place_for_nccl(monkeypatch):
@@ -140,4 +140,4 @@ def test_the_trainers_own_gpu_is_no_place_for_nccl(monkeypatch):
     server: Any = SimpleNamespace(name="server")
     peer = Peer(server, "m", 100, device_type="cuda", features=PLUGIN, host=this_host())
     peer.devices = frozenset({"the trainer's"})
-    assert _kind(peer, GPU, False) == "shared_memory"
+    assert _kind(peer, GPU, False, True) == "shared_memory"

@@ -178,15 +178,18 @@ def test_a_server_that_refuses_to_meet_is_not_waited_for(servers, transfer, monk
     assert time.monotonic() - start < 3
 
 
-def test_what_the_trainers_own_side_refuses_says_what_to_do(servers, transfer, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(RuntimeError("NCCL error: invalid usage"), "NCCL error: invalid usage"), (EOFError(), "EOFError")],
+)
+def test_what_the_trainers_own_side_refuses_says_what_to_do(servers, transfer, monkeypatch, error, says):
     def refuses(*args: Any) -> Any:
-        raise RuntimeError("NCCL error: invalid usage")
+        raise error
 
     monkeypatch.setattr(vllm_transfer, "_trainer_engine", refuses)
-    with pytest.raises(
-        WeightSyncError, match=r"did not meet: NCCL error: invalid usage: .* on other GPUs .* does without"
-    ):
+    with pytest.raises(WeightSyncError, match=f"did not meet: {says}: .* on other GPUs .* does without") as caught:
         transfer.send(SOURCE)
+    assert caught.value.__cause__ is error
 
 
 def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(servers, transfer, monkeypatch):

@@ -151,11 +151,12 @@ class Updater:
                     raise WeightSyncError(str(error), phase="gather", receiver="trainer") from error
                 beside = []
                 reasons.append(f"not resident: {error}")
-        if self._transport is None and any(_native(peer, device) for peer in peers) and (problem := nccl_problem()):
+        wanted = self._transport is None and any(_native(peer, device) for peer in peers)
+        if problem := nccl_problem() if wanted else "":
             reasons.append(f"not nccl: {problem}")
         groups = dict[tuple[Transport, bool], list[Peer]]()
         for peer in peers:
-            kind = self._transport or _kind(peer, device, peer in beside)
+            kind = self._transport or _kind(peer, device, peer in beside, not problem)
             groups.setdefault((kind, peer.stock), []).append(peer)
         if others := [peer.name for peer in groups.get(("resident", False), ()) if peer not in beside]:
             raise WeightSyncError("not on the trainer's own GPU", phase="transfer", receiver=", ".join(others))
@@ -287,10 +288,10 @@ def _random_like(source: Source, peers: Sequence[Peer]) -> RandomWeights | None:
     return RandomWeights(metadata_of(source), next(model.parameters()).device)
 
 
-def _kind(peer: Peer, device: torch.device | None, beside: bool) -> Transport:
-    """The first of the transports that trainer and server can both take."""
+def _kind(peer: Peer, device: torch.device | None, beside: bool, nccl: bool) -> Transport:
+    """The first of the transports that trainer and server can both take; `nccl` tells of vLLM's engine here."""
     if "shared_memory" not in peer.features:
-        return "nccl" if _native(peer, device) and not nccl_problem() else "checkpoint"
+        return "nccl" if nccl and _native(peer, device) else "checkpoint"
     if beside:
         return "resident"
     if "group" not in peer.features:

@@ -31,15 +31,19 @@ class Places:
 
     def within(self, storages: set[int]) -> Places:
         """Those that lie in storages at these addresses."""
-        return Places((where, name) for where, name in self.held if _storage(where[name]) in storages)
+        return Places((where, name) for where, name in self.held if storage_of(where[name]) in storages)
 
     def storages(self) -> set[int]:
         """The addresses of theirs."""
-        return {_storage(where[name]) for where, name in self.held}
+        return {storage_of(where[name]) for where, name in self.held}
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def storage_of(tensor: torch.Tensor) -> int:
+    """Where its memory begins; 0 for one without, or made of others as torchao's quantized weights are."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 class Located(Protocol):
@@ -72,7 +76,7 @@ class Live:
                 for name, tensor in held.items():
                     (self._absent if tensor is None else found).append((held, name))
                     if tensor is not None:
-                        self.storages.add(_storage(tensor))
+                        self.storages.add(storage_of(tensor))
         self.storages.discard(0)
         self.places = Places(found)
         self._modules = list(model.modules())
@@ -123,7 +127,7 @@ class Live:
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Whether it is a part of the model itself, and no copy."""
-        return _storage(tensor) in self.storages
+        return storage_of(tensor) in self.storages
 
 
 def _special(module: torch.nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from ..engines.reload import NamedStream, reload
 from .coverage import problem_of, superseded
 from .kept import Kept, kept_of
-from .live import Places
+from .live import Places, storage_of
 from .recorder import Copy, Fill, Metadata, Recorder, record
 from .spoil import RandomWeights
 from .trusted import ATTENTION
@@ -194,14 +194,16 @@ def _registered(model: torch.nn.Module) -> Iterator[tuple[Any, Any, str, torch.T
                     yield module, where, f"{path}.{name}" if path else name, tensor
 
 
+def _plain(holder: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that it keeps as plain attributes, but for the KV cache."""
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if isinstance(value, torch.Tensor) and name != "kv_cache":
+            yield name, value
+
+
 def _attributes(model: torch.nn.Module) -> dict[tuple[str, str], torch.Tensor]:
-    """Tensors that modules keep as plain attributes, but for the KV cache."""
-    return {
-        (path, name): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and name != "kv_cache"
-    }
+    """The plain tensors of all modules."""
+    return {(path, name): value for path, module in model.named_modules() for name, value in _plain(module)}
 
 
 def constants_of(model: torch.nn.Module) -> Kept | None:
@@ -210,25 +212,16 @@ def constants_of(model: torch.nn.Module) -> Kept | None:
     A level-2 sleep discards these as well, and vLLM does not bring them back. Without views of what is registered, the
     KV cache, and what a layer makes anew of its weights after each loading. None where it is too much to keep.
     """
-    own = {None, *(_storage(tensor) for *_, tensor in _registered(model))}
+    own = {0, *(storage_of(tensor) for *_, tensor in _registered(model))}
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if hasattr(module, "process_weights_after_loading") and type(module).__name__ not in ATTENTION:
             continue
         for holder in (module, getattr(module, "impl", None)):
-            for name, value in getattr(holder, "__dict__", {}).items():
-                tensor = isinstance(value, torch.Tensor) and name != "kv_cache" and not value.is_meta
-                if tensor and value.numel() and _storage(value) not in own:
-                    found.setdefault(id(value), value.data)
+            for _, tensor in _plain(holder):
+                if storage_of(tensor) not in own:
+                    found.setdefault(id(tensor), tensor.data)
     return kept_of(found.values())
-
-
-def _storage(tensor: torch.Tensor) -> int | None:
-    """None for one that is made of others, as quantized weights of torchao are."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return None
 
 
 def _covered(tensor: torch.Tensor, held: list[tuple[Any, Any, str, torch.Tensor]], written: set[int]) -> bool:

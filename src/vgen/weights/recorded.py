@@ -28,6 +28,7 @@ from .trusted import distrust
 from .verify import Differences
 
 NONE = Kept(())
+"""Of a model without constants."""
 
 
 class RecordedCopy:

@@ -59,7 +59,9 @@ class ModuleSource:
         include: Callable[[str], bool] | None = None,
         rename: Callable[[str], str] | None = None,
     ) -> None:
-        self._model, self._include, self._rename = model, include, rename
+        self.model = model
+        """The trainer's, in whatever it is wrapped."""
+        self._include, self._rename = include, rename
         self._plan: Plan | None = None
         self._left: _Pass | None = None
         self.was_collective: bool | None = None
@@ -71,11 +73,6 @@ class ModuleSource:
         self.tensors = 0
         self.seconds = 0.0
         """Spent in the last pass on getting the tensors, apart from what their receiver did with them."""
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The trainer's, in whatever it is wrapped."""
-        return self._model
 
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of all that a pass yields, in its order. Gathers nothing and needs no other rank."""
@@ -124,7 +121,7 @@ class ModuleSource:
         """What the model itself gives to these tokens. All ranks of a sharded model ask together."""
         from .probe import ask
 
-        return ask(self._model, token_ids)
+        return ask(self.model, token_ids)
 
     def _begin(self) -> _Pass:
         self.drain()
@@ -136,7 +133,7 @@ class ModuleSource:
     def _look(self) -> tuple[Plan, list[Weight]]:
         from .plan import look
 
-        self._plan, weights = look(self._model, self._plan, self._include, self._rename)
+        self._plan, weights = look(self.model, self._plan, self._include, self._rename)
         self.was_collective = any(weight.collective for weight in weights)
         return self._plan, weights
 

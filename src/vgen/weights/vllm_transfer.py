@@ -144,14 +144,16 @@ class VllmTransfer:
 
     def not_met(self, error: Exception) -> WeightSyncError:
         """What to raise where `error` has kept the two sides from coming together."""
-        found = error if isinstance(error, WeightSyncError) else _refused(str(error))
+        found = error if isinstance(error, WeightSyncError) else as_sync_error(error)
         problem = f"vLLM's {self._backend} engines did not meet: {found.problem}"
         if self._backend == "nccl":
             problem += (
                 f": each server must be on other GPUs than the trainer, and find NCCL {NCCL} or newer "
                 '(VLLM_NCCL_SO_PATH); weight_transport="checkpoint" does without'
             )
-        return WeightSyncError(problem, phase=found.phase, parameter=found.parameter, receiver=found.receiver)
+        raised = WeightSyncError(problem, phase=found.phase, parameter=found.parameter, receiver=found.receiver)
+        raised.__cause__ = error
+        return raised
 
     def _make(self, made: Future[Any]) -> None:
         """In a thread of its own: each side waits for the other, and where a server refuses it does not come."""
