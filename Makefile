@@ -1,37 +1,51 @@
-# Every target installs what it needs into .venv first, once: see scripts/install.sh.
-# ARGS goes to the command: make demo ARGS="--steps 5", make test ARGS="-k sleep".
+# Each target first installs what it needs into .venv, once: see scripts/install.sh.
+# ARGS are passed to the command: make demo ARGS="--steps 5", make test ARGS="-k sleep".
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow check build clean
+.PHONY: help demo test slow families matrix faults check build clean
 
 python := .venv/bin/python
 
-help: ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help: ## the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: ## a short training loop on a real engine, with its telemetry (ARGS)
+demo: ## run a short, traced training loop on a real engine (ARGS)
 	@scripts/install.sh demo
 	@.venv/bin/vgen demo $(ARGS)
 
-test: ## the tests; those that need CUDA are skipped without it (ARGS)
+test: ## run the tests; those for CUDA are skipped without it (ARGS)
 	@scripts/install.sh test
 	@$(python) -m pytest $(ARGS)
 
-slow: ## the longer matrices of cases, which `make test` leaves out (ARGS)
+slow: ## run the slow tests, which `make test` leaves out (ARGS)
 	@scripts/install.sh slow
 	@$(python) -m pytest -m slow $(ARGS)
 
-check: ## lint, format and types
+families: ## sync tiny models of many architectures on the real engine, judged by the trainer's own forward (ARGS)
+	@scripts/install.sh slow
+	@PYTHONPATH=src:tests $(python) scripts/families.py --out families.json $(ARGS)
+
+matrix: ## check every architecture, which makes docs/support.md (about 40 minutes)
+	@scripts/install.sh slow
+	@.venv/bin/vgen check --matrix docs/results/support.json $(ARGS)
+	@$(python) -m vgen.checks.matrix page docs/results/support.json > docs/support.md
+
+faults: ## plant faults and count which of them verification finds (about 20 minutes; ARGS)
+	@scripts/install.sh slow
+	@$(python) benchmarks/planted_faults.py $(ARGS)
+
+check: ## check lint, format, types and complexity
 	@scripts/install.sh lint
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m pyright
+	$(python) -m xenon --max-absolute C src  # C: at most 20
 
-build: ## the sdist and the wheel, into dist/
+build: ## build the sdist and the wheel, into dist/
 	@scripts/install.sh build
 	@$(python) -m build
 
-clean: ## remove what was built and cached; .venv stays
+clean: ## remove build outputs and caches; .venv stays
 	rm -rf build dist htmlcov .coverage .hypothesis .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,13 +1,13 @@
-"""Generation through a server, side by side with what one would use instead.
+"""The time of generation through a server, compared with other clients.
 
     python benchmarks/generate.py                      # a page of tables
     python benchmarks/generate.py --json               # one JSON object
-    python benchmarks/generate.py --from result.json   # the page of what was measured before: docs/generate.md
+    python benchmarks/generate.py --from result.json   # the page of an earlier result: docs/generate.md
     python benchmarks/generate.py --size 1.5b --prompts 256 --tokens 256   # on a GPU
 
-Two servers that `vgen serve` starts, one of them with vLLM's own tracing on, one model made on the spot, the same
-prompts for all. The cases run in turn, `--rounds` times, so that a machine that slows down slows all of them; quoted
-are medians, and the median of the ratios to the batched call of the same round.
+`vgen serve` starts two servers of the same model, one of them with vLLM's own tracing. All cases get the same prompts.
+Each of `--rounds` rounds runs every case once, so that a machine that slows down slows all cases. The page has
+medians, and the median of the ratios to the batched call of the same round.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,8 +36,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the result's
 
-from vgen import Sampling, ServerGeneration
-from vgen.engines.launch import ServerProcess, on_cpu, start_server
+from vgen import Completion, RequestTracing, Sampling, ServerConnection, ServerGeneration
+from vgen.engines.server.launcher import on_cpu, start_server
+from vgen.engines.server.server_process import ServerProcess
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(max_position_embeddings=4096),
@@ -72,13 +74,6 @@ server.serve_forever()
 IN_FLIGHT = 4096
 DECODED = 256, 2048
 TRL = "TRL's VLLMClient"
-
-
-class Model:
-    """A trainer's model as far as generation asks for one."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
 
 def post(url: str, body: Any, key: str) -> Any:
@@ -180,23 +175,24 @@ def cases(
     return found
 
 
-def connect(server: ServerProcess, tracing: ServerProcess, key: str, config: Any) -> dict[str, ServerGeneration]:
+def connect(server: ServerProcess, tracing: ServerProcess, key: str) -> dict[str, ServerGeneration]:
     from vgen import ProfilingContext
     from vgen.testing import MemorySink
 
-    def one(to: ServerProcess, stock: bool = False, **more: Any) -> ServerGeneration:
-        made = ServerGeneration(Model(config), base_urls=to.url, api_key=key, request_spans=0, **more)
+    def one(to: ServerProcess, stock: bool = False, traced_requests: int = 2, **more: Any) -> ServerGeneration:
+        tracing = RequestTracing(request_spans=0, traced_requests=traced_requests)
+        made = ServerGeneration(None, base_urls=to.url, api_key=key, request_tracing=tracing, **more)
         if stock:
-            for peer in made.engine.peers:
-                peer.features = frozenset()
+            for endpoint in made.engine.endpoints:
+                endpoint.features = frozenset()
         return made
 
     def traced(count: int) -> ServerGeneration:
         return one(tracing, traced_requests=count, profiling=ProfilingContext([MemorySink()]))
 
     return {
-        "batched": one(server, stock=True, request_timing=False),
-        "single": one(server, stock=True, request_timing=True),
+        "batched": one(server, stock=True, connection=ServerConnection(request_timing=False)),
+        "single": one(server, stock=True),
         "vgen": one(server),
         "some traced": traced(2),
         "all traced": traced(sys.maxsize),
@@ -225,8 +221,9 @@ def bare(folder: str, prompts: list[list[int]], tokens: int, rounds: int) -> lis
 
 def decode(rounds: int = 5) -> dict[str, Any]:
     """Making Python lists of a reply of 256 × 2,048 tokens with log-probabilities, as it comes over the wire."""
-    from vgen.engines import batches, completions, frames
-    from vgen.engines.base import Request
+    from vgen import completion_codec as codec
+    from vgen.engine_protocol import Request
+    from vgen.engines.client import batch_client, openai_client
 
     many, length = DECODED
     ids = [[(i * 7919 + j) % 150_000 for j in range(length)] for i in range(many)]
@@ -249,21 +246,22 @@ def decode(rounds: int = 5) -> dict[str, Any]:
     ]
     reply = json.dumps({"id": "cmpl-x", "choices": choices}).encode()
     requests = [Request(i, 0, [1, 2, 3], None) for i in range(many)]
-    packed = [
-        frames.encode(
-            frames.Done(i, "length", frames.ints(ids[i]), frames.floats(values[i]), None, None, None, None, 0.0, 0, 0)
+    made = [
+        Completion(
+            prompt_index=i, generation_index=0, token_ids=ids[i], logprobs=_singles(values[i]), finish_reason="length"
         )
         for i in range(many)
     ]
+    packed = [codec.encode(codec.Done(i, codec.pack(each), 0)) for i, each in enumerate(made)]
 
     def stock() -> Any:
-        answer = completions._decode(completions._Answer, reply)
+        answer = openai_client._decode(openai_client._Logprobs, reply)
         pairs = zip(requests, answer.choices, strict=True)
-        return [completions._completion(request, choice, "", "", None) for request, choice in pairs]
+        return [openai_client._completion(request, choice, "", "", None) for request, choice in pairs]
 
     def route() -> Any:
-        done = [frames.decode_frame(raw) for raw in packed]
-        return [batches._completion(requests[each.index], each, "", "") for each in done]
+        done = [codec.decode_frame(raw) for raw in packed]
+        return [batch_client.completion_of(requests[each.index], each, "") for each in done]
 
     ways: dict[str, Callable[[], Any]] = {"vgen, stock routes": stock, "vgen": route}
     try:
@@ -291,6 +289,11 @@ def decode(rounds: int = 5) -> dict[str, Any]:
         "bytes": {"/v1/completions": len(reply), "vgen": sum(map(len, packed))},
         "of_trl": {name: found / medians[TRL] for name, found in medians.items()} if TRL in medians else {},
     }
+
+
+def _singles(values: list[float]) -> list[float | None]:
+    """In single precision, as an engine's log-probabilities are."""
+    return array("f", values).tolist()
 
 
 def in_flight(generation: ServerGeneration, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
@@ -338,7 +341,7 @@ def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> 
 
         model = model.to(torch.bfloat16)
         model.save_pretrained(folder)
-    config, key = model.config, "benchmark-key"
+    key = "benchmark-key"
     del model
     prompts = [[1 + (i * 31 + j) % 250 for j in range(32)] for i in range(many)]
     found: dict[str, Any] = {
@@ -358,7 +361,7 @@ def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> 
         start_server(folder, api_key=key, arguments=arguments) as server,
         start_server(folder, api_key=key, arguments=arguments, otlp_traces_endpoint=endpoint) as tracing,
     ):
-        generation = connect(server, tracing, key, config)
+        generation = connect(server, tracing, key)
         ways = cases(server, tracing, key, generation, prompts, tokens)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for round_number in range(rounds + 1):
@@ -396,23 +399,31 @@ def page(found: dict[str, Any]) -> str:
         "# Generation through a server",
         "",
         f"Made by `python benchmarks/generate.py --rounds {found['rounds']} --json > docs/results/generate.json` and "
-        "`python benchmarks/generate.py --from docs/results/generate.json > docs/generate.md`; nothing was typed in. "
-        f"{found['prompts']} prompts × {found['tokens']} tokens, model `{found['size']}`, {found['machine']}.",
+        "`python benchmarks/generate.py --from docs/results/generate.json > docs/generate.md`; no figure was typed by "
+        f"hand. {found['prompts']} prompts × {found['tokens']} tokens, model `{found['size']}`, {found['machine']}.",
         "",
-        "| | median s | min | max | of one call | of a call for each |",
+        "| | median s | min | max | × one `/v1/completions` call | × one call per completion |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["rows"].items():
         ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("of_one_call", "of_a_call_for_each")]
-        lines.append(f"| {name} | {row['seconds']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {' | '.join(ratios)} |")
+        figures = " | ".join([*(f"{row[key]:.3f}" for key in ("seconds", "min", "max")), *ratios])
+        lines.append(f"| {name.replace('a call for each', 'one call per completion')} | {figures} |")
     lines += [
         "",
-        "`vgen` is the batch route of a server that `vgen serve` started: one call, with timing, weight versions and a "
-        "seed of its own for every completion. On a stock server it takes one call without timing, or a call for each.",
+        "Ratios are medians of the ratios within each round.",
+        "",
+        "`vgen` is the batch route of a server that `vgen serve` started ([why there is one](servers.md#why-there-is-a-"
+        "batch-route)): one call, with timing, weight versions and a seed of its own for every completion. With *stock "
+        "routes*, vgen talks to the same server as to a stock one. On a stock server vgen makes one call without "
+        "timing, or one call per completion with timing.",
+        "",
+        "With *vLLM's tracing*, the server exports its own spans: by default for two random requests of each call that "
+        "vgen makes, on request for every one ([one trace](servers.md#one-trace)).",
         "",
         f"## Decoding a reply of {DECODED[0]} × {DECODED[1]:,} tokens with log-probabilities",
         "",
-        "| | median s | of TRL's |",
+        "| | median s | × TRL's |",
         "|---|---:|---:|",
     ]
     decoded = found["decode"]
@@ -427,9 +438,9 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"## {flight['prompts']:,} prompts in flight",
         "",
-        f"{flight['tokens']:,} tokens in {flight['seconds']:.1f} s; this process grew by at most "
-        f"{flight['growth_bytes'] / 1e6:.1f} MB, {flight['of_reply']:.2f} times what the reply of `/v1/completions` "
-        f"would measure ({flight['reply_as_json_bytes'] / 1e6:.1f} MB).",
+        f"{flight['tokens']:,} tokens in {flight['seconds']:.1f} s; the client's memory grew by at most "
+        f"{flight['growth_bytes'] / 1e6:.1f} MB; a `/v1/completions` reply would be "
+        f"{flight['reply_as_json_bytes'] / 1e6:.1f} MB.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -440,10 +451,14 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-bare", action="store_true", help="leave vllm.LLM out")
+    parser.add_argument("--no-bare", action="store_true", help="do not measure vllm.LLM")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
-        "--from", dest="result", type=Path, metavar="FILE", help="measure nothing, show what --json gave"
+        "--from",
+        dest="result",
+        type=Path,
+        metavar="FILE",
+        help="show the result that --json printed, and measure nothing",
     )
     options = parser.parse_args()
     if options.result is not None:

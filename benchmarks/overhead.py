@@ -1,13 +1,13 @@
-"""What telemetry costs the thread that does the work, side by side with what one would use instead.
+"""The cost of telemetry for the thread that records it, compared with other tools.
 
     python benchmarks/overhead.py                          # a page of tables
     python benchmarks/overhead.py --json                   # one JSON object
-    python benchmarks/overhead.py --from result.json       # the page of what was measured before: docs/overhead.md
+    python benchmarks/overhead.py --from result.json       # the page of an earlier result: docs/overhead.md
 
-A span is an empty block with three attributes. JSON lines run long enough for the worker thread, which shares the
-interpreter lock, to be at work meanwhile. Every case runs `ROUNDS` times, the cases in turn, so that a machine
-that slows down slows all of them; quoted are the median of the rounds and their extremes. Ratios are medians of the
-ratios within a round.
+A span is an empty block with three attributes. The cases that write JSON lines run long enough to include the worker
+thread, which shares the interpreter lock. Each round runs every case once, so that a machine that slows down slows all
+cases. The page has the median, the minimum and the maximum of `ROUNDS` rounds; a ratio is the median of the ratios
+within a round.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
-from vgen.profiling import ProfilingContext, names
+from vgen.profiling import ProfilingContext, semconv
 from vgen.profiling.sinks.jsonl import JsonlSink
 from vgen.profiling.sinks.memory import MemorySink
 from vgen.profiling.sinks.otel import OTelSink
@@ -44,13 +44,13 @@ ROUNDS, FAULT_ROUNDS = 7, 3
 REQUESTS, STEP_SECONDS = 10_000, 30.0
 DEADLINE, PACED_SECONDS = 2.0, 5.0
 FAULTS = {
-    "otlp": {"refuses": "nobody listens", "hangs": "takes connections and never answers"},
-    "wandb": {"frozen": "its service is stopped with SIGSTOP", "killed": "its service is killed"},
+    "otlp": {"refuses": "refuses connections", "hangs": "accepts connections but never answers"},
+    "wandb": {"frozen": "frozen: its service is stopped with SIGSTOP", "killed": "killed: its service is killed"},
 }
 
 
 def microseconds(run: Callable[[int], None], count: int) -> float:
-    """Of one span, from `count` of them."""
+    """The mean microseconds of one span, from a loop of `count`."""
     gc.collect()
     start = time.perf_counter()
     run(count)
@@ -176,8 +176,8 @@ def request_costs(folder: Path) -> dict[str, Any]:
     run = wandb.init(project="requests", dir=str(folder), settings=wandb.Settings(silent=True))
     values = [0.1 + 0.0001 * i for i in range(REQUESTS)]
     instruments = (
-        names.REQUEST_START, names.REQUEST_E2E, names.REQUEST_QUEUE, names.REQUEST_PREFILL, names.REQUEST_TTFT,
-        names.REQUEST_TPOT, names.COMPLETION_LENGTH,
+        semconv.REQUEST_START, semconv.REQUEST_E2E, semconv.REQUEST_QUEUE, semconv.REQUEST_PREFILL,
+        semconv.REQUEST_TTFT, semconv.REQUEST_TPOT, semconv.COMPLETION_LENGTH,
     )  # fmt: skip
 
     def step(profiling: ProfilingContext, number: int) -> float:
@@ -202,7 +202,7 @@ def request_costs(folder: Path) -> dict[str, Any]:
     resident: list[int] = []
     for number in range(200):
         with small.step(number):
-            small.record_many(names.REQUEST_E2E, values)
+            small.record_many(semconv.REQUEST_E2E, values)
             with small.span("x"):
                 pass
         if number % 50 == 49:
@@ -380,14 +380,15 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# What telemetry costs",
         "",
-        "Made by `python benchmarks/overhead.py --json > docs/results/overhead.json` and "
-        "`python benchmarks/overhead.py --from docs/results/overhead.json > docs/overhead.md`; nothing was typed in.",
+        "These commands make this page; no figure is typed by hand: "
+        "`python benchmarks/overhead.py --json > docs/results/overhead.json` and "
+        "`python benchmarks/overhead.py --from docs/results/overhead.json > docs/overhead.md`.",
         "",
         f"Measured on {host['cores']} cores of {host['cpu']} with {host['gigabytes']} GiB, {host['system']}, "
-        f"at a load of {host['load']:.1f} before it began. Python {host['python']}, "
+        f"with a load average of {host['load']:.1f} before the start. Python {host['python']}, "
         f"OpenTelemetry SDK {host['opentelemetry-sdk']}, W&B {host['wandb']}, TRL {host['trl']}.",
         "",
-        "## One span with three attributes, on the thread that opens it",
+        "## One span with three attributes: time on the thread that opens it",
         "",
         "| | median µs | min | max | budget |",
         "|---|---:|---:|---:|---|",
@@ -397,11 +398,11 @@ def page(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {figures} | {BUDGET.get(name, '')} |")
     lines += [
         "",
-        f"With the OpenTelemetry SDK a vgen span costs {result['otel_ratio']:.2f} times what the SDK's own costs.",
+        f"With the OpenTelemetry SDK, a span of vgen takes {result['otel_ratio']:.2f} times as long as the SDK's own.",
         "",
         f"## {result['requests']['requests']:,} requests in a step of {result['requests']['step_seconds']:.0f} s",
         "",
-        "CPU seconds of the whole process, worker threads included.",
+        "CPU seconds of the whole process, including worker threads.",
         "",
         "| | median s | share of the step | budget |",
         "|---|---:|---:|---|",
@@ -410,33 +411,38 @@ def page(result: dict[str, Any]) -> str:
         seconds = result["requests"]["cpu_seconds"][name]["median"]
         lines.append(f"| {name} | {seconds:.3f} | {share:.2%} | {budget} |")
     of_requests = result["requests"]
+    series = [of_requests[f"{name}_after_50_100_150_200_steps"] for name in ("blocks", "resident_bytes")]
+    flat = all(values[-1] <= 1.01 * values[0] for values in series)
     blocks = ", ".join(f"{count:,}" for count in of_requests["blocks_after_50_100_150_200_steps"])
     resident = ", ".join(f"{size / 1e6:.0f}" for size in of_requests["resident_bytes_after_50_100_150_200_steps"])
     shutdowns = [f["sdk_shutdown_seconds"] for f in result["faults"].values() if "sdk_shutdown_seconds" in f]
     lines += [
         "",
-        f"After 50, 100, 150 and 200 steps of {REQUESTS:,} requests each, with JSONL, summary and W&B: {blocks} "
-        f"blocks of memory that Python holds, {resident} MB resident in the whole process.",
+        f"{'Memory did not grow' if flat else 'Memory grew'}: after 50, 100, 150 and 200 steps of {REQUESTS:,} "
+        f"requests each, with JSONL, summary and W&B, Python had allocated {blocks} memory blocks, and the whole "
+        f"process had {resident} MB of resident memory.",
         "",
-        "## Beside a backend that is dead or frozen",
+        "## With a backend that is dead or frozen",
         "",
-        f"A span each millisecond for {PACED_SECONDS:.0f} seconds, longer than the queue for spans lasts, then "
-        f"`close({DEADLINE:g})` of the context and of the providers; medians of {FAULT_ROUNDS} rounds, and the longest "
-        f"of the ends. Budget: p99 ≤ 2 × the healthy one's, each end ≤ {DEADLINE + 0.2:.1f} s.",
+        f"One span per millisecond for {PACED_SECONDS:.0f} seconds, which is enough to fill the OpenTelemetry SDK's "
+        f"span queue (2,048 spans). Then `close({DEADLINE:g})` of the context and of the providers. The table has "
+        f"medians of {FAULT_ROUNDS} rounds, and the longest `close`. The ratio to the healthy p99 is the median of "
+        f"the ratios within each round. Budget: p99 ≤ 2 × that of a healthy backend, each `close` ≤ "
+        f"{DEADLINE + 0.2:.1f} s.",
         "",
-        "| | p50 µs | p99 µs | × healthy p99 | context's end s | providers' end s |",
+        "| | p50 µs of one span | p99 µs of one span | × healthy p99 | context `close` s | providers `close` s |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in result["faults"].items():
         kind, _, fault = name.partition(", ")
-        shown = f"{name}: {FAULTS[kind][fault]}" if fault in FAULTS[kind] else name
+        shown = f"{kind}, {FAULTS[kind].get(fault, 'healthy')}"
         providers = f"{found['longest_providers_close_seconds']:.2f}" if kind == "otlp" else ""
         lines.append(
             f"| {shown} | {found['p50']:.1f} | {found['p99']:.1f} | {found['p99_ratio']:.2f} "
             f"| {found['longest_close_seconds']:.2f} | {providers} |"
         )
     took = " and ".join(f"{seconds:.1f} s" for seconds in shutdowns)
-    lines += ["", f"The SDK's own `shutdown()` of a provider with one span took {took} beside the same collectors."]
+    lines += ["", f"The SDK's own `shutdown()` of a provider with one span took {took} with the same collectors."]
     return "\n".join(lines) + "\n"
 
 
@@ -444,7 +450,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--from", dest="result", type=Path, metavar="FILE", help="measure nothing, show what --json gave"
+        "--from",
+        dest="result",
+        type=Path,
+        metavar="FILE",
+        help="show the result that --json printed, and measure nothing",
     )
     parser.add_argument("--kind", choices=FAULTS, help=argparse.SUPPRESS)
     parser.add_argument("--fault", default="", help=argparse.SUPPRESS)
@@ -455,7 +465,7 @@ def main() -> None:
     if options.result is not None:
         print(page(json.loads(options.result.read_text())), end="")
         return
-    with contextlib.redirect_stdout(sys.stderr):  # libraries have their say there
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print to standard output, which is for the result
         result = measure()
     print(json.dumps(result, indent=1) if options.json else page(result), end="\n" if options.json else "")
 

@@ -1,11 +1,12 @@
-"""How completions go from the leader to the other ranks: vgen's connections beside a `TCPStore`, gloo and pickles.
+"""The time to send completions from the leader to the other ranks: vgen's connections, `TCPStore`, gloo and pickles.
 
     python benchmarks/ranks.py [--ranks 2] [--completions 256] [--tokens 2048] [--json]
 
-Every rank gets an equal share of `completions`, with log-probabilities. Seconds run from the packing on rank 0 until
-the last rank holds `Completion`s; the median of `--repeat` runs. Bytes are what one rank is sent. Peers: the same bytes
-through a `TCPStore` (in pieces, for it takes none above 8 MB) or a gloo group; pickled objects scattered by
-`scatter_object_list`, each rank its own; and everything to everybody by `broadcast_object_list`, as TRL 1.16 does.
+Every rank gets an equal share of `completions`, with log-probabilities. The time is from the start of packing on rank
+0 until the last rank has its `Completion`s, as the median of `--repeat` runs. The bytes are those sent to one rank.
+The baselines send the same bytes through a `TCPStore` (in pieces, because it takes at most 8 MB) or a gloo group, or
+pickled objects: each rank its own by `scatter_object_list`, or all to all ranks by `broadcast_object_list`, as TRL
+1.16 does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import torch
 import torch.distributed as dist
 
 from vgen import Completion
-from vgen.ranks import DistributedRanks, wire
+from vgen.completion_codec import pack, unpack
+from vgen.distributed.leader_ranks import LeaderRanks
+from vgen.distributed.rank_messages import Message, decode, encode
+from vgen.distributed.ranks import RankPrompt
 
 PIECE = 4 << 20
 
@@ -34,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("ranks", 2), ("completions", 256), ("tokens", 2048), ("repeat", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         return run(arguments)
@@ -45,7 +49,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    ranks = DistributedRanks(rank, size, timeout=60.0)
+    ranks = LeaderRanks(rank, size, timeout=60.0)
     host = [None if rank else dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)]
     ports = [host[0].port if host[0] is not None else None]
     dist.broadcast_object_list(ports, 0)
@@ -53,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     share = arguments.completions // size
     sampled = [
         Completion(
-            prompt_index=index,
+            rank=index // share,
+            prompt_index=index % share,
             generation_index=0,
             token_ids=[(index + place) % 50000 for place in range(arguments.tokens)],
             logprobs=[float(x) for x in torch.rand(arguments.tokens)],
@@ -67,20 +72,20 @@ def run(arguments: argparse.Namespace) -> None:
 
     def connections() -> int:
         with ranks.call("generate") as call:
-            call.gather([([1], ())] * share, {})
+            call.gather([RankPrompt(index, [1], rank=rank) for index in range(share)], {})
             call.lead(lambda: sampled)
-            found = call.scatter(sampled)
-        assert len(found) == share
-        return len(wire.pack_completions(parts[-1], 0).pack()) if rank == 0 else 0
+            received = call.scatter(sampled)
+        assert len(received) == share
+        return len(packed(parts[-1])) if rank == 0 else 0
 
     def through_store() -> int:
         key = str(next(numbers))
         if rank:
             count = int(store.get(f"{key}/{rank}"))
             raw = b"".join(store.get(f"{key}/{rank}/{piece}") for piece in range(count))
-            wire.unpack_completions(wire.Message.unpack(raw), 0)
+            unpacked(raw)
             return 0
-        raws = [wire.pack_completions(wire.shifted(part, share * to), 0).pack() for to, part in enumerate(parts)]
+        raws = [packed(part) for part in parts]
         for to, raw in enumerate(raws[1:], 1):
             pieces = [raw[start : start + PIECE] for start in range(0, len(raw), PIECE)]
             for piece, content in enumerate(pieces):
@@ -94,10 +99,10 @@ def run(arguments: argparse.Namespace) -> None:
             dist.recv(length, 0)
             raw = torch.empty(int(length), dtype=torch.uint8)
             dist.recv(raw, 0)
-            wire.unpack_completions(wire.Message.unpack(raw.numpy().tobytes()), 0)
+            unpacked(raw.numpy().tobytes())
             return 0
         for to in range(1, size):
-            raw = wire.pack_completions(wire.shifted(parts[to], share * to), 0).pack()
+            raw = packed(parts[to])
             dist.send(torch.tensor([len(raw)]), to)
             dist.send(torch.frombuffer(bytearray(raw), dtype=torch.uint8), to)
         return len(raw)
@@ -129,6 +134,15 @@ def run(arguments: argparse.Namespace) -> None:
     dist.barrier()
     ranks.close()
     dist.destroy_process_group()
+
+
+def packed(completions: list[Completion]) -> bytes:
+    """The message with which a rank gets these completions."""
+    return encode(Message("data", 0, 0, completions=[pack(completion) for completion in completions]))
+
+
+def unpacked(raw: bytes) -> list[Completion]:
+    return [unpack(completion) for completion in decode(raw).completions]
 
 
 def measure(way: Callable[[], int], repeat: int) -> dict[str, float]:

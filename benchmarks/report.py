@@ -1,11 +1,11 @@
-"""What it takes to report on a run of a million spans, and to show ten thousand of them.
+"""The time and memory to report on a run of a million spans, and to show a page of ten thousand.
 
     python benchmarks/report.py            # a table
     python benchmarks/report.py --json     # one JSON object
 
-The run is written by vgen's own sink: steps of a thousand spans, most of them requests, and every request's timings.
-The peer reads the same files the plain way, each line by `json.loads` into a list. Each runs in a process of its own.
-The page's first paint is what headless Chromium says of it; without Chromium it is left out.
+vgen's own sink writes the run: steps of a thousand spans, most of them requests, with every request's timings. The
+baseline reads the same files with `json.loads`, line by line, into a list. Each case runs in a process of its own.
+Headless Chromium measures the page's first paint; without Chromium this figure is absent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vgen.profiling import ProfilingContext, names
-from vgen.profiling.rollouts import measure
+from vgen.generation.instrumentation import measure
+from vgen.profiling import ProfilingContext, semconv
 from vgen.profiling.sinks.jsonl import JsonlSink
 from vgen.types import Completion, Completions, RequestTiming
 
@@ -44,26 +44,26 @@ def write(place: Path, steps: int, requests: int) -> None:
     """A run of `steps` steps with `requests` request spans each, by the library itself."""
     dice = random.Random(0)
     profiling = ProfilingContext([JsonlSink(place, max_parts=1 << 16)])
-    bound = profiling.bind({names.ENGINE: "colocate", names.RANK: 0})
+    bound = profiling.bind({semconv.ENGINE: "colocate", semconv.RANK: 0})
     for number in range(steps):
         with profiling.step(number):
-            with bound.span(names.GENERATE) as span:
-                with bound.span(names.ENGINE_GENERATE) as engine:
+            with bound.span(semconv.GENERATE) as span:
+                with bound.span(semconv.ENGINE_GENERATE) as engine:
                     result = completions(requests, dice)
-                with bound.span(names.DECODE_OUTPUTS):
+                with bound.span(semconv.DECODE_OUTPUTS):
                     pass
                 measure(bound, engine, result, requests)
-                span.set({names.OUTPUT_TOKENS: result.output_tokens})
-            with bound.span(names.SLEEP, {names.SLEEP_LEVEL: 1, names.DEVICE_BYTES: 1 << 34}):
+                span.set({semconv.OUTPUT_TOKENS: result.output_tokens})
+            with bound.span(semconv.SLEEP, {semconv.SLEEP_LEVEL: 1, semconv.DEVICE_BYTES: 1 << 34}):
                 pass
             for name in ("reward", "update"):
                 with profiling.span(name):
                     pass
-            with bound.span(names.WAKE_UP, {names.DEVICE_BYTES: 1 << 34}):
+            with bound.span(semconv.WAKE_UP, {semconv.DEVICE_BYTES: 1 << 34}):
                 pass
-            with bound.span(names.WEIGHT_SYNC, {names.SYNC_BYTES: 1 << 30}):
+            with bound.span(semconv.WEIGHT_SYNC, {semconv.SYNC_BYTES: 1 << 30}):
                 for phase in ("transfer", "load", "reset_cache"):
-                    with bound.span(f"{names.WEIGHT_SYNC}.{phase}"):
+                    with bound.span(f"{semconv.WEIGHT_SYNC}.{phase}"):
                         pass
         profiling.flush(60.0)
     profiling.close(60.0)
@@ -115,13 +115,13 @@ def measured(command: list[str]) -> dict[str, float]:
 
 
 def page(folder: Path, rounds: int) -> dict[str, Any]:
-    """The HTML of a trace of `PAGE` spans: its size, and the first paint in Chromium."""
+    """The HTML page of a trace of `PAGE` spans: its size, and the first paint in Chromium."""
     write(folder / "page", 1, PAGE - OTHERS)
     file = folder / "page.html"
     subprocess.run([sys.executable, "-m", "vgen.cli", "trace", str(folder / "page"), "--html", str(file)], check=True)
     found: dict[str, Any] = {"spans": PAGE, "bytes": file.stat().st_size}
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "viewers"))
-    from chromium import Chromium, executable
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from helpers.chromium import Chromium, executable
 
     if executable() is not None:
         with Chromium() as browser:
@@ -133,9 +133,9 @@ def page(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--spans", type=int, default=SPANS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--spans", type=int, default=SPANS, help="spans of the run")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each case runs")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as name:

@@ -1,14 +1,14 @@
-"""What bringing new weights into an engine in the same process costs, side by side with the other ways.
+"""The time to bring new weights into an engine in the same process, by vgen and by other ways.
 
     python benchmarks/weight_sync.py            # a table
     python benchmarks/weight_sync.py --json     # one JSON object
 
-On a CUDA device: a Qwen2 of 1.54 B, a Llama of 8.0 B and a Qwen3-MoE of 3.3 B parameters in bf16, made on the spot
-with random weights; on a CPU tiny ones in float32. Each model has a process of its own. Every way brings fresh random
-weights and is timed on the device, from before its first call to its last copy; quoted are medians. `floor` is one
-contiguous device copy of the same bytes. After each way the engine's log-probabilities must be the trainer model's,
-in the prompt and in tokens decoded under CUDA graphs, or the exit code is 1. So that this can fail, they are compared
-before the sync, too: of wholly stale weights, and of one stale layer.
+The models have random weights. On a CUDA device they are a Qwen2 of 1.54 B, a Llama of 8.0 B and a Qwen3-MoE of 3.3 B
+parameters in bf16; on a CPU they are tiny, in float32. Each model runs in its own process. Every way brings fresh
+random weights; device events measure it from before its first call to its last copy, and the table has medians.
+`floor` is one contiguous device copy of the same bytes. After each way the engine's log-probabilities must equal the
+trainer model's, in the prompt and in tokens decoded under CUDA graphs, or the exit code is 1. To show that this check
+can fail, it is also made before the sync: with all weights stale, and with one stale layer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 ROUNDS = {"trl": 3, "one_load": 5, "reload": 5}
 FAST_ROUNDS = 15
-DECODED = 16
 TURN = "start beside other runs with this file, and be measured when none of them is; may be repeated"
 MODELS = ("qwen2", "llama", "qwen3_moe")
 COMMON = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False)
@@ -189,7 +189,7 @@ class Case:
             engine_kwargs=engine,
         )
         self.engine = self.generation.engine
-        self.source = self.generation._source
+        self.source = self.generation.source
 
     def measure_floor(self) -> float:
         self.floor = floor(self.bytes, self.device)
@@ -204,7 +204,7 @@ class Case:
             with set_current_vllm_config(worker.vllm_config):
                 return function(worker.model_runner)
 
-        with self.engine._at_work():
+        with self.engine._vllm_context():
             return self.engine.llm.collective_rpc(call)[0]
 
     def trl(self, runner: Any) -> None:
@@ -218,34 +218,26 @@ class Case:
 
     def reload(self, runner: Any) -> None:
         """vLLM's own layerwise reload."""
-        from vgen.engines.reload import NamedStream, reload
+        from vgen.weights.load.layerwise_reload import NamedStream, reload
 
         reload(runner, NamedStream(self.source))
 
     def compare(self) -> dict[str, Any]:
         """How far the engine is from the trainer's model, and whether that is right."""
-        import torch
-
-        from vgen import Sampling
-        from vgen.weights.probe import ask, compare, probe, probe_of
+        from vgen.weights.source.probe_forward import probe_logprobs
+        from vgen.weights.verification.logprob_check import compare, probe_of, unit_of
 
         self.engine._reset_caches()
-        found = compare(self.engine, ask(self.model, probe_of([self.engine], self.model)))
-        ids = probe(self.engine.vocabulary_size, 64)
-        (written,) = self.generation.generate([ids], Sampling(max_tokens=DECODED, ignore_eos=True))
-        own = ask(self.model, [*ids, *written.token_ids]).logprobs[-DECODED:]
-        decoded = (own - torch.tensor(written.logprobs)).abs()
-        judged = float(decoded.mean() if found.rounded else decoded.max())
-        right = found.right and judged <= found.tolerance
-        return {"mean": found.mean, "largest": found.largest, "decoded": judged, "right": bool(right)}
+        expected = probe_logprobs(self.model, probe_of([self.engine], self.model), unit_of([self.engine]))
+        return {**asdict(found := compare(self.engine, expected)), "right": found.right}
 
 
 def measure(kind: str, device: str, turn: Turn) -> dict[str, Any]:
     """All figures of one model."""
     import torch
 
-    from vgen.weights.mover import copy_together, moves_of
-    from vgen.weights.recorded import RecordedCopy
+    from vgen.weights.load.batched_copy import copy_pairs, moves_of
+    from vgen.weights.load.recorded_copy import RecordedCopy
 
     if device == "cpu":  # as on a GPU, parameters stay as they are loaded
         import vllm._custom_ops as ops
@@ -301,7 +293,7 @@ def measure(kind: str, device: str, turn: Turn) -> dict[str, Any]:
         ]
         moves, others = moves_of(pairs)
         result |= {"copies": len(pairs), "joined": len(moves), "converted": len(others)}
-        way("foreach", lambda: copy_together(pairs))
+        way("foreach", lambda: copy_pairs(pairs))
         del pairs
         mine = RecordedCopy()
         mine._record, mine._decided = recorded._record, True
@@ -348,7 +340,7 @@ def sleep(case: Case, sync: float) -> dict[str, Any]:
     from vgen import Sampling
 
     def alone(what: Callable[[Any], Any]) -> None:
-        with case.engine._at_work():
+        with case.engine._vllm_context():
             what(case.engine.llm)
 
     level = 2 if case.device == "cuda" else 0  # where vLLM's sleep discards nothing, and nothing is restored

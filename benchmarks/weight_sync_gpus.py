@@ -1,13 +1,14 @@
-"""What new weights for a server cost on GPUs, beside one contiguous copy of the bytes.
+"""The time of a weight sync to a server on GPUs, compared with one contiguous copy of the bytes.
 
     python benchmarks/weight_sync_gpus.py            # a table
     python benchmarks/weight_sync_gpus.py --json     # one JSON object
 
-A Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU; the trainer's model is there too (`resident`,
-`shared_memory`), and then on the second where there is one (`nccl`; `nccl_1g` in buckets of 1 GiB). `vllm_ipc` and
-`vllm_nccl` are the same to stock servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with pause,
-cache resets and resume; `live` is from its first send to when the weights are in place. Each sync brings fresh random
-weights, which are then looked at end to end; anything wrong is in `wrong`, and the exit code 1. Quoted are medians.
+The model is a Qwen2 of 1.54 B parameters in bf16. The server is on the first GPU. The trainer's model is on the same
+GPU (`resident`, `shared_memory`), then on the second one, if there is one (`nccl`; `nccl_1g` with buckets of 1 GiB).
+`vllm_ipc` and `vllm_nccl` sync to stock servers, through vLLM's own engines. `sync` is a whole `sync_weights()`, with
+pause, cache resets and resume; `live` is from its first send until the weights are in place. Each sync brings fresh
+random weights, whose log-probabilities are then compared. `wrong` counts the syncs that differ; the exit code is then
+1. The table has medians.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ ARGUMENTS += ["--gpu-memory-utilization", "0.3", "--compilation-config", json.du
 
 def right(generation: Any, model: Any) -> bool:
     """Whether the server's log-probabilities are those of the trainer's model."""
-    from vgen.engines.server import _Alone
-    from vgen.weights.probe import ask, compare, probe_of
+    from vgen.weights.source.probe_forward import probe_logprobs
+    from vgen.weights.verification.logprob_check import compare, probe_of, unit_of
 
-    engine = _Alone(generation.engine, generation.engine.peers[0])
-    return bool(compare(engine, ask(model, probe_of([engine], model))).right)
+    engine = generation.engine.endpoints[0]
+    return bool(compare(engine, probe_logprobs(model, probe_of([engine], model), unit_of([engine]))).right)
 
 
 def rounds(model: Any, generation: Any, sync: Callable[[], dict[str, float]], count: int) -> dict[str, Any]:
@@ -58,21 +59,21 @@ def rounds(model: Any, generation: Any, sync: Callable[[], dict[str, float]], co
 
 
 def ours(model: Any, url: str, key: str | None, transport: str, count: int, **options: Any) -> dict[str, Any]:
-    from vgen import ProfilingContext, ServerGeneration
-    from vgen.profiling import names
+    from vgen import ProfilingContext, ServerConnection, ServerGeneration
+    from vgen.profiling import semconv
     from vgen.testing import MemorySink
 
     sink = MemorySink()
-    keys: dict[str, Any] = dict(base_urls=[url], control_key=key, timeout=60.0)
+    keys: dict[str, Any] = dict(base_urls=[url], control_key=key, connection=ServerConnection(timeout=60.0))
     keys |= dict(weight_transport=transport, profiling=ProfilingContext([sink]), **options)
     with ServerGeneration(model, **keys) as generation:
 
         def sync() -> dict[str, float]:
             generation.sync_weights()
-            span = sink.named(names.WEIGHT_SYNC)[-1]
+            span = sink.named(semconv.WEIGHT_SYNC)[-1]
             phases = {p.name.rpartition(".")[2]: p.duration for p in sink.spans if p.parent is span}
             live = phases.get("transfer", 0.0) + phases["load"]
-            return {"sync": span.duration, "live": live, "paused": span.attributes[names.PAUSED_SECONDS]} | phases
+            return {"sync": span.duration, "live": live, "paused": span.attributes[semconv.PAUSED_SECONDS]} | phases
 
         start = time.perf_counter()
         generation.sync_weights()
@@ -84,11 +85,11 @@ def ours(model: Any, url: str, key: str | None, transport: str, count: int, **op
             generation.wake_up()
             generation.sync_weights()
             result["wrong"] += not right(generation, model)  # after a level-2 sleep
-    told = sink.named(names.WEIGHT_SYNC)[-1].attributes
-    result |= {"way": told.get(names.PLAN_WAY), "plan_reason": told.get(names.PLAN_REASON)}
-    if sent := sink.named(names.SYNC_TRANSFER):
+    told = sink.named(semconv.WEIGHT_SYNC)[-1].attributes
+    result |= {"way": told.get(semconv.PLAN_WAY), "plan_reason": told.get(semconv.PLAN_REASON)}
+    if sent := sink.named(semconv.SYNC_TRANSFER):
         result["last_transfer"] = {name.removeprefix("vgen.weight_sync."): v for name, v in sent[-1].attributes.items()}
-    return result | {"first": first, "reason": told[names.TRANSPORT_REASON]}
+    return result | {"first": first, "reason": told[semconv.TRANSPORT_REASON]}
 
 
 def theirs(model: Any, folder: str, backend: str, count: int, turn: Turn) -> dict[str, Any]:
@@ -106,7 +107,8 @@ def measure(count: int, ways: list[str], turn: Turn) -> dict[str, Any]:
     import torch
     from weight_sync import floor, make
 
-    from vgen.engines.launch import start_server
+    from vgen import WeightSyncOptions
+    from vgen.engines.server.launcher import start_server
     from vgen.testing import byte_tokenizer
 
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ways": {}}
@@ -143,7 +145,10 @@ def measure(count: int, ways: list[str], turn: Turn) -> dict[str, Any]:
                 torch.cuda.set_device(1)
                 model.to("cuda:1")
                 way("nccl", lambda: ours(model, *here, "nccl", count))
-                way("nccl_1g", lambda: ours(model, *here, "nccl", count, bucket_bytes=1 << 30))
+                way(
+                    "nccl_1g",
+                    lambda: ours(model, *here, "nccl", count, weight_sync=WeightSyncOptions(bucket_bytes=1 << 30)),
+                )
         if two:
             torch.cuda.set_device(1)
             model.to("cuda:1")

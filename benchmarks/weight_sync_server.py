@@ -1,15 +1,15 @@
-"""What new weights for a server on this host cost, beside a plain copy of the bytes and the engine's own load.
+"""The time of a weight sync to a server on this host, compared with a copy of the bytes and the engine's own load.
 
     python benchmarks/weight_sync_server.py            # a table: 500 M parameters in float32
     python benchmarks/weight_sync_server.py --json     # one JSON object
 
-`memcpy` is one copy of as many bytes by all cores. `load` is what the server says that its engine's own reload takes
-when all tensors lie there in one bucket, so that nothing is transferred beside it; `load_in_process` is the same reload
-in a process that holds the tensors and has all cores, one of which vLLM's scheduler spins on in a server.
-`shared_memory` and `checkpoint` are whole `sync_weights()` calls to one `vgen serve`, without the first, which
-verifies. Quoted are medians. Each sync brings fresh random weights, and afterwards the engine's
-log-probabilities must be the trainer model's, or the exit code is 1. The aim is shared memory in at most `load` and
-twice `memcpy`.
+`memcpy` is one copy of the same number of bytes by all cores. `load` is the time that the server reports for its
+engine's own reload, with all tensors in one bucket, so that nothing is transferred at the same time. `load_in_process`
+is the same reload in a process that has the tensors and all cores; in a server, vLLM's scheduler occupies one of them.
+`shared_memory` and `checkpoint` are whole `sync_weights()` calls to one `vgen serve`, without the first one, which
+also verifies. The table has medians. Each sync brings fresh random weights, and afterwards the engine's
+log-probabilities must equal the trainer model's, or the exit code is 1. The goal for shared memory is at most `load`
+and twice `memcpy`.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ def syncs(model: Any, generation: Any, rounds: int, seconds: Callable[[], float]
 
 def received(sink: Any) -> float:
     """Seconds that the server spent on the buckets of the last sync."""
-    from vgen.profiling import names
+    from vgen.profiling import semconv
 
-    return sink.named(names.SYNC_TRANSFER)[-1].attributes[names.RECEIVER_MEDIAN]
+    return sink.named(semconv.SYNC_TRANSFER)[-1].attributes[semconv.RECEIVER_MEDIAN]
 
 
 def measure(millions: int, rounds: int) -> dict[str, Any]:
-    from vgen import ColocateGeneration, ProfilingContext, ServerGeneration
-    from vgen.engines.launch import start_server
-    from vgen.profiling import names
+    from vgen import ColocateGeneration, ProfilingContext, ServerConnection, ServerGeneration, WeightSyncOptions
+    from vgen.engines.server.launcher import start_server
+    from vgen.profiling import semconv
     from vgen.testing import MemorySink
 
     sink = MemorySink()
@@ -114,18 +114,24 @@ def measure(millions: int, rounds: int) -> dict[str, Any]:
         size = sum(parameter.numel() * 4 for parameter in model.parameters())
         found["memcpy"] = memcpy(size, rounds), 0.0
         with ColocateGeneration(model, weight_transport="reload", profiling=profiling, **settings) as generation:
-            found["load_in_process"] = syncs(model, generation, rounds, last(f"{names.WEIGHT_SYNC}.load"))
+            found["load_in_process"] = syncs(model, generation, rounds, last(f"{semconv.WEIGHT_SYNC}.load"))
         arguments = ["--max-model-len", str(LENGTH), "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
         with start_server(folder, arguments=arguments) as server:
-            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=300.0)
-            with ServerGeneration(model, profiling=profiling, bucket_bytes=2 * size, **keys) as generation:
+            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key)
+            keys["connection"] = ServerConnection(timeout=300.0)
+            with ServerGeneration(
+                model, profiling=profiling, weight_sync=WeightSyncOptions(bucket_bytes=2 * size), **keys
+            ) as generation:
                 found["load"] = syncs(model, generation, rounds, lambda: received(sink))
             for transport in ("shared_memory", "checkpoint"):
                 with ServerGeneration(model, profiling=profiling, weight_transport=transport, **keys) as generation:
-                    found[transport] = syncs(model, generation, rounds, last(names.WEIGHT_SYNC))
-                span = sink.named(names.WEIGHT_SYNC)[-1]
+                    found[transport] = syncs(model, generation, rounds, last(semconv.WEIGHT_SYNC))
+                span = sink.named(semconv.WEIGHT_SYNC)[-1]
                 phases = {p.name.rpartition(".")[2]: p.duration for p in sink.spans if p.parent is span}
-                attributes[transport] = {"phases": phases, names.PAUSED_SECONDS: span.attributes[names.PAUSED_SECONDS]}
+                attributes[transport] = {
+                    "phases": phases,
+                    semconv.PAUSED_SECONDS: span.attributes[semconv.PAUSED_SECONDS],
+                }
     return {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "parameters": size // 4,
@@ -151,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, default=500, help="parameters of the model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args()
     result = measure(asked.millions, asked.rounds)
     if asked.json:

@@ -1,4 +1,4 @@
-"""What all tests share: markers that skip themselves, and one real engine for the whole session."""
+"""Fixtures for all tests: markers that skip what cannot run here, and one real engine for the whole session."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hypothesis  # noqa: F401  # its plugin would import it at the very end, beside whatever is being torn down
+import hypothesis  # noqa: F401  # its pytest plugin would import it at the very end, during teardown
 import pytest
 
 from vgen.profiling import ProfilingContext
 from vgen.testing import MemorySink
 
-# Nothing comes from a hub, and a look-up would wait for a network that may not be there.
+if TYPE_CHECKING:
+    from helpers.changed_source import ChangedSource
+
+# Tests need nothing from the hub, and a look-up may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # collecting them lists all packages, in a process of its own
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # collecting them starts a process that lists all packages
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+# Worker processes import `helpers`, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,11 +50,11 @@ def _cuda() -> bool:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _heap_of_the_tests_alone() -> None:
-    """Nobody walks what has been imported so far again: with all of it, each collection takes a second.
+def _imports_frozen() -> None:
+    """Exclude the objects that exist before a test module from garbage collection: with them, it takes a second.
 
-    What a module makes is collected as ever. `gc.get_referrers` and `gc.get_objects` leave out what is frozen: a test
-    that asks them calls `gc.unfreeze()` first.
+    Objects that the module's tests make are collected as usual. `gc.get_referrers` and `gc.get_objects` do not return
+    frozen objects: a test that uses them calls `gc.unfreeze()` first.
     """
     gc.collect()
     gc.freeze()
@@ -57,16 +62,18 @@ def _heap_of_the_tests_alone() -> None:
 
 @dataclass
 class Real:
-    """A tiny model with a generation object on real vLLM, shared by the session's tests."""
+    """A tiny model and its generation object on real vLLM, shared by the session's tests."""
 
     model: Any
     tokenizer: Any
+    source: ChangedSource
+    """The generation's source. A test may change what it sends."""
     generation: Any
     sink: MemorySink
     profiling: ProfilingContext
 
     def randomize(self, scale: float = 0.05) -> None:
-        """Fresh random weights for the trainer's model; the engine knows nothing of it until the next sync."""
+        """Give the trainer's model fresh random weights. The engine has the old ones until the next sync."""
         import torch
 
         with torch.no_grad():
@@ -76,24 +83,26 @@ class Real:
 
 @pytest.fixture(scope="session")
 def real_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    from helpers.changed_source import ChangedSource
+
     from vgen import ColocateGeneration
     from vgen.testing import tiny_model
 
     model, tokenizer = tiny_model(tmp_path_factory.mktemp("model"))
-    sink = MemorySink()
+    source, sink = ChangedSource(model), MemorySink()
     profiling = ProfilingContext([sink])
     generation = ColocateGeneration(
-        model, processing_class=tokenizer, enable_sleep_mode=True, max_model_length=512, profiling=profiling
+        source, processing_class=tokenizer, enable_sleep_mode=True, max_model_length=512, profiling=profiling
     )
-    yield Real(model, tokenizer, generation, sink, profiling)
+    yield Real(model, tokenizer, source, generation, sink, profiling)
     generation.close()
     profiling.close()
 
 
 @pytest.fixture
 def real(real_engine: Real) -> Real:
-    """The session's real engine, awake, in step with its model, its sink empty."""
-    from vgen.engines.base import EngineState
+    """The session's real engine: awake, with its model's weights and an empty sink."""
+    from vgen.engine_protocol import EngineState
 
     if real_engine.generation.state is EngineState.ASLEEP:
         real_engine.generation.wake_up()

@@ -1,4 +1,4 @@
-"""The examples of `docs/sinks.md` are run as they stand, and what they promise is read back from each backend."""
+"""The examples of `docs/sinks.md` run as they are, and each backend then has what the page promises."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scraper import needs_promtool
+from helpers.scraper import needs_promtool
 
 pytestmark = pytest.mark.slow
-"""Half a minute, most of it the imports of other libraries."""
+"""Half a minute, most of it for importing other libraries."""
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "sinks.md"
 PORT = "9464"
-"""Prometheus's, on the page. The examples are run with a free one."""
+"""The port of the page's Prometheus example. The test replaces it by a free one."""
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """The code blocks of that language, each with the number of the line before it."""
+    """The page's code blocks in this language, each with the number of the line before it."""
     text = page.read_text()
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
@@ -36,8 +36,8 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The page's examples, run one after the other in one process and folder."""
-    from collectors import HttpCollector
+    """The page's examples, run one after another in one process and one folder."""
+    from helpers.collectors import HttpCollector
 
     folder, collector = tmp_path_factory.mktemp("docs"), HttpCollector()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "WANDB_", "MLFLOW_"))}
@@ -52,7 +52,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     collector.close()
 
 
-def test_the_record_on_disk_is_drawn_by_the_command_on_the_page(shown: Any):
+def test_the_pages_command_shows_the_recorded_run(shown: Any):
     drawn = subprocess.run(
         [sys.executable, "-m", "vgen.cli", "trace", "runs/a", "--step", "1"],
         cwd=shown.folder, capture_output=True, text=True, check=True,
@@ -83,7 +83,7 @@ def test_prometheus_accepts_its_configuration(tmp_path: Path):
 
 
 def test_both_ways_to_wandb_keep_every_row(shown: Any):
-    import wandb_runs
+    from helpers import wandb_runs
 
     runs = sorted((shown.folder / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
@@ -114,7 +114,7 @@ def test_pytorchs_profiler_has_the_spans(shown: Any):
     assert [event.get("name") for event in trace["traceEvents"]].count("rollout") == 3
 
 
-def test_a_sink_of_ones_own_and_ranks_merged(shown: Any):
+def test_the_users_own_sink_and_merged_ranks(shown: Any):
     lines = shown.out.splitlines()
     assert [line.split()[0] for line in lines if re.fullmatch(r"[012] 0\.0\d+", line)] == ["0", "1", "2"]
     [merged] = [float(line) for line in lines if re.fullmatch(r"0\.2\d+", line)]
@@ -122,7 +122,7 @@ def test_a_sink_of_ones_own_and_ranks_merged(shown: Any):
 
 
 def run_the_page() -> None:
-    """In a process of its own: all examples in one namespace, errors with the page's line numbers."""
+    """Run all examples in one namespace; errors have the page's line numbers. The test starts a process for this."""
     with socket.create_server(("", 0)) as probe:
         port = str(probe.getsockname()[1])
     namespace: dict[str, Any] = {"__name__": "docs"}

@@ -1,10 +1,11 @@
-"""The import path is the feature flag, dependencies point one way, and nothing knows a trainer."""
+"""Imports: `import vgen` is light, rooms depend on one another in one direction, and nothing knows a trainer."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def python(code: str) -> str:
 
 def test_import_loads_the_standard_library_alone_and_takes_under_50_ms():
     code = (
-        # processor time: what other processes take of the machine is not the import's
+        # processor time, which other processes on the machine do not change
         "import sys, time; before = set(sys.modules); start = time.process_time(); import vgen;"
         "took = time.process_time() - start; new = {n.partition('.')[0] for n in set(sys.modules) - before};"
         "print(took); print(*sorted(new - set(sys.stdlib_module_names) - {'vgen'}))"
@@ -35,7 +36,7 @@ def test_import_loads_the_standard_library_alone_and_takes_under_50_ms():
     assert min(float(run[0]) for run in runs) < 0.05
 
 
-def test_the_front_doors_light_names_load_nothing_heavy():
+def test_the_light_names_of_vgen_load_nothing_heavy():
     code = (
         "import sys; from vgen import ProfilingContext, Sampling, PromptError, Sink, ColocateGeneration;"
         "p = ProfilingContext.disabled(); p.span('x').__enter__();"
@@ -61,7 +62,7 @@ def test_profiling_works_without_anything_heavy():
         ("opentelemetry", "import vgen.profiling.sinks.otel", "vgen[otel]"),
         ("opentelemetry.sdk", "import vgen.profiling.sinks.otel_sdk", "vgen[otlp]"),
         ("opentelemetry.exporter.prometheus", "import vgen.profiling.sinks.prometheus", "vgen[otlp]"),
-        ("vllm", "from vgen.engines.colocate import ColocateEngine; ColocateEngine('x')", "vgen[cpu]"),
+        ("vllm", "from vgen.engines.inprocess.engine import ColocateEngine; ColocateEngine('x')", "vgen[cpu]"),
     ],
 )
 def test_a_missing_extra_fails_where_it_is_used_and_says_what_to_install(module, line, says):
@@ -69,53 +70,120 @@ def test_a_missing_extra_fails_where_it_is_used_and_says_what_to_install(module,
     assert says in python(code)
 
 
-# The map: each layer may import what comes after it, never back.
-LAYERS = [
-    {"cli", "demo", "integrations", "testing"},
-    {"generation", "rollout", "analysis", "viewers", "dashboards"},
-    {"engines", "weights", "ranks"},
-    {"profiling"},
-    {"types", "errors"},
-]
+# Every room, and the rooms that it may import from: only rooms below it.
+GROUND = {"types", "errors", "_version", "_addresses", "_output"}
+PROFILING = {"profiling"}
+PROTOCOL = {*PROFILING, "completion_codec", "engine_protocol"}
+SYNC = {*PROTOCOL, "distributed", "weights", "weights.source", "weights.load", "weights.transports"}
+SYNC |= {"weights.verification"}
+ENGINES = {*SYNC, "engines"}
+READER = {"profiling", "recordings"}
+ROOMS: dict[str, set[str]] = {
+    "cli": {"checks", "demo", "dashboards", "recordings.report", "recordings.export", "engines.server"},
+    "demo": {"testing", "generation", "profiling", "profiling.sinks", "recordings.reader", "recordings.export"},
+    "checks": {"testing", "profiling", "generation", "weights.source", "engines.server"},
+    "testing": {*PROTOCOL, "engines.server", "profiling.sinks"},
+    "integrations": {*ENGINES, "engines.client", "generation"},
+    "dashboards": {"profiling", "profiling.sinks"},
+    "recordings.report": {*READER, "recordings.reader"},
+    "recordings.export": {*READER, "recordings.reader"},
+    "recordings.reader": READER,
+    "recordings": PROFILING,
+    "generation": {*ENGINES, "engines.inprocess", "engines.client"},
+    "engines.inprocess": ENGINES,
+    "engines.client": ENGINES,
+    "engines.server": ENGINES,
+    "engines": SYNC,
+    "weights": {"engine_protocol", "weights.source", "weights.verification"},
+    "weights.transports": {*PROTOCOL, "weights.load", "weights.source"},
+    "weights.load": {*PROTOCOL, "distributed", "weights.source", "weights.verification"},
+    "weights.verification": {*PROTOCOL, "weights.source"},
+    "weights.source": PROTOCOL,
+    "distributed": PROTOCOL,
+    "engine_protocol": PROFILING,
+    "completion_codec": set(),
+    "profiling.sinks": PROFILING,
+    "profiling": set(),
+    **{room: set(GROUND) for room in GROUND},
+}
 
 
-def layer_of(module: str) -> int:
-    first = vgen._HOMES.get(module, module).partition(".")[0]
-    return next((depth for depth, layer in enumerate(LAYERS) if first in layer), -1)
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path):
-    """The vgen modules that a file imports, as dotted names below vgen."""
-    package = list(path.relative_to(SOURCE).with_suffix("").parts[:-1])
+NAMES = {name_of(path): path for path in MODULES if path.parent != SOURCE or path.stem != "__init__"}
+
+
+def room_of(module: str) -> str:
+    """The room with the longest name that is a prefix of the module's; empty for none."""
+    parts = module.split(".")
+    return next((r for n in range(len(parts), 0, -1) if (r := ".".join(parts[:n])) in ROOMS), "")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of vgen that a file imports, also inside functions, for type checkers, and through `vgen`."""
+    package = list(path.relative_to(SOURCE).parts[:-1])
+    found = set[str]()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            yield from (".".join([*base, *([node.module] if node.module else [alias.name])]) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vgen"):
-            yield node.module.removeprefix("vgen").removeprefix(".")
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+            elif (node.module or "").partition(".")[0] == "vgen":
+                base = (node.module or "").split(".")[1:]
+            else:
+                continue
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                home = ".".join(base) or vgen._HOMES.get(alias.name, "_version")
+                found.add(whole if whole in NAMES else home)
         elif isinstance(node, ast.Import):
-            yield from (alias.name[5:] for alias in node.names if alias.name.startswith("vgen."))
+            found |= {alias.name[5:] for alias in node.names if alias.name.startswith("vgen.")}
+    return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_dependencies_point_one_way(path):
-    module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-    if module == "__init__":
-        return
-    mine = layer_of(module)
-    assert mine >= 0, f"{module} has no place in the map"
-    for imported in imports(path):
-        if imported in ("", "__version__"):
-            continue
-        assert layer_of(imported) >= mine, f"{module} imports {imported}, which lies above it"
+GRAPH = {name: imports(path) & NAMES.keys() - {name} for name, path in NAMES.items()}
+
+
+def test_every_room_exists_and_every_module_has_one():
+    rooms = {room_of(module) for module in NAMES}
+    assert "" not in rooms, [module for module in NAMES if not room_of(module)]
+    assert rooms == ROOMS.keys() - {"_version"} | (rooms & GROUND)
+
+
+@pytest.mark.parametrize("module", sorted(NAMES))
+def test_dependencies_point_one_way(module):
+    mine = room_of(module)
+    allowed = {mine, *ROOMS[mine], *(GROUND if mine not in GROUND else ())}
+    strange = {other for other in GRAPH[module] if room_of(other) not in allowed}
+    assert not strange, f"{module} imports {sorted(strange)}"
+
+
+def test_the_list_of_rooms_has_no_circle():
+    order = [*TopologicalSorter(ROOMS | {room: set() for room in GROUND}).static_order()]
+    assert order, "graphlib raises where there is one"
+
+
+def test_no_import_circle():
+    graph = {name: set(imported) for name, imported in GRAPH.items()}
+    circles = set[frozenset[str]]()
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+            break
+        except CycleError as error:
+            circle = error.args[1]
+            circles.add(frozenset(circle))
+            graph[circle[1]].discard(circle[0])
+    assert not circles, circles
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_nothing_knows_a_trainer(path):
-    """No import of a trainer, no parameter for one, no attribute that keeps one."""
+    """No import of a trainer, no parameter for one, and no attribute that keeps one."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
-            continue  # what vLLM calls the sending half of a weight transfer is no trainer
+            continue  # vLLM calls the sending side of a weight transfer a trainer
         if isinstance(node, ast.ImportFrom | ast.Import):
             found = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             assert not any("trainer" in name.lower() for name in found), found

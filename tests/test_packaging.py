@@ -1,4 +1,4 @@
-"""What is shipped, and how a fresh checkout is set up."""
+"""The sdist, the wheel, and the installation of a fresh checkout."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_sdist_has_what_a_packager_needs_and_no_leftovers(dist: Path) -> None:
         assert "docs" in tops
 
 
-def test_metadata_says_who_may_install_what(metadata: Message) -> None:
+def test_metadata_has_the_supported_pythons_and_extras(metadata: Message) -> None:
     assert metadata["Name"] == "vgen"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
@@ -138,7 +138,7 @@ def test_wheel_works_in_an_empty_environment(wheel: Path, metadata: Message, tmp
 
 
 # --- scripts/install.sh ---
-# The real script over an interpreter that only writes down what it is asked to do.
+# The real script, with an interpreter that only records its arguments.
 
 RECORDER = """#!/bin/sh
 echo "UV_INDEX=$UV_INDEX UV_FIND_LINKS=$UV_FIND_LINKS $*" >>"$CALLS"
@@ -151,7 +151,7 @@ esac
 
 
 class Checkout:
-    """A copy of what the script reads, and the machine it believes to be on."""
+    """A copy of the files that the script reads, with a machine that the test describes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,7 +183,7 @@ class Checkout:
         return subprocess.run(command, env=self.env | env, capture_output=True, text=True, timeout=60)
 
     def install(self, level: str, **env: str) -> list[str]:
-        """What the interpreter was asked to do, a line each."""
+        """The calls of the interpreter, one line each."""
         calls = self.folder / "calls"
         calls.write_text("")
         done = self.try_install(level, **env)
@@ -236,14 +236,14 @@ def test_cpu_machine_gets_the_cpu_engine(checkout: Checkout) -> None:
     assert "--overrides requirements/overrides.txt" in call
 
 
-def test_gpu_machine_gets_the_cuda_engine_as_it_is_published(checkout: Checkout) -> None:
+def test_gpu_machine_gets_the_cuda_engine_without_overrides(checkout: Checkout) -> None:
     checkout.gpu(True)
     call = asked(checkout.install("demo"))
     assert ".[vllm,otel]" in call
     assert "--overrides" not in call
 
 
-def test_environment_with_the_other_engine_is_not_built_upon(checkout: Checkout) -> None:
+def test_environment_with_the_other_engine_is_made_again(checkout: Checkout) -> None:
     checkout.install("demo")
     checkout.gpu(True)
     remake = checkout.executable("bin/fake-python", '#!/bin/sh\n[ "$2" = venv ] && echo remade; exit 0\n')
@@ -257,7 +257,7 @@ def test_levels_name_extras_that_exist(checkout: Checkout, level: str) -> None:
     assert set(extras) <= set(PROJECT["optional-dependencies"])
 
 
-def test_pytorch_index_is_asked_only_when_nothing_else_has_torch(checkout: Checkout) -> None:
+def test_pytorch_index_is_used_only_if_no_other_source_has_torch(checkout: Checkout) -> None:
     assert "UV_INDEX= " in asked(checkout.install("demo"))
     assert "UV_INDEX=https://download.pytorch.org/whl/cpu " in asked(checkout.install("test", PROBE="1"))
 
@@ -265,7 +265,7 @@ def test_pytorch_index_is_asked_only_when_nothing_else_has_torch(checkout: Check
 def test_pip_settings_reach_uv(checkout: Checkout) -> None:
     config = checkout.folder / "pip.conf"
     config.write_text("[global]\nfind-links =\n    /a\n    /b\n")
-    checkout.env["PIP_FROM"] = sys.executable  # elsewhere nothing is set, and pip takes a while to say so
+    checkout.env["PIP_FROM"] = sys.executable  # other tests skip this call, because pip takes a while
     assert "UV_FIND_LINKS=/a,/b " in asked(checkout.install("demo", PIP_CONFIG_FILE=str(config)))
     assert "UV_FIND_LINKS=/c,/d " in asked(
         checkout.install("test", PIP_CONFIG_FILE=str(config), PIP_FIND_LINKS="/c /d")
@@ -275,7 +275,7 @@ def test_pip_settings_reach_uv(checkout: Checkout) -> None:
 
 @pytest.fixture
 def interpreter_with(tmp_path: Path) -> Callable[[str, str], dict[str, str]]:
-    """Settings under which a fresh Python finds a module of ours before its own."""
+    """Environment variables with which a new Python imports a module of the test before its own."""
 
     def settings(module: str, source: str) -> dict[str, str]:
         shutil.rmtree(tmp_path / ".venv")

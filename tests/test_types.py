@@ -1,4 +1,4 @@
-"""`Sampling` refuses what makes no sense, naming the field; `Completions` keeps groups together."""
+"""`Sampling` refuses values out of range and names the field; `Completions` groups by prompt."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_a_value_outside_its_range_names_the_field(field, value):
         Sampling(**{field: value})
 
 
-def test_the_edges_of_the_ranges_are_fine():
+def test_the_limits_of_the_ranges_are_valid():
     Sampling(temperature=0.0, top_p=1.0, top_k=-1, min_p=1.0, max_tokens=1, logprobs=None, presence_penalty=-2.0)
 
 
-def test_groups_lie_next_to_each_other():
+def test_completions_of_a_prompt_are_a_group():
     made = [Completion(prompt_index=p, generation_index=g, token_ids=[p, g]) for p in range(3) for g in range(2)]
     completions = Completions([[1], [2], [3]], made, 2, "v")
     assert len(completions) == 6

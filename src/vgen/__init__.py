@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
+    from .engine_protocol import EngineState
     from .errors import (
         EngineError,
         EngineStateError,
@@ -15,18 +18,36 @@ if TYPE_CHECKING:
         VgenError,
         WeightSyncError,
     )
-    from .generation import ColocateGeneration, ServerGeneration
-    from .profiling import Instrument, ProfilingContext, Sink
-    from .types import Completion, Completions, LoRARequest, RequestTiming, Sampling
-
-__version__ = "0.1.0"
+    from .generation import (
+        ColocateGeneration,
+        Generation,
+        RequestTracing,
+        ServerConnection,
+        ServerGeneration,
+        WeightSyncOptions,
+    )
+    from .profiling import Instrument, ProfilingContext, Sink, Span, Step
+    from .types import (
+        Completion,
+        Completions,
+        EngineVerification,
+        LoRARequest,
+        RequestTiming,
+        Sampling,
+        SleepReport,
+        SyncReport,
+        WeightVerification,
+    )
 
 _HOMES = {
+    "ColocateGeneration": "generation",
     "Completion": "types",
     "Completions": "types",
-    "ColocateGeneration": "generation",
     "EngineError": "errors",
+    "EngineState": "engine_protocol",
+    "EngineVerification": "types",
     "EngineStateError": "errors",
+    "Generation": "generation",
     "Instrument": "profiling",
     "LoRARequest": "types",
     "MissingExtraError": "errors",
@@ -34,12 +55,20 @@ _HOMES = {
     "PromptError": "errors",
     "RankError": "errors",
     "RequestTiming": "types",
+    "RequestTracing": "generation",
     "Sampling": "types",
+    "ServerConnection": "generation",
     "ServerError": "errors",
     "ServerGeneration": "generation",
     "Sink": "profiling",
+    "SleepReport": "types",
+    "Span": "profiling",
+    "Step": "profiling",
+    "SyncReport": "types",
     "VgenError": "errors",
     "WeightSyncError": "errors",
+    "WeightSyncOptions": "generation",
+    "WeightVerification": "types",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -7,168 +7,225 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import __version__
+from ._version import __version__
+
+EXPORTS = {
+    "html": "write one HTML file that loads nothing else: zoom, search, hover",
+    "chrome": "write Chrome's trace format, for Perfetto",
+    "jaeger": "write Jaeger's JSON, to drop into its page",
+    "otlp": "write OTLP JSON, for any OpenTelemetry collector",
+    "svg": "write the picture that the terminal shows",
+}
+REPORT_STATUS = """Exit status: 0 for success; 1 if there is nothing to report; 2 for a wrong command line;
+3 if --compare found something worse."""
+
+
+CHECK_STATUS = """Exit status: 0 if every case is right; 1 if an engine has wrong weights, or refuses right ones;
+2 if something could not be checked. A case is right if the log-probabilities of sampled tokens differ from the
+trainer's own forward pass by no more than rounding explains."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run a command line, by default this process's own; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vgen", description="The generation layer of an RL post-training loop.")
     parser.add_argument("--version", action="version", version=f"vgen {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    demo = commands.add_parser("demo", help="run a small RL loop on real vLLM and show where its time went")
-    demo.add_argument("--steps", type=_positive, default=3, metavar="N", help="training steps (default: 3)")
-    demo.add_argument("--out", type=Path, metavar="DIR", help="where the run is recorded (default: runs/demo-<time>)")
-    demo.add_argument(
-        "--model", type=Path, metavar="PATH", help="a model directory instead of the tiny Qwen2 made on the spot"
-    )
-    demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-    trace = commands.add_parser("trace", help="show a recorded run as a waterfall, or export it")
-    trace.add_argument("run", type=Path, metavar="RUN", help="a run's directory, or one of its .jsonl files")
-    trace.add_argument("--step", type=int, metavar="N", help="which training step (default: the last trace)")
-    for name, what in (
-        ("html", "write one HTML file that needs nothing else: zoom, search, hover"),
-        ("chrome", "write Chrome's trace format, for Perfetto"),
-        ("jaeger", "write Jaeger's JSON, to be dropped into its page"),
-        ("otlp", "write OTLP JSON, for any OpenTelemetry collector"),
-        ("svg", "write the terminal's picture"),
-    ):
-        trace.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
-    trace.add_argument("--follow", action="store_true", help="go on showing a run that is still being written")
-
-    report = commands.add_parser(
-        "report",
-        help="say where a recorded run's time went",
-        epilog="Exit status: 0; 1 where there is nothing to report on; 2 for a wrong command line; 3 where --compare "
-        "found something worse.",
-    )
-    report.add_argument("run", type=Path, metavar="RUN", help="a run's directory, or one of its .jsonl files")
-    report.add_argument("--step", type=int, metavar="N", help="of this training step alone, and why it took that long")
-    report.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    report.add_argument(
-        "--compare", type=Path, metavar="OTHER", help="a run to compare with, or the JSON of its report"
-    )
-    report.add_argument(
-        "--threshold", type=_percent, default=10.0, metavar="PCT", help="how much worse is too much (default: 10)"
-    )
-
-    serve = commands.add_parser(
-        "serve",
-        help="start a vLLM server with what vgen relies on",
-        usage="vgen serve MODEL [OPTION ...] [VLLM OPTION ...]",
-        description="Options that are not listed here go to vLLM as they are.",
-        allow_abbrev=False,
-    )
-    serve.add_argument("model", metavar="MODEL", help="a model directory or hub name")
-    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: this machine alone)")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    for name, guards in (("api", "inference"), ("control", "weights, pause, sleep and whatever else is not inference")):
-        either = serve.add_mutually_exclusive_group()
-        either.add_argument(f"--{name}-key", metavar="KEY", help=f"asked for on {guards}; shown by ps")
-        either.add_argument(f"--{name}-key-file", type=Path, metavar="FILE", help="the same, out of a file")
-    serve.add_argument("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N")
-    serve.add_argument("--data-parallel-size", "-dp", type=_positive, default=1, metavar="N")
-    serve.add_argument("--otlp-traces-endpoint", metavar="URL", help="where the server's spans go")
-    serve.add_argument("--shared-memory-dir", metavar="DIR", help="the one directory that weights are mapped from")
-    serve.add_argument("--startup-timeout", type=float, default=600.0, metavar="SECONDS", help="(default: 600)")
-    serve.add_argument("--quiet", action="store_true", help="do not repeat the server's log on standard error")
-    serve.add_argument("--json", action="store_true", help="print one JSON object with the URL and the key's file")
-
-    boards = commands.add_parser(
-        "dashboards",
-        help="write a Grafana dashboard, alert rules and a compose file that runs them; or make a W&B workspace",
-    )
-    boards.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="where the files go")
-    boards.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a workspace in that project")
+    _add_demo(commands)
+    _add_trace(commands)
+    _add_report(commands)
+    _add_check(commands)
+    serve = _add_serve(commands)
+    dashboards = _add_dashboards(commands)
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     options, rest = parser.parse_known_args(given)
-    if rest and options.command != "serve":
+    if options.command == "serve":
+        options.arguments = rest
+        if rest and given[given.index("serve") + 1].startswith("-"):
+            # argparse does not know which of vLLM's options take a value, and would take such a value for MODEL.
+            serve.error("MODEL comes before the options")
+    elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest and given[given.index("serve") + 1].startswith("-"):
-        serve.error("MODEL comes before the options")  # or the value of an unknown one is taken for it
-    if options.command == "dashboards" and not (options.folder or options.wandb):
-        boards.error("DIR, --wandb ENTITY/PROJECT, or both")
-    options.vllm_arguments = rest
+    if options.command == "dashboards" and not (options.directory or options.wandb):
+        dashboards.error("give DIR, --wandb ENTITY/PROJECT, or both")
     try:
         return _run(options)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # whatever reads standard output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.command == "demo":
-        from . import demo as demo_command
+def _add_demo(commands: Any) -> None:
+    add = commands.add_parser("demo", help="run a small RL loop on real vLLM and show where its time went").add_argument
+    add("--steps", type=_positive, default=3, metavar="N", help="training steps (default: 3)")
+    add("--out", type=Path, metavar="DIR", help="directory for the recorded run (default: runs/demo-<time>)")
+    add("--model", type=Path, metavar="DIR", help="model directory (default: make a tiny Qwen2)")
+    add("--json", dest="as_json", action="store_true", help="print one JSON object and nothing else")
 
-        return demo_command.run(steps=options.steps, out=options.out, model=options.model, as_json=options.json)
-    if options.command == "serve":
-        return _serve(options)
-    if options.command == "dashboards":
-        return _dashboards(options)
-    if options.command == "report":
-        from .analysis import command as report_command
 
-        return report_command.run(
-            options.run,
-            step=options.step,
-            as_json=options.json,
-            compare_with=options.compare,
-            threshold=options.threshold,
-        )
-    from .viewers import command as trace_command
+def _add_trace(commands: Any) -> None:
+    add = commands.add_parser("trace", help="show a trace of a recorded run, or write it to files").add_argument
+    add("run", type=Path, metavar="RUN", help="directory of a recorded run, or one of its .jsonl files")
+    add("--step", type=int, metavar="N", help="training step to show (default: the last trace)")
+    for name, text in EXPORTS.items():
+        add(f"--{name}", type=Path, metavar="FILE", help=text)
+    add("--follow", action="store_true", help="show the run while it is being recorded")
 
-    files = {name: getattr(options, name) for name in ("html", "chrome", "jaeger", "otlp", "svg")}
-    return trace_command.run(
-        options.run, step=options.step, files={k: v for k, v in files.items() if v}, follow=options.follow
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="show where a recorded run's time went", epilog=REPORT_STATUS)
+    add = report.add_argument
+    add("run", type=Path, metavar="RUN", help="directory of a recorded run, or one of its .jsonl files")
+    add("--step", type=int, metavar="N", help="report on this training step, and say why it took that long")
+    add("--json", dest="as_json", action="store_true", help="print one JSON object and nothing else")
+    add("--compare", dest="compare_with", type=Path, metavar="OTHER", help="run, or report's JSON, to compare with")
+    add("--threshold", type=_percent, default=10.0, metavar="PCT", help="percent worse that is too much (default: 10)")
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="prove that an engine has the trainer's weights after syncs, sleeps and more",
+        epilog=CHECK_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = check.add_argument
+    add(
+        "model", nargs="?", metavar="MODEL", help="folder, hub name, or an architecture (llama, qwen3_moe) to make tiny"
+    )
+    add("--server", metavar="URL", help="check this vLLM server instead of an engine in this process")
+    add("--yes", action="store_true", help="overwrite the server's weights; they are put back at the end")
+    add("--adapter", metavar="MODULE:FUNCTION", help="check another project's weight sync: what makes its subject")
+    for name in ("api", "control"):
+        key = check.add_mutually_exclusive_group()
+        key.add_argument(f"--{name}-key", metavar="KEY", help=f"the server's {name} key")
+        key.add_argument(f"--{name}-key-file", type=Path, metavar="FILE", help="file that holds this key")
+    add("--case", dest="cases", action="append", default=[], metavar="NAME", help="run this case; may be repeated")
+    add("--list", dest="list_cases", action="store_true", help="list the cases and run none")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the trainer's model")
+    add("--device", metavar="DEVICE", help="of the trainer's model (default: cuda where there is one)")
+    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="for each case (default: 300)")
+    add("--json", dest="as_json", action="store_true", help="print one JSON object and nothing else")
+    add("--matrix", type=Path, metavar="FILE", help="check every architecture instead; FILE gets the result as JSON")
+    add("--only", action="append", default=[], metavar="ARCHITECTURE", help="of the matrix; may be repeated")
 
 
-def _dashboards(options: argparse.Namespace) -> int:
+def _add_serve(commands: Any) -> argparse.ArgumentParser:
+    serve = commands.add_parser(
+        "serve",
+        help="start a vLLM server with vgen's plugin",
+        usage="vgen serve MODEL [OPTION ...] [VLLM OPTION ...]",
+        description="vLLM gets all options that are not listed here, unchanged.",
+        allow_abbrev=False,
+    )
+    add = serve.add_argument
+    add("model", metavar="MODEL", help="model directory, or name on the Hugging Face hub")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
+    maps = "the one directory to map weights from"
+    add("--shared-memory-dir", dest="shared_memory_directory", metavar="DIR", help=maps)
+    for name, routes in (("api", "inference"), ("control", "all other routes: weights, pause, sleep and more")):
+        key = serve.add_mutually_exclusive_group()
+        key.add_argument(f"--{name}-key", metavar="KEY", help=f"key for {routes}; `ps` shows it to every user")
+        key.add_argument(f"--{name}-key-file", type=Path, metavar="FILE", help="file that holds this key")
+    add("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N")
+    add("--data-parallel-size", "-dp", type=_positive, default=1, metavar="N")
+    add("--otlp-traces-endpoint", metavar="URL", help="OTLP collector that receives the server's spans")
+    add("--startup-timeout", type=float, default=600.0, metavar="SECONDS", help="time to become healthy (default: 600)")
+    add("--quiet", action="store_true", help="do not copy the server's log to standard error")
+    add("--json", dest="as_json", action="store_true", help="print one JSON object: URL, control key's file and more")
+    return serve
+
+
+def _add_dashboards(commands: Any) -> argparse.ArgumentParser:
+    text = "write a Grafana dashboard, alert rules and a compose file that runs them, or create a W&B workspace"
+    dashboards = commands.add_parser("dashboards", help=text)
+    dashboards.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="directory for the files")
+    dashboards.add_argument("--wandb", metavar="ENTITY/PROJECT", help="W&B project in which to create the workspace")
+    return dashboards
+
+
+def _run(options: argparse.Namespace) -> int:
+    # A command imports its module only now, so that `vgen --help` loads the standard library alone.
+    settings = vars(options).copy()
+    match settings.pop("command"):
+        case "demo":
+            from . import demo
+
+            return demo.run(**settings)
+        case "check":
+            return _check(settings)
+        case "serve":
+            return _serve(settings)
+        case "dashboards":
+            return _dashboards(**settings)
+        case "report":
+            from .recordings.report import command as report
+
+            return report.run(settings.pop("run"), **settings)
+    from .recordings.export import command as trace
+
+    files = {name: file for name in EXPORTS if (file := settings[name])}
+    return trace.run(options.run, step=options.step, files=files, follow=options.follow)
+
+
+def _dashboards(directory: Path | None, wandb: str | None) -> int:
     from .errors import MissingExtraError
 
     try:
-        status = 0
-        if options.folder:
-            from .dashboards import files
+        if directory:
+            from .dashboards.files import write
 
-            status = files.write(options.folder)
-        if options.wandb and not status:
-            from .dashboards import wandb
+            if status := write(directory):
+                return status
+        if wandb:
+            from .dashboards.wandb import save
 
-            status = wandb.save(options.wandb)
-        return status
+            return save(wandb)
+        return 0
     except MissingExtraError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _serve(options: argparse.Namespace) -> int:
-    from .engines import serve as serve_command
+def _check(settings: dict[str, Any]) -> int:
+    if not _read_keys("check", settings):
+        return 2
+    if (matrix := settings.pop("matrix")) is not None:
+        from .checks.matrix import run as run_matrix
+
+        try:
+            return run_matrix(matrix, settings["only"])
+        except (Exception, KeyboardInterrupt) as error:
+            print(f"vgen check: {type(error).__name__}: {error}", file=sys.stderr)
+            return 2
+    settings.pop("only")
+    from .checks import command as check
+
+    return check.run(settings.pop("model"), **settings)
+
+
+def _read_keys(command: str, settings: dict[str, Any]) -> bool:
+    """Replace the options of key files by their content. False, and a line on standard error, if one is unreadable."""
+    from .engines.server.command import key as read
 
     try:
-        api_key = serve_command.key(options.api_key, options.api_key_file)
-        control_key = serve_command.key(options.control_key, options.control_key_file)
+        for key in ("api_key", "control_key"):
+            settings[key] = read(settings[key], settings.pop(f"{key}_file"))
     except OSError as error:
-        print(f"vgen serve: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"vgen {command}: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        return False
+    return True
+
+
+def _serve(settings: dict[str, Any]) -> int:
+    if not _read_keys("serve", settings):
         return 2
-    return serve_command.run(
-        options.model,
-        as_json=options.json,
-        quiet=options.quiet,
-        startup_timeout=options.startup_timeout,
-        arguments=options.vllm_arguments,
-        host=options.host,
-        port=options.port,
-        api_key=api_key,
-        control_key=control_key,
-        tensor_parallel_size=options.tensor_parallel_size,
-        data_parallel_size=options.data_parallel_size,
-        otlp_traces_endpoint=options.otlp_traces_endpoint,
-        shared_memory_directory=options.shared_memory_dir,
-    )
+    from .engines.server import command as serve
+
+    return serve.run(settings.pop("model"), **settings)
 
 
 def _percent(text: str) -> float:

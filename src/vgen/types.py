@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 from .errors import PromptError
 
@@ -42,11 +42,12 @@ class Sampling:
     seed: int | None = None
     """The first completion's seed; the others of the same call get the numbers that follow, so that a group differs."""
     logprobs: int | None = 0
-    """None: none. 0: the sampled token's. N: the N likeliest besides."""
+    """None: no log-probabilities. 0: only the sampled token's. N: also those of the N likeliest tokens."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for the prompt's own tokens; they are what the model gives, whatever is sampled."""
     structured_outputs: Mapping[str, Any] | None = None
-    """What completions must match: `{"regex": ...}`, `{"json": schema}`, `{"choice": [...]}` or `{"grammar": ...}`."""
+    """What completions must match, one of: `{"regex": ...}`, `{"json": schema}`, `{"json_object": True}`,
+    `{"choice": [...]}`, `{"grammar": ...}`, `{"structural_tag": ...}`."""
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further `SamplingParams`, passed on as they are."""
 
@@ -102,7 +103,7 @@ class RequestTiming:
     decode: float
     """From the first to the last token."""
     time_to_first_token: float
-    """From arriving until the front end had the first token: all before it, and its way there."""
+    """From arriving until the front end had the first token: includes everything until the front end received it."""
     time_per_output_token: float | None
     """`decode` for each token after the first; None with fewer than two tokens."""
     e2e: float
@@ -130,7 +131,7 @@ class Completion:
     logprobs: list[float | None] | None = None
     """The sampled tokens' log-probabilities, as sampled (after temperature and the like); None for a NaN."""
     top_logprobs: list[list[tuple[int, float | None]]] | None = None
-    """For each position `(token id, log-probability)`, likeliest first, the sampled token among them."""
+    """For each position `(token id, log-probability)`, likeliest first, including the sampled token."""
     prompt_logprobs: list[float | None] | None = None
     """The prompt tokens' log-probabilities, None for the first; where `Sampling.prompt_logprobs` asks for them."""
     finish_reason: str | None = None
@@ -146,11 +147,24 @@ class Completion:
     timing: RequestTiming | None = None
     error: PromptError | None = None
     """Why the prompt was refused, where it was."""
+    rank: int = 0
+    """Which of the trainer ranks that share the engine asked for it; 0 where one rank has the engine to itself."""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """`(rank, prompt_index, generation_index)`: the completion's number, the same as its request's."""
+        return self.rank, self.prompt_index, self.generation_index
+
+
+def none_for_nan(logprobs: list[Any]) -> list[float | None]:
+    """`logprobs` as completions hold them: None for a NaN, which comes from logits that overflowed."""
+    # A sum is NaN if any of its terms is: one call in C instead of a comparison in Python for each value.
+    return [None if value != value else value for value in logprobs] if math.isnan(sum(logprobs)) else logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Completions(Sequence[Completion]):
-    """All completions of one call in prompt order, a prompt's own next to each other.
+    """All completions of one call in prompt order, with the completions of one prompt next to each other.
 
     `len` is prompts times `num_generations`; completion `i` belongs to prompt `i // num_generations`.
     """
@@ -194,11 +208,73 @@ class SyncReport:
     bytes: int
     tensors: int
     seconds: float
+    verified: Literal["bits", "logprobs", "deferred", "skipped"] | None = None
+    """How the engine's weights were verified: `deferred` until the engine is awake, `skipped` because that was not
+    possible (the span says why, and the next sync tries again), None if it was not due."""
+    audited: bool | None = None
+    """Whether every element that was sent is known to reach a parameter of the engine, and that every parameter is
+    written. False if that is unknown, as for a server without vgen's plugin; None for an engine that has no audit."""
 
     @property
     def bandwidth(self) -> float:
         """Bytes for each second of the whole sync."""
         return self.bytes / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineVerification:
+    """Differences between the log-probabilities of one engine and of the trainer's model, over a probe's tokens."""
+
+    engine: str
+    """The engine's kind, or the server's URL."""
+    ratio: float
+    """How large the differences are, as a multiple of what rounding errors cause in the trainer's own model."""
+    decoded_ratio: float
+    """The same between the tokens that the engine decoded and its own prefill of them."""
+    largest: float
+    """In nats."""
+    mean: float
+    """In nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightVerification:
+    """Proof that an engine has the weights of the trainer's model as it was at the call: `Generation.verify` found no
+    difference beyond rounding."""
+
+    how: Literal["bits", "logprobs"]
+    """What was compared: every element in the engine with its source, or log-probabilities."""
+    reason: str = ""
+    """Why log-probabilities were compared although `bits` was asked for; empty otherwise."""
+    tensors: int = 0
+    """Tensors that were compared bit by bit."""
+    engines: tuple[EngineVerification, ...] = ()
+    """For each engine or server, if log-probabilities were compared."""
+    bound: float = 0.0
+    """What `ratio` and `decoded_ratio` may be at most."""
+    unit: float = 0.0
+    """The relative rounding error that the differences are measured by: 2⁻⁹ for bf16, 2⁻¹² for float16, 2⁻²⁰ for
+    float32 (2⁻¹¹ on a CUDA device), 2⁻⁶ to 2⁻² for quantized engines. For mixture-of-experts models it is
+    raised to four times as much, but to no more than 2⁻⁹ and no less than 2⁻¹¹."""
+    tokens: int = 0
+    """Tokens of the prompt whose log-probabilities were compared."""
+    decoded_tokens: int = 0
+    """Decoded tokens whose log-probabilities were compared."""
+
+    @property
+    def ratio(self) -> float:
+        """The largest ratio of all engines, decoding included; 0 if bits were compared."""
+        return max((max(each.ratio, each.decoded_ratio) for each in self.engines), default=0.0)
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of all engines, in nats."""
+        return max((each.largest for each in self.engines), default=0.0)
+
+    @property
+    def mean(self) -> float:
+        """The largest of the engines' mean differences, in nats."""
+        return max((each.mean for each in self.engines), default=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,12 +285,13 @@ class SleepReport:
     memory_freed: bool = False
     """False on a CPU, where vLLM stops scheduling but keeps its memory."""
     device_bytes: int | None = None
-    """Given back (sleep) or taken (wake up), read from the device driver; None where there is no device."""
+    """Device memory that was freed (sleep) or allocated (wake up), by the device driver; None without a device."""
     host_bytes: int | None = None
-    """Taken (sleep: the weights' copy) or given back (wake up) by this process; None where there is no device."""
+    """Host memory that this process allocated for a copy of the weights (sleep) or freed (wake up); None without a
+    device."""
     expected: Mapping[str, int] = field(default_factory=dict[str, int])
-    """By tag what `device_bytes` should come to, by the engine's own list; empty where it keeps none."""
+    """What `device_bytes` should be, by tag (`weights`, `kv_cache`), by the engine's own list; empty without one."""
     taken: Mapping[str, int] = field(default_factory=dict[str, int])
-    """By tag what waking has taken, by the device driver."""
+    """Device memory that waking allocated, by tag, by the device driver."""
     device_in_use: int | None = None
-    """After a sleep: what all processes use, without what torch's allocator holds in this one."""
+    """After a sleep: device memory that all processes use, without what torch's allocator holds in this one."""

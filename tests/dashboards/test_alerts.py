@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import yaml
-from scraper import needs_promtool
+from helpers.scraper import needs_promtool
 
 from vgen.dashboards import alerts
 from vgen.dashboards.promql import label, series
-from vgen.profiling import names
-from vgen.profiling.records import Instrument
+from vgen.profiling import semconv
+from vgen.profiling.measurement import Instrument
 
 pytestmark = needs_promtool
 
 RUN = ('job="grpo"', 'instance="a"')
-SYNC = names.duration(names.WEIGHT_SYNC)
-CALL = names.duration(names.ENGINE_GENERATE)
-FAILED = f'{label(names.ERROR_TYPE)}="WeightSyncError"'
-COLOCATE = f'{label(names.ENGINE)}="colocate"'
+SYNC = semconv.duration(semconv.WEIGHT_SYNC)
+CALL = semconv.duration(semconv.ENGINE_GENERATE)
+FAILED = f'{label(semconv.ERROR_TYPE)}="WeightSyncError"'
+COLOCATE = f'{label(semconv.ENGINE)}="colocate"'
 
 
 def histogram(instrument: Instrument, upper: dict[str, str], mean: float = 0) -> dict[str, str]:
@@ -50,36 +50,42 @@ def syncs(values: str, *error: str) -> dict[str, str]:
     return {series(SYNC, (*RUN, COLOCATE, *error), "count"): values}
 
 
-SPREAD = histogram(names.REQUEST_E2E, {"1": "0+95x40", "10": "0+95x40", "60": "0+100x40", "+Inf": "0+100x40"})
-EVEN = histogram(names.REQUEST_E2E, {"1": "0+95x40", "2.5": "0+100x40", "+Inf": "0+100x40"})
-FEW = histogram(names.REQUEST_E2E, {"1": "0+8x40", "10": "0+8x40", "60": "0+9x40", "+Inf": "0+9x40"})
-DROPPED = series(names.DROPPED, (*RUN, f'{label(names.SINK)}="OTelSink"'))
+SPREAD = histogram(semconv.REQUEST_E2E, {"1": "0+95x40", "10": "0+95x40", "60": "0+100x40", "+Inf": "0+100x40"})
+EVEN = histogram(semconv.REQUEST_E2E, {"1": "0+95x40", "2.5": "0+100x40", "+Inf": "0+100x40"})
+FEW = histogram(semconv.REQUEST_E2E, {"1": "0+8x40", "10": "0+8x40", "60": "0+9x40", "+Inf": "0+9x40"})
+DROPPED = series(semconv.DROPPED, (*RUN, f'{label(semconv.SINK)}="OTelSink"'))
 
 
 def waiting(request: float, call: float) -> dict[str, str]:
     both = {"+Inf": "0+8x40"}
-    return histogram(names.REQUEST_E2E, both, request) | histogram(CALL, {"+Inf": "0+1x40"}, call)
+    return histogram(semconv.REQUEST_E2E, both, request) | histogram(CALL, {"+Inf": "0+1x40"}, call)
+
+
+def drift(nats: str) -> dict[str, str]:
+    """1,000 tokens a minute, and the sum of their differences."""
+    count, total = (series(semconv.DRIFT, (*RUN, COLOCATE), part=part) for part in ("count", "sum"))
+    return {count: "0+1000x40", total: nats}
 
 
 def gauge(instrument: Instrument, values: str) -> dict[str, str]:
-    return {series(instrument, (*RUN, COLOCATE, f'{label(names.ENGINE_NUMBER)}="0"')): values}
+    return {series(instrument, (*RUN, COLOCATE, f'{label(semconv.ENGINE_NUMBER)}="0"')): values}
 
 
 def leaked(values: str) -> dict[str, str]:
-    return {series(names.LEAKED_TOTAL, (*RUN, COLOCATE, f'{label(names.SLEEP_LEVEL)}="2"')): values}
+    return {series(semconv.LEAKED_TOTAL, (*RUN, COLOCATE, f'{label(semconv.SLEEP_LEVEL)}="2"')): values}
 
 
-AWAKE, FAILED_STATE = names.STATES.index("awake"), names.STATES.index("failed")
+AWAKE, FAILED_STATE = semconv.STATES.index("awake"), semconv.STATES.index("failed")
 
 CASES = {
     "a stall, while it lasts": Case(
-        "VgenEngineStalled", gauge(names.STALLED, "0x4 70+60x5 0x20"), ("7m", "10m"), ("4m", "5m", "13m")
+        "VgenEngineStalled", gauge(semconv.STALLED, "0x4 70+60x5 0x20"), ("7m", "10m"), ("4m", "5m", "13m")
     ),
     "an engine that stays failed": Case(
-        "VgenEngineFailed", gauge(names.ENGINE_STATE, f"{AWAKE}x4 {FAILED_STATE}x20"), ("11m",), ("4m", "8m")
+        "VgenEngineFailed", gauge(semconv.ENGINE_STATE, f"{AWAKE}x4 {FAILED_STATE}x20"), ("11m",), ("4m", "8m")
     ),
     "an engine that a sync repairs at once": Case(
-        "VgenEngineFailed", gauge(names.ENGINE_STATE, f"{FAILED_STATE}x2 {AWAKE}x20"), silent=("2m", "11m")
+        "VgenEngineFailed", gauge(semconv.ENGINE_STATE, f"{FAILED_STATE}x2 {AWAKE}x20"), silent=("2m", "11m")
     ),
     "a leak stays": Case("VgenSleepLeaks", leaked(f"0x4 {2**29}x20"), ("6m", "20m"), ("3m",)),
     "a little is not worth a call": Case("VgenSleepLeaks", leaked(f"{2**20}x20"), silent=("10m",)),
@@ -95,6 +101,8 @@ CASES = {
     "a few requests have no p99": Case("VgenLongTail", FEW, silent=("25m",)),
     "calls that mostly wait": Case("VgenWaitingForTail", waiting(request=2, call=10), ("25m",), ("5m",)),
     "calls that do not": Case("VgenWaitingForTail", waiting(request=8, call=10), silent=("25m",)),
+    "engine and trainer apart": Case("VgenLogprobsDrift", drift("0+200x40"), ("25m",), ("0m",)),
+    "engine and trainer alike": Case("VgenLogprobsDrift", drift("0+5x40"), silent=("25m",)),
     "records lost at once": Case("VgenTelemetryDropped", {DROPPED: "_x10 250x30"}, ("12m",), ("9m", "35m")),
     "records lost again": Case("VgenTelemetryDropped", {DROPPED: "5x20 9x20"}, ("22m",), ("15m", "35m")),
 }
@@ -135,11 +143,11 @@ def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
 def test_what_an_alert_says_names_the_run_the_process_and_the_error(tmp_path: Path):
     said = {
         "summary": "grpo a: a weight sync failed",
-        "description": "WeightSyncError ended `vgen.weight_sync`. The engine's weights are unknown: nothing is "
-        "generated from it until a full sync succeeds.",
+        "description": "`vgen.weight_sync` ended with WeightSyncError. The engine's weights are unknown. It "
+        "generates nothing until a full sync succeeds.",
     }
     labels = {"severity": "critical", "job": "grpo", "instance": "a"}
-    labels |= {label(names.ENGINE): "colocate", label(names.ERROR_TYPE): "WeightSyncError"}
+    labels |= {label(semconv.ENGINE): "colocate", label(semconv.ERROR_TYPE): "WeightSyncError"}
     expected = {"exp_labels": labels, "exp_annotations": said}
     test = {"eval_time": "5m", "alertname": "VgenWeightSyncFailed", "exp_alerts": [expected]}
     checked = promtool(tmp_path, {**scraped(syncs("1x40", FAILED)), "alert_rule_test": [test]})

@@ -16,7 +16,7 @@ COMMITTED = Path(__file__).parents[2] / "dashboards"
 
 def test_the_committed_files_are_those_that_are_made():
     committed = {str(path.relative_to(COMMITTED)): path.read_text() for path in COMMITTED.rglob("*") if path.is_file()}
-    assert committed == files(), "names.py or a panel has changed: vgen dashboards dashboards"
+    assert committed == files(), "semconv.py or a panel has changed: vgen dashboards dashboards"
 
 
 def test_the_command_writes_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,15 +12,15 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from expressions import EVERY_EXPRESSION, EXPOSED, OF_THE_PAGE, filled
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from scraper import needs_promtool
+from helpers.expressions import EVERY_EXPRESSION, EXPOSED, OF_THE_PAGE, filled
+from helpers.scraper import needs_promtool
 
 from vgen.dashboards.grafana import dashboard_json
-from vgen.profiling import names
-from vgen.profiling.reference import prometheus_name
+from vgen.profiling import semconv
+from vgen.profiling.semconv_docs import prometheus_name
 
 KNOWN_PANELS = {"row", "stat", "timeseries", "heatmap", "state-timeline"}
 
@@ -59,7 +59,7 @@ def test_each_panel_says_what_it_shows_and_has_its_place(board: dict[str, Any]):
 
 def test_every_metric_of_vgens_is_shown():
     shown = set(re.findall(r"vgen_\w+", " ".join(EVERY_EXPRESSION)))
-    for metric in names.METRICS.values():
+    for metric in semconv.METRICS.values():
         parts = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
         assert shown & {prometheus_name(metric) + part for part in parts}, metric.name
 
@@ -95,7 +95,7 @@ def test_links_search_jaeger_for_spans_that_exist(board: dict[str, Any]):
         asked = parse_qs(urlsplit(link).query)
         assert link.startswith("${jaeger}/search?")
         assert asked["service"] == ["${job}"]
-        assert asked["operation"][0] in names.SPANS
+        assert asked["operation"][0] in semconv.SPANS
         assert asked["start"] == ["${__from}000"]
     [failed] = {link for link in links if "tags=" in link}
     assert json.loads(parse_qs(urlsplit(failed).query)["tags"][0]) == {"error": "true"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from expressions import OF_THE_PAGE, PAGE
+from helpers.expressions import OF_THE_PAGE, PAGE
 
 from vgen.cli import main
 from vgen.dashboards import alerts, stack
 from vgen.dashboards.files import files
 from vgen.dashboards.panels import dashboard
-from vgen.profiling import names
+from vgen.profiling import semconv
 
 TEXT = PAGE.read_text()
 
@@ -33,7 +33,7 @@ def test_panels_and_rows_that_it_names_are_the_dashboards():
 
 
 def test_spans_and_attributes_that_it_names_exist():
-    known = {*names.SPANS, *names.ATTRIBUTES, *names.METRICS}
+    known = {*semconv.SPANS, *semconv.ATTRIBUTES, *semconv.METRICS}
     named = set(re.findall(r"`((?:vgen|train)\.[\w.]+)`", TEXT))
     assert {"vgen.stall", "train.step", "vgen.weight_sync"} <= named
     assert named <= known

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
-from scraper import needs_promtool
+from helpers.scraper import needs_promtool
 
 from vgen.dashboards import stack
 from vgen.dashboards.files import files, write
-from vgen.profiling import names
-from vgen.profiling.records import Instrument
+from vgen.profiling import semconv
+from vgen.profiling.measurement import Instrument
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_the_collector_hands_on_both_signals(folder: Path):
     assert used == set(config["exporters"])
 
 
-@pytest.mark.parametrize("metric", names.METRICS.values(), ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", semconv.METRICS.values(), ids=lambda metric: metric.name)
 def test_the_collector_spells_each_name_as_vgens_own_exporter_does(metric: Instrument):
     """It adds `_ratio` to a gauge whose unit is `1`, and the exporter of OpenTelemetry's SDK does not."""
     assert (metric.kind, metric.unit) != ("gauge", "1")

@@ -7,9 +7,10 @@ import torch
 
 from vgen import ColocateGeneration, ProfilingContext, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
-from vgen.engines.base import EngineState
-from vgen.profiling import names
+from vgen.engine_protocol import EngineState, Source
+from vgen.profiling import semconv
 from vgen.testing import MemorySink, tiny_model
+from vgen.weights import ModuleSource
 
 PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
 TOLERANCE = 2e-3
@@ -48,16 +49,16 @@ def test_the_recorded_copy_under_cuda_graphs_and_after_level_2_sleep(generation,
         randomize(model)
         generation.sync_weights()
         assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=24), 4)) < TOLERANCE
-    spans = sink.named(names.WEIGHT_SYNC)
-    assert [span.attributes[names.TRANSPORT] for span in spans] == ["recorded"] * 4
-    assert spans[0].attributes[names.VERIFY] == "logprobs"
-    assert spans[-1].attributes[names.PLAN_WAY] == "kernel", spans[-1].attributes
+    spans = sink.named(semconv.WEIGHT_SYNC)
+    assert [span.attributes[semconv.TRANSPORT] for span in spans] == ["recorded"] * 5  # one before the first token
+    assert spans[0].attributes[semconv.VERIFY] == "logprobs"
+    assert spans[-1].attributes[semconv.PLAN_WAY] == "kernel", spans[-1].attributes
 
     generation.sleep(2)
     randomize(model)
     generation.wake_up()
     assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
-    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.PLAN_WAY] == "kernel"
+    assert sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.PLAN_WAY] == "kernel"
 
     model.to("cpu"), torch.cuda.empty_cache()  # as a trainer that makes room does
     model.to("cuda")
@@ -78,33 +79,27 @@ def test_weights_that_come_asleep_are_looked_at_when_it_wakes(generation, model,
         generation.wake_up(["weights"])
         randomize(model)
         with monkeypatch.context() as patched:
-            patched.setattr(generation, "_source", source)
+            patched.setattr(generation, "source", source)
             generation.sync_weights()
         generation.wake_up(["kv_cache"])
-        return [sink.named(kind)[-1].attributes.get(names.VERIFY) for kind in (names.WEIGHT_SYNC, names.WAKE_UP)]
+        return [sink.named(kind)[-1].attributes.get(semconv.VERIFY) for kind in (semconv.WEIGHT_SYNC, semconv.WAKE_UP)]
 
-    source = generation._source
+    source = generation.source
 
-    class Wrong:
+    class Wrong(ModuleSource):
         """One layer is not the trainer's."""
 
-        bytes = tensors = 0
-        seconds = 0.0
-
-        def __init__(self) -> None:
-            self.model = model
-
         def __iter__(self):
-            for name, tensor in source:
+            for name, tensor in super().__iter__():
                 yield name, tensor * 3 if "layers.1.mlp" in name else tensor
 
     generation.engine._verified = False
     assert asleep(source) == ["deferred", "logprobs"]
-    assert sink.named(names.SYNC_VERIFY)[-1].parent is sink.named(names.WAKE_UP)[-1]
+    assert sink.named(semconv.SYNC_VERIFY)[-1].parent is sink.named(semconv.WAKE_UP)[-1]
     assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=24))) < TOLERANCE
     generation.engine._verified = False
     with pytest.raises(WeightSyncError, match="log-probabilities"):
-        asleep(Wrong())
+        asleep(Wrong(model))
     assert generation.state is EngineState.FAILED
     generation.sync_weights()  # awake by now
     assert max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
@@ -135,7 +130,7 @@ def test_memory_is_told_by_tag_and_cycles_leak_nothing(generation, sink, level):
             assert woke.taken[tag] == woke.device_bytes
             assert woke.device_bytes == pytest.approx(sum(woke.expected.values()), rel=0.05, abs=64 << 20)
         generation.generate(PROMPTS, Sampling(max_tokens=4))
-    assert max(span.attributes[names.LEAKED] for span in sink.named(names.SLEEP)) < 64 << 20
+    assert max(span.attributes[semconv.LEAKED] for span in sink.named(semconv.SLEEP)) < 64 << 20
 
 
 def test_waking_in_two_steps_around_a_sync(generation, model):
@@ -161,25 +156,22 @@ def test_device_time_and_memory_are_on_record(generation, sink):
     generation.sync_weights()
     torch.cuda.synchronize()
     generation.sync_weights()
-    timed = [m for m in sink.measurements if m.instrument is names.DEVICE_TIME]
+    timed = [m for m in sink.measurements if m.instrument is semconv.DEVICE_TIME]
     assert timed
     assert all(0 < value < 60 for measurement in timed for value in measurement.values)
-    sync = sink.named(names.WEIGHT_SYNC)[-1]
-    assert sync.attributes[names.DEVICE_USED] > 1 << 30
-    assert sync.attributes[names.ALLOCATED] > 0
+    sync = sink.named(semconv.WEIGHT_SYNC)[-1]
+    assert sync.attributes[semconv.DEVICE_USED] > 1 << 30
+    assert sync.attributes[semconv.ALLOCATED] > 0
 
 
 def test_a_sync_that_fails_is_brought_back(generation, model, monkeypatch):
-    class Broken:
-        bytes = tensors = 0
-        seconds = 0.0
-
+    class Broken(Source):
         def __iter__(self):
             for name, parameter in model.named_parameters():
                 yield name, parameter[:-1] if name.endswith("k_proj.weight") else parameter.detach()
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "_source", Broken())
+        patch.setattr(generation, "source", Broken())
         with pytest.raises(Exception, match="k_proj"):
             generation.sync_weights()
     assert generation.state is EngineState.FAILED

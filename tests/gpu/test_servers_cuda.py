@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from vgen import ProfilingContext, Sampling, ServerGeneration, WeightSyncError
+from vgen import ProfilingContext, Sampling, ServerConnection, ServerGeneration, WeightSyncError, WeightSyncOptions
 from vgen.demo import max_logprob_difference
-from vgen.engines.launch import start_server
-from vgen.profiling import names
+from vgen.engine_protocol import Source
+from vgen.engines.server.launcher import start_server
+from vgen.profiling import semconv
 from vgen.testing import MemorySink, stock_server, tiny_model
-from vgen.weights import vllm_transfer
+from vgen.weights.transports import vllm_engines
+from vgen.weights.transports.weight_transport import TransportUnavailable
 
 PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
 TOLERANCE = 5e-3
@@ -37,14 +39,18 @@ def right(generation: ServerGeneration, model: Any) -> bool:
     return max_logprob_difference(model, generation.generate(PROMPTS, Sampling(max_tokens=8))) < TOLERANCE
 
 
-class Changed:
+class Changed(Source):
     """A source that goes wrong at one of its tensors."""
-
-    bytes = tensors = 0
-    seconds = 0.0
 
     def __init__(self, source: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.source, self.change = source, change
+
+    @property
+    def model(self) -> Any:
+        return self.source.model
+
+    def metadata(self) -> Any:
+        return self.source.metadata()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.source:
@@ -56,7 +62,7 @@ def breaks_off(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def by(sink: MemorySink) -> list[Any]:
-    return [span.attributes[names.TRANSPORT] for span in sink.named(names.WEIGHT_SYNC)]
+    return [span.attributes[semconv.TRANSPORT] for span in sink.named(semconv.WEIGHT_SYNC)]
 
 
 def test_weights_are_read_where_they_lie_on_the_trainers_own_gpu():
@@ -64,14 +70,15 @@ def test_weights_are_read_where_they_lie_on_the_trainers_own_gpu():
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(folder)[0].to("cuda")
         with start_server(folder, arguments=ARGUMENTS) as server:
-            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=60.0)
+            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key)
+            keys["connection"] = ServerConnection(timeout=60.0)
             with ServerGeneration(model, profiling=ProfilingContext([sink]), **keys) as generation:
                 for _ in range(4):
                     randomize(model)
                     generation.sync_weights()
                     assert right(generation, model)
                 assert by(sink) == ["resident"] * 4
-                assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
+                assert sink.named(semconv.WEIGHT_SYNC)[0].attributes[semconv.VERIFY] == "logprobs"
                 randomize(model)
                 generation.sync_weights(verify="bits")
                 assert right(generation, model)
@@ -106,28 +113,29 @@ def test_nccl_from_another_gpu():
         model = tiny_model(folder)[0].to("cuda:1")
         torch.cuda.set_device(1)
         with start_server(folder, arguments=ARGUMENTS) as server:
-            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key, timeout=20.0)
+            keys: dict[str, Any] = dict(base_urls=[server.url], control_key=server.control_key)
+            keys["connection"] = ServerConnection(timeout=20.0)
             with ServerGeneration(
-                model, bucket_bytes=300_000, profiling=ProfilingContext([sink]), **keys
+                model, weight_sync=WeightSyncOptions(bucket_bytes=300_000), profiling=ProfilingContext([sink]), **keys
             ) as generation:
                 for _ in range(3):
                     randomize(model)
                     generation.sync_weights()
                     assert right(generation, model)
                 assert by(sink) == ["nccl"] * 3
-                source = generation._source
+                source = generation.source
                 for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
-                    generation._source = Changed(source, change)
+                    generation.source = Changed(source, change)
                     start = time.monotonic()
                     with pytest.raises(WeightSyncError, match=says):
                         generation.sync_weights()
                     assert time.monotonic() - start < 30
-                    generation._source = source
+                    generation.source = source
                     randomize(model)
                     generation.sync_weights()
                     assert right(generation, model)
                 # A server that dies in the middle.
-                generation._source = Changed(
+                generation.source = Changed(
                     source, lambda tensor: (os.killpg(server.process.pid, signal.SIGKILL), tensor)[1]
                 )
                 start = time.monotonic()
@@ -156,8 +164,8 @@ def test_stock_servers_by_vllms_own_engines(backend, device):
         if torch.cuda.device_count() < 2:
             pytest.skip("NCCL needs two GPUs")
         try:
-            vllm_transfer.find_nccl()
-        except WeightSyncError as error:
+            vllm_engines.find_nccl()
+        except TransportUnavailable as error:
             pytest.skip(str(error))
     sink = MemorySink()
     own = ["--weight-transfer-config", f'{{"backend": "{backend}"}}', "--logprobs-mode", "processed_logprobs"]
@@ -168,7 +176,8 @@ def test_stock_servers_by_vllms_own_engines(backend, device):
         server = ExitStack()
         stack.callback(server.close)
         url = server.enter_context(stock_server(folder, arguments=[*ARGUMENTS, *own], environment=may))
-        keys: dict[str, Any] = dict(base_urls=[url], timeout=30.0, bucket_bytes=300_000)
+        keys: dict[str, Any] = dict(base_urls=[url], connection=ServerConnection(timeout=30.0))
+        keys["weight_sync"] = WeightSyncOptions(bucket_bytes=300_000)
         keys["profiling"] = ProfilingContext([sink])
         if backend == "nccl":
             on_its_own_gpu(model.to("cuda:0"), keys)
@@ -181,16 +190,15 @@ def test_stock_servers_by_vllms_own_engines(backend, device):
             generation.sync_weights()
             assert right(generation, model)
         assert by(sink) == [backend] * 3
-        assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
-        source = generation._source
+        assert sink.named(semconv.WEIGHT_SYNC)[0].attributes[semconv.VERIFY] == "logprobs"
+        source = generation.source
         for change, says in ((breaks_off, "broke off"), (lambda tensor: tensor[1:], "size")):
-            generation._source = Changed(source, change)
-            generation._source.metadata, generation._source.model = source.metadata, model
+            generation.source = Changed(source, change)
             start = time.monotonic()
             with pytest.raises(WeightSyncError, match=says):
                 generation.sync_weights()
             assert time.monotonic() - start < 30
-            generation._source = source
+            generation.source = source
             randomize(model)
             generation.sync_weights()
             assert right(generation, model)

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from files import finish, lines, read_whole
-from sinks import Gate, faulty
+from helpers.files import finish, lines, read_whole
+from helpers.recorded_run import read_run
+from helpers.sinks import Gate, faulty
 
-from vgen.analysis.run import read_run
-from vgen.profiling import Instrument, ProfilingContext, Sink, names
+from vgen.profiling import Instrument, ProfilingContext, Sink, semconv
 from vgen.profiling.sinks.jsonl import JsonlSink
 from vgen.profiling.sinks.memory import MemorySink
 
@@ -71,7 +71,7 @@ def test_a_full_disk_costs_the_records_and_one_warning(small_disk: Path, caplog:
         for _ in range(5):
             emit(profiling, 100)
             assert profiling.flush() is False
-    assert full.summary()[names.DROPPED.name] >= 490
+    assert full.summary()[semconv.DROPPED.name] >= 490
     assert profiling.dropped()["JsonlSink"] >= 490
     [warning] = caplog.records
     assert os.strerror(errno.ENOSPC) in warning.getMessage()

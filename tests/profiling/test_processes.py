@@ -10,9 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from files import finish, of_type, read_whole, start
-
-from vgen.analysis.run import read_run
+from helpers.files import finish, of_type, read_whole, start
+from helpers.recorded_run import read_run
 
 # Exits -------------------------------------------------------------------------------------------------------------
 
@@ -335,7 +334,7 @@ if __name__ == "__main__":
         aggregates, carrier = results.get(timeout=30)
         process.join()
         assert carrier == profiling.carrier(), carrier
-    from vgen.profiling.sketch import Row
+    from vgen.profiling.aggregation import Row
     total = Row.from_dict(aggregates)
     total.merge(profiling.run)
     assert total.summary()["c"] == 7
@@ -395,5 +394,9 @@ def test_a_context_costs_an_idle_process_next_to_nothing(tmp_path: Path):
         "profiling = ProfilingContext([JsonlSink(sys.argv[1])]); before = time.process_time(); time.sleep(1)\n"
         "print(time.process_time() - before)"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
-    assert float(out) < 0.01
+    command = [sys.executable, "-c", code]
+    seconds = [  # the least of three: what else the machine does can only add to it
+        float(subprocess.run([*command, str(tmp_path / str(run))], capture_output=True, text=True, check=True).stdout)
+        for run in range(3)
+    ]
+    assert min(seconds) < 0.01

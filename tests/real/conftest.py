@@ -1,4 +1,4 @@
-"""One real `vgen serve` and one `vgen demo` for the whole session."""
+"""Fixtures: one real `vgen serve` and one `vgen demo` for the whole session."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demos
 import psutil
 import pytest
+from helpers import demos
 
 
 @dataclass
 class Served:
-    """A server in front of a tiny model, and what it takes to talk to it."""
+    """A server with a tiny model, and everything that is needed to talk to it."""
 
     base_url: str
     control_key: str
@@ -36,12 +36,12 @@ class Served:
     process: subprocess.Popen[str]
     """The `vgen serve` command."""
     described: dict[str, Any]
-    """What it printed."""
+    """The JSON object that the command printed."""
     collector: Any
     """Receives the server's own spans."""
 
     def call(self, path: str, body: Any = None, *, method: str = "", headers: dict[str, str] | None = None):
-        """Status and JSON of one request with both keys; a header given as None is not sent."""
+        """Send a request with both keys; returns status and JSON. A header given as None is not sent."""
         sent = {"Authorization": f"Bearer {self.api_key}", "X-Vgen-Control-Key": self.control_key} | (headers or {})
         request = urllib.request.Request(
             self.base_url + path,
@@ -57,7 +57,7 @@ class Served:
             return error.code, _json(error.read())
 
     def done(self, path: str, body: Any = None, **kwargs: Any) -> Any:
-        """The JSON of a request that must succeed."""
+        """Send a request that must succeed; returns its JSON."""
         status, answer = self.call(path, body, **kwargs)
         assert status == 200, (path, status, answer)
         return answer
@@ -74,10 +74,10 @@ def _json(raw: bytes) -> Any:
 
 
 class Starting:
-    """The server's process. It starts with the session and is ready, or nearly, when the first test needs it."""
+    """The server's process. It starts with the session, so that it is nearly ready when the first test needs it."""
 
     def __init__(self) -> None:
-        from collectors import HttpCollector
+        from helpers.collectors import HttpCollector
 
         from vgen.testing import tiny_model
 
@@ -120,7 +120,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (starting := session.stash.get(STARTING, None)) is not None:
-        if starting.process.poll() is None:  # no test has come to it
+        if starting.process.poll() is None:  # no test has used it
             starting.process.terminate()
             starting.process.wait(60)
         starting.folder.cleanup()
@@ -148,7 +148,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Served]:
         collector,
     )
     yield served
-    # SIGTERM ends all of it in order, and leaves neither processes nor files.
+    # SIGTERM ends the server and its workers, and leaves neither processes nor files.
     processes = served.processes()
     assert len(processes) >= 2, processes
     process.send_signal(signal.SIGTERM)
@@ -161,11 +161,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[Served]:
 
 @pytest.fixture(scope="session", autouse=True)
 def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[demos.Started | None]:
-    """Starts with the first test here, if any needs it."""
+    """Start the demo before the first test of this folder, if any test needs it."""
     if not any("recorded_demo" in getattr(item, "fixturenames", ()) for item in request.session.items):
         yield None
         return
-    started = demos.Started.beneath(tmp_path_factory.mktemp("demo"))
+    started = demos.Started.in_folder(tmp_path_factory.mktemp("demo"))
     yield started
     started.process.kill()
     started.process.wait()

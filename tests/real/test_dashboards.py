@@ -1,4 +1,4 @@
-"""Every query of the dashboard and every key of the W&B workspace, asked of runs of the real engine."""
+"""Every query of the dashboard and every key of the W&B workspace, with data from runs of the real engine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import wandb_runs
-from expressions import EVERY_EXPRESSION, OF_THE_PAGE, filled
+from helpers import wandb_runs
+from helpers.changed_source import ChangedSource
+from helpers.expressions import EVERY_EXPRESSION, OF_THE_PAGE, filled
+from helpers.scraper import needs_prometheus, scraping, wait_for
+from helpers.workspace_keys import keys
 from prometheus_client import CollectorRegistry, start_http_server
-from scraper import eventually, needs_prometheus, scraping
 
-from vgen import ColocateGeneration, ProfilingContext, Sampling, ServerGeneration, WeightSyncError
+from vgen import ColocateGeneration, ProfilingContext, Sampling, ServerConnection, ServerGeneration, WeightSyncError
 from vgen.dashboards import vllm
 from vgen.dashboards.alerts import rules
 from vgen.dashboards.promql import series
-from vgen.dashboards.wandb import keys, workspace
-from vgen.profiling import Sink, names
+from vgen.dashboards.wandb import workspace
+from vgen.profiling import Sink, semconv
 from vgen.profiling.sinks.otel import OTelSink
 from vgen.profiling.sinks.prometheus import prometheus_provider
 from vgen.profiling.sinks.wandb import WandbSink
@@ -34,7 +36,7 @@ PROMPTS = [*("once upon a time", "the quick brown fox") * 4, list(range(100))]
 
 
 class Dead(Sink):
-    """A backend that is gone: its records are lost."""
+    """A backend that is down: it loses its records."""
 
     inline = False
 
@@ -42,22 +44,12 @@ class Dead(Sink):
         raise ConnectionError
 
 
-class Broken:
-    """A source whose last tensors are wrong."""
-
-    bytes = tensors = 0
-    seconds = 0.0
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        for name, tensor in self._source:
-            yield name, tensor[1:] if "k_proj" in name else tensor
+def k_proj_cut(name: str, tensor: Any) -> list[tuple[str, Any]]:
+    return [(name, tensor[1:] if "k_proj" in name else tensor)]
 
 
 def use(generation: Any) -> None:
-    """One training step's part of the engine's."""
+    """The calls that one training step makes."""
     generation.generate(PROMPTS, Sampling(temperature=1.0, max_tokens=24, stop_token_ids=list(range(40, 60))), 4)
     if isinstance(generation, ColocateGeneration):
         generation.sleep(level=2)
@@ -65,36 +57,39 @@ def use(generation: Any) -> None:
     generation.sync_weights()
 
 
-def fail_once(generation: Any) -> None:
-    source, generation._source = generation._source, Broken(generation._source)
-    with pytest.raises(WeightSyncError):
+def fail_once(generation: Any, source: ChangedSource) -> None:
+    with source.changed_by(k_proj_cut), pytest.raises(WeightSyncError):
         generation.sync_weights()
-    generation._source = source
     generation.sync_weights()
 
 
 def replay_a_gpu(profiling: ProfilingContext) -> None:
-    """What a CPU has none of, as it was on a GPU: device seconds of syncs, and what sleeping gave back."""
+    """Record what only a GPU has, from an earlier run on one: device time of syncs, and memory freed by sleep."""
     models = json.loads((RESULTS / "weight_sync-h200.json").read_text())["models"]
     for model in models:
         profiling.record(
-            names.DEVICE_TIME, model["ways"]["recorded"]["seconds"], **{names.TIMED_SPAN: names.WEIGHT_SYNC}
+            semconv.DEVICE_TIME, model["ways"]["recorded"]["seconds"], **{semconv.TIMED_SPAN: semconv.WEIGHT_SYNC}
         )
     freed = [found["freed_bytes"] for found in json.loads((RESULTS / "demo-h200.json").read_text())["steps"]]
     for bytes in freed:
-        profiling.record(names.SLEEP_FREED, bytes, **{names.SLEEP_LEVEL: 2})
-        profiling.record(names.WAKE_TAKEN, bytes)
-        profiling.record(names.MEMORY_USED, bytes)  # as much was in use before, at least
-        profiling.record(names.LEAKED_TOTAL, max(freed[0] - bytes, 0), **{names.SLEEP_LEVEL: 2})
+        profiling.record(semconv.SLEEP_FREED, bytes, **{semconv.SLEEP_LEVEL: 2})
+        profiling.record(semconv.WAKE_TAKEN, bytes)
+        profiling.record(semconv.MEMORY_USED, bytes)  # at least as much was in use before
+        profiling.record(semconv.LEAKED_TOTAL, max(freed[0] - bytes, 0), **{semconv.SLEEP_LEVEL: 2})
 
 
-SENT = series(names.REQUEST_E2E, ('vgen_engine="server"',), part="count")
+def replay_a_fault(profiling: ProfilingContext) -> None:
+    """Record what right engines do not do."""
+    profiling.record(semconv.NAN_LOGPROBS, 1, **{semconv.ENGINE: "colocate"})
+
+
+SENT = series(semconv.REQUEST_E2E, ('vgen_engine_kind="server"',), part="count")
 ARRIVED = series(vllm.E2E, (), part="count")
 
 
 @pytest.fixture(scope="module")
 def watched(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """Three steps of an engine in this process and of one behind a server, under a Prometheus that scrapes both."""
+    """Three steps with an engine in this process and one behind a server, while Prometheus scrapes both."""
     folder = tmp_path_factory.mktemp("watched")
     model, tokenizer = tiny_model(folder / "model")
     registry, run = CollectorRegistry(), wandb_runs.start(folder)
@@ -105,6 +100,7 @@ def watched(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         Dead(),
     ]
     access = {"api_key": server.api_key, "control_key": server.control_key, "processing_class": server.tokenizer}
+    access["connection"] = ServerConnection(timeout=120.0)
     targets = {"vgen": f"127.0.0.1:{metrics.server_port}", "vllm": urlsplit(server.base_url).netloc}
     with (
         scraping(folder, every="1s", rules=rules(), **targets) as address,
@@ -114,62 +110,69 @@ def watched(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             processing_class=tokenizer,
             enable_sleep_mode=True,
             max_model_length=512,
+            drift_every=1,
             stall_seconds=0.05,  # the first call of an engine on a CPU is a stall
             profiling=profiling,
         ) as here,
         ServerGeneration(
-            server.model, base_urls=[server.base_url], timeout=120.0, profiling=profiling, **access
+            source := ChangedSource(server.model),
+            base_urls=[server.base_url],
+            profiling=profiling,
+            **access,
         ) as there,
     ):
-        before = number(eventually(address, ARRIVED))
+        before = number(wait_for(address, ARRIVED))
         for step in range(3):
             with profiling.step(step):
                 use(here)
                 use(there)
                 if step == 1:
-                    fail_once(there)
+                    fail_once(there, source)
                 replay_a_gpu(profiling)
+                replay_a_fault(profiling)
             profiling.flush(10.0)
-            # rates need what was before and after
-            done = series(names.duration(names.STEP), (), part="count")
-            eventually(address, f"{done} == {step + 1} and on () {series(names.DROPPED, ())} > 0")
+            # Prometheus computes rates from samples before and after each step.
+            done = series(semconv.duration(semconv.STEP), (), part="count")
+            wait_for(address, f"{done} == {step + 1} and on () {series(semconv.DROPPED, ())} > 0")
         run.finish()
         yield SimpleNamespace(address=address, before=before, rows=wandb_runs.rows(run))
     metrics.shutdown()
 
 
 def number(found: list[dict[str, Any]]) -> float:
-    """The value of the one series that was found."""
+    """The value of the only series in the answer."""
     [answer] = found
     return float(answer["value"][1])
 
 
 @pytest.mark.parametrize("expression", [*EVERY_EXPRESSION, *OF_THE_PAGE])
 def test_each_query_has_an_answer_in_numbers(watched: Any, expression: str):
-    found = eventually(watched.address, filled(expression, job="vgen"))
+    found = wait_for(watched.address, filled(expression, job="vgen"))
     values = [float(answer["value"][1]) for answer in found]
     assert any(math.isfinite(value) for value in values), found
 
 
-def test_the_answers_are_the_runs_own(watched: Any):
-    """Not merely some numbers: one sync that failed, two engines that are awake."""
-    failed = series(names.duration(names.WEIGHT_SYNC), ('vgen_engine="server"', 'error_type!=""'), part="count")
-    assert number(eventually(watched.address, failed)) == 1
-    states = eventually(watched.address, series(names.ENGINE_STATE, ()))
-    assert {names.STATES[int(float(state["value"][1]))] for state in states} == {"awake"}
-    assert {state["metric"]["vgen_engine"] for state in states} == {"colocate", "server"}
+def test_the_answers_are_the_figures_of_the_run(watched: Any):
+    """The right numbers: one failed sync and two engines that are awake."""
+    failed = series(
+        semconv.duration(semconv.WEIGHT_SYNC), ('vgen_engine_kind="server"', 'error_type!=""'), part="count"
+    )
+    assert number(wait_for(watched.address, failed)) == 1
+    states = wait_for(watched.address, series(semconv.ENGINE_STATE, ()))
+    assert {semconv.STATES[int(float(state["value"][1]))] for state in states} == {"awake"}
+    assert {state["metric"]["vgen_engine_kind"] for state in states} == {"colocate", "server"}
 
 
-def test_the_alerts_are_those_of_what_happened(watched: Any):
-    """A sync failed, a backend was dead; no engine stays failed, and nothing has leaked."""
-    firing = eventually(watched.address, 'ALERTS{alertstate="firing"}')
+def test_only_the_alerts_of_what_happened_fire(watched: Any):
+    """A sync failed and a backend was down. No engine stayed failed, and no memory leaked."""
+    firing = wait_for(watched.address, 'ALERTS{alertstate="firing"}')
     assert {alert["metric"]["alertname"] for alert in firing} == {"VgenWeightSyncFailed", "VgenTelemetryDropped"}
 
 
 def test_vllm_counts_the_same_requests(watched: Any):
-    sent = number(eventually(watched.address, SENT))
+    sent = number(wait_for(watched.address, SENT))
     assert sent == 3 * len(PROMPTS) * 4
-    assert number(eventually(watched.address, ARRIVED)) - watched.before >= sent  # and those that verify a sync
+    assert number(wait_for(watched.address, ARRIVED)) - watched.before >= sent  # more: requests that verify a sync
 
 
 def test_each_key_of_the_workspace_is_in_the_runs_history(watched: Any):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.changed_source import ChangedSource
+from helpers.transfers import K_PROJ, wrong_shape
 
-from vgen import Sampling, ServerGeneration, WeightSyncError
+from vgen import Sampling, ServerConnection, ServerGeneration, WeightSyncError
 from vgen.demo import max_logprob_difference
 from vgen.testing import tiny_model
 
@@ -28,24 +30,11 @@ def answered(url: str) -> dict[str, float]:
     return found
 
 
-class Broken:
-    """A source with one tensor of a wrong shape."""
-
-    bytes = tensors = 0
-    seconds = 0.0
-
-    def __init__(self, source):
-        self.source = source
-
-    def __iter__(self):
-        for name, tensor in self.source:
-            yield name, tensor[1:] if name == "model.layers.1.self_attn.k_proj.weight" else tensor
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_data_parallel_engine_gets_the_weights(tmp_path):
     model, _ = tiny_model(tmp_path / "model")
+    source = ChangedSource(model)
     command = [sys.executable, "-m", "vgen.cli", "serve", str(tmp_path / "model"), "--port", "0", "--json", "--quiet"]
     command += ["--data-parallel-size", "2", "--max-model-len", "512", "--dtype", "float32"]
     command += ["--kv-cache-memory-bytes", str(64 << 20)]
@@ -55,9 +44,10 @@ def test_every_data_parallel_engine_gets_the_weights(tmp_path):
         line = process.stdout.readline()
         assert line, process.communicate()[1][-3000:]
         described = json.loads(line)
-        keys = {"control_key": Path(described["control_key_file"]).read_text(), "timeout": 120.0}
+        key = Path(described["control_key_file"]).read_text()
+        keys = {"control_key": key, "connection": ServerConnection(timeout=120.0)}
         for transport in (None, "gloo"):
-            with ServerGeneration(model, base_urls=described["url"], weight_transport=transport, **keys) as generation:
+            with ServerGeneration(source, base_urls=described["url"], weight_transport=transport, **keys) as generation:
                 for version in (f"first by {transport}", f"second by {transport}"):
                     with torch.no_grad():
                         for parameter in model.parameters():
@@ -71,11 +61,8 @@ def test_every_data_parallel_engine_gets_the_weights(tmp_path):
                     after = answered(described["url"])
                     assert sorted(after) == ["0", "1"]
                     assert all(after[engine] - before.get(engine, 0.0) > 10 for engine in after)
-                source = generation._source
-                generation._source = Broken(source)
-                with pytest.raises(WeightSyncError, match="k_proj"):
+                with source.changed_by(wrong_shape(K_PROJ)), pytest.raises(WeightSyncError, match="k_proj"):
                     generation.sync_weights(version="broken")
-                generation._source = source
                 generation.sync_weights(version="mended")
                 rollouts = generation.generate(prompts, Sampling(max_tokens=16, ignore_eos=True), 2)
                 assert max_logprob_difference(model, rollouts) <= 1e-4

@@ -1,4 +1,4 @@
-"""`vgen demo` as a user runs it: its own process, the real engine, the record it leaves."""
+"""`vgen demo` as a user runs it: in a process, on the real engine, with the record that it writes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import subprocess
 import threading
 
 import pytest
-from demos import ENVIRONMENT, command
+from helpers.demos import ENVIRONMENT, command
+from helpers.recorded_run import read_run
 
-from vgen import demo
-from vgen.analysis.run import children, read_run
+from vgen.recordings.reader.run import children
 
 
 def vgen(*arguments: str, **more) -> subprocess.CompletedProcess[str]:
@@ -30,13 +30,13 @@ def recorded_demo(demo):
 
 @pytest.fixture(scope="module")
 def watched(recorded_demo, tmp_path_factory):
-    """A run of that run's model, seen on a terminal: its folder, its table, and what the terminal showed meanwhile."""
+    """A second run, of the first run's model, on a terminal: its folder, its output, and what the terminal showed."""
     place = tmp_path_factory.mktemp("demo") / "own"
     terminal, process = pty.openpty()
     shown: list[bytes] = []
 
     def watch() -> None:
-        with contextlib.suppress(OSError):  # how a terminal ends that no process has open any more
+        with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error
             while some := os.read(terminal, 1 << 16):
                 shown.append(some)
 
@@ -95,7 +95,7 @@ def test_two_runs_with_the_same_seed_share_no_id(recorded_demo, watched):
         assert not {getattr(span, kind) for span in first} & {getattr(span, kind) for span in second}
 
 
-def test_trace_draws_it_again(recorded_demo, tmp_path):
+def test_trace_shows_the_recorded_run(recorded_demo, tmp_path):
     place, _ = recorded_demo
     drawn = vgen("trace", str(place), "--step", "2")
     assert drawn.returncode == 0, drawn.stderr
@@ -124,12 +124,14 @@ def test_report_adds_up(recorded_demo, tmp_path):
         assert sum(told["phases"].values()) == pytest.approx(told["seconds"])
         assert told["phases"]["generate"] == pytest.approx(ran["generate_seconds"])
         assert told["phases"]["sync"] == pytest.approx(recorded_seconds, abs=1e-6)
-        assert 0.8 * recorded_seconds < ran["sync_seconds"] <= recorded_seconds  # the report is made within the span
+        assert 0.8 * recorded_seconds < ran["sync_seconds"] <= recorded_seconds  # measured within the span
         assert told["phases"]["update"] == pytest.approx(ran["update_seconds"])
         assert told["phases"]["rest"] <= 0.02 * told["seconds"] + 0.05
         assert told["output_tokens"] == ran["output_tokens"]
         assert told["tail"]["sequences"] == told["requests"]["e2e"]["count"] == 32
-    assert sum(sync["bytes"] for sync in report["syncs"]) == demo["sync_bytes"]
+    first, *others = report["syncs"]
+    assert (first["step"], first["version"]) == (None, "step-0")  # the first weights come before the first step
+    assert sum(sync["bytes"] for sync in others) == demo["sync_bytes"]
     assert report["outside_steps"]["init"] > 0
     shown = vgen("report", str(place), "--step", "2")
     assert shown.returncode == 0, shown.stderr
@@ -141,7 +143,7 @@ def test_report_adds_up(recorded_demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own_the_table_and_the_progress_bar(watched):
+def test_the_users_model_the_table_and_the_progress_bar(watched):
     place, done, terminal = watched
     assert done.returncode == 0, terminal
     for expected in ("tokens/s", "GB/s", "train.step", "max |Δ| = ", f"recorded in {place}"):
@@ -152,37 +154,8 @@ def test_a_model_of_ones_own_the_table_and_the_progress_bar(watched):
     assert "WARNING" not in terminal, "what vLLM has to say is in engine.log"
 
 
-def test_on_a_gpu_the_table_has_the_memory_that_sleeping_freed(recorded_demo, capsys):
-    place, done = recorded_demo
-    fields = demo.StepNumbers.__dataclass_fields__
-    rows = [
-        demo.StepNumbers(**{name: value for name, value in step.items() if name in fields} | {"freed_bytes": 5 << 30})
-        for step in json.loads(done.stdout)["steps"]
-    ]
-    demo._report(demo._Result("vLLM on cuda", rows, 1e-6, next(place.glob("*.jsonl"))))
-    heading, *table = capsys.readouterr().out.splitlines()[1:4]
-    assert heading.rstrip().endswith("freed GiB")
-    assert [line.split()[-1] for line in table] == ["5.00", "5.00"]
-
-
-@pytest.mark.parametrize("json_too", [[], ["--json"]])
-def test_what_cannot_work_is_said_before_the_engine_starts(tmp_path, json_too):
-    file = tmp_path / "file"
-    file.write_text("")
-    for arguments, said in (
-        (("--out", str(file / "run")), "cannot write"),
-        (("--out", str(tmp_path / "run"), "--model", str(tmp_path)), "no config.json"),
-        (("--steps", "0"), "at least 1"),
-    ):
-        done = vgen("demo", *arguments, *json_too)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
-
-
 @pytest.mark.slow
-def test_a_model_that_is_none_is_said_on_standard_error_alone(tmp_path):
+def test_an_invalid_model_is_an_error_on_standard_error_only(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = vgen("demo", "--out", str(tmp_path / "run"), "--model", str(tmp_path), "--json")
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""What every engine does alike, on the real ones: one suite for all of them."""
+"""What all engines have in common: one suite, run on each real engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vgen import ColocateGeneration, LoRARequest, PromptError, Sampling, ServerGeneration
-from vgen.engines.base import EngineState
+from vgen import ColocateGeneration, LoRARequest, PromptError, Sampling, ServerConnection, ServerGeneration
+from vgen.engine_protocol import EngineState
 from vgen.testing import tiny_model
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install 'vgen[peft]'")
@@ -23,7 +23,7 @@ ENGINES = ["colocate", "server"]
 
 @dataclass
 class Subject:
-    """A generation object with an engine that takes LoRA adapters up to rank 8, two at a time."""
+    """A generation object whose engine accepts LoRA adapters up to rank 8, two at a time."""
 
     model: Any
     tokenizer: Any
@@ -36,7 +36,7 @@ class Subject:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def well(self) -> bool:
-        """The engine is awake, has nothing left over, and its log-probabilities are the model's."""
+        """Whether the engine is awake and its log-probabilities are the model's."""
         (completion,) = self.generation.generate([[1, 2, 3]], Sampling(max_tokens=8, ignore_eos=True))
         return self.generation.state is EngineState.AWAKE and agrees(self.model, [1, 2, 3], completion)
 
@@ -68,7 +68,9 @@ def every_colocate(tmp_path_factory) -> Iterator[Subject]:
 @pytest.fixture(scope="module")
 def every_server(server) -> Iterator[Subject]:
     keys = {"api_key": server.api_key, "control_key": server.control_key, "processing_class": server.tokenizer}
-    with ServerGeneration(server.model, base_urls=[server.base_url], timeout=120.0, **keys) as generation:
+    with ServerGeneration(
+        server.model, base_urls=[server.base_url], connection=ServerConnection(timeout=120.0), **keys
+    ) as generation:
         generation.sync_weights()  # other tests have changed the model
         yield Subject(server.model, server.tokenizer, generation)
 
@@ -162,7 +164,7 @@ def test_structured_outputs(subject, asked, allowed):
     "senseless",
     [{"regex": "("}, {"regex": 5}, {"json": {"type": 3}}, {"json": "{"}, {"choice": []}, {"grammar": "nonsense ("}],
 )
-def test_a_senseless_structure_is_an_error_that_names_it(subject, senseless):
+def test_an_invalid_structure_is_an_error_that_names_it(subject, senseless):
     with pytest.raises(ValueError, match="structured_outputs"):
         subject.generation.generate(["a", "b"], Sampling(max_tokens=4, structured_outputs=senseless), 2)
     assert subject.well()
@@ -172,7 +174,7 @@ def test_a_senseless_structure_is_an_error_that_names_it(subject, senseless):
     ("extra", "match"),
     [({"bad_words": 3}, "int"), ({"logprobs": 5000}, "logprobs"), ({"allowed_token_ids": [9999]}, "allowed_token_ids")],
 )
-def test_a_senseless_parameter_is_an_error_and_the_engine_stays_well(subject, extra, match):
+def test_an_invalid_parameter_is_an_error_and_the_engine_still_works(subject, extra, match):
     with pytest.raises((ValueError, TypeError), match=match):
         subject.generation.generate(["a", "b"], Sampling(max_tokens=4, extra=extra))
     assert subject.well()
@@ -182,7 +184,7 @@ def test_a_senseless_parameter_is_an_error_and_the_engine_stays_well(subject, ex
 
 
 def adapter(subject: Subject, folder: Any, *, rank: int = 4, seed: int = 1) -> Any:
-    """A PEFT model on a copy of the subject's own, its adapter saved in `folder`."""
+    """A PEFT model on a copy of the subject's model; its adapter is saved in `folder`."""
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=[]):
@@ -197,14 +199,14 @@ def adapter(subject: Subject, folder: Any, *, rank: int = 4, seed: int = 1) -> A
 
 def sampled(subject: Subject, name: str, folder: Any) -> Any:
     wanted = LoRARequest(lora_name=name, lora_path=str(folder))
-    prompt = [1, 2, 3] * 20  # longer than a block, so that the prefix cache has a part
+    prompt = [1, 2, 3] * 20  # longer than a block of the prefix cache
     (completion,) = subject.generation.generate([prompt], Sampling(max_tokens=8, ignore_eos=True), lora_request=wanted)
     return prompt, completion
 
 
 def test_an_adapter_changes_the_logprobs_to_those_of_the_peft_model(subject, tmp_path):
     adapted = [adapter(subject, tmp_path / str(seed), seed=seed) for seed in range(3)]
-    for seed in (0, 1, 2, 0):  # one more than the engine holds
+    for seed in (0, 1, 2, 0):  # one adapter more than the engine holds
         prompt, completion = sampled(subject, f"adapter-{seed}", tmp_path / str(seed))
         assert agrees(adapted[seed], prompt, completion)
         assert not agrees(adapted[seed - 1], prompt, completion)
@@ -216,7 +218,7 @@ def test_an_adapter_changes_the_logprobs_to_those_of_the_peft_model(subject, tmp
     assert scored[0] == pytest.approx(own_logprobs(adapted[1], subject.ids("abc"), [5, 6]), abs=1e-4)
 
 
-def test_an_adapter_that_has_changed_under_its_name_is_loaded_anew(subject, tmp_path):
+def test_an_adapter_that_changed_under_the_same_name_is_loaded_again(subject, tmp_path):
     adapter(subject, tmp_path / "a", seed=11)
     sampled(subject, "policy", tmp_path / "a")
     changed = adapter(subject, tmp_path / "a", seed=12)
@@ -238,7 +240,7 @@ def test_an_adapter_goes_on_top_of_the_weights_of_the_last_sync(subject, tmp_pat
     assert agrees(PeftModel.from_pretrained(on_top, tmp_path).eval(), *sampled(subject, "kept", tmp_path))
 
 
-def test_an_adapter_that_cannot_be_had_is_an_error_that_says_why(subject, tmp_path):
+def test_an_adapter_that_cannot_be_loaded_is_an_error_that_says_why(subject, tmp_path):
     adapter(subject, tmp_path / "big", rank=16)
     (tmp_path / "empty").mkdir()
     for name, folder, match in (
@@ -265,7 +267,7 @@ def test_prompt_logprobs_are_the_models_own(subject):
         assert len(completion.token_ids) == 3
 
 
-def test_score_is_the_models_own_also_of_nothing(subject):
+def test_score_equals_the_models_logprobs_also_for_an_empty_completion(subject):
     prompts, completions = ["abc", [1, 2, 3], [4]], [[7, 8, 9], [], [10]]
     scored = subject.generation.score(prompts, completions)
     for prompt, completion, found in zip(prompts, completions, scored, strict=True):
@@ -301,7 +303,7 @@ def test_each_token_has_the_version_of_the_weights_that_sampled_it(subject):
         assert completion.weight_version == "seven"
 
 
-def test_a_priority_is_taken(subject):
+def test_a_priority_is_accepted(subject):
     assert len(subject.generation.generate([[1], [2]], Sampling(max_tokens=2), priority=-3)) == 2
 
 
@@ -314,7 +316,7 @@ def test_one_bad_prompt_does_not_lose_the_others(subject):
     assert [completion.error.index for completion in marked if completion.error] == [1, 1, 3, 3, 4, 4]
 
 
-def test_a_stream_and_a_task_give_what_a_call_gives(subject):
+def test_a_stream_a_task_and_a_call_give_the_same_completions(subject):
     import asyncio
 
     sampling = Sampling(max_tokens=6, seed=5, ignore_eos=True)
@@ -325,7 +327,7 @@ def test_a_stream_and_a_task_give_what_a_call_gives(subject):
         assert one.token_ids == other.token_ids == streamed[one.prompt_index, one.generation_index].token_ids
 
 
-def test_a_sampling_has_its_own_seed_for_each_completion(subject):
+def test_each_completion_has_its_own_seed(subject):
     sampling = Sampling(max_tokens=12, seed=3, ignore_eos=True)
     group = subject.generation.generate([[1, 2]], sampling, 4)
     assert len({tuple(completion.token_ids) for completion in group}) == 4

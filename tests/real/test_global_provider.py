@@ -1,4 +1,4 @@
-"""vLLM's own spans, in the trainer's process: they join vgen's where the caller's provider is the global one."""
+"""vLLM's spans in the trainer's process: they are children of vgen's spans if the caller's provider is global."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ nowhere = {"otlp_traces_endpoint": "http://127.0.0.1:9/v1/traces"}  # where vLLM
 with ProfilingContext([OTelSink()]) as profiling, ColocateGeneration(
     model, processing_class=tokenizer, max_model_length=128, profiling=profiling, engine_kwargs=nowhere
 ) as generation:
+    generation.sync_weights()  # its verification samples too
     exporter.clear()
     with profiling.step(1):
         generation.generate(["once upon", "a time"], Sampling(max_tokens=8))
@@ -47,7 +48,7 @@ print(json.dumps([rows, len({span.context.trace_id for span in spans})]))
 
 
 @pytest.mark.slow
-def test_vllms_spans_join_where_the_callers_provider_is_the_global_one(tmp_path):
+def test_vllms_spans_are_children_of_vgens_if_the_callers_provider_is_global(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     env["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "model")]

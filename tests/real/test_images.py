@@ -1,24 +1,32 @@
-"""Images for a real vision model on real vLLM: what it sees is what transformers sees."""
+"""Images for a vision model on real vLLM: its log-probabilities are those of transformers."""
 
 from __future__ import annotations
 
 import base64
 import copy
 import io
-import time
 import urllib.request
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from helpers.waiting import wait_until
 from PIL import Image
 
-from vgen import ColocateGeneration, ProfilingContext, PromptError, Sampling, ServerGeneration
-from vgen.engines import batches
-from vgen.engines.base import EngineState
-from vgen.engines.launch import start_server
-from vgen.profiling import names
+from vgen import (
+    ColocateGeneration,
+    Generation,
+    ProfilingContext,
+    PromptError,
+    Sampling,
+    ServerConnection,
+    ServerGeneration,
+)
+from vgen.engine_protocol import EngineState
+from vgen.engines.client import batch_client
+from vgen.engines.server.launcher import start_server
+from vgen.profiling import semconv
 from vgen.testing import MemorySink, tiny_vision_model
 
 SAMPLING = Sampling(max_tokens=8, ignore_eos=True, seed=1)
@@ -26,11 +34,11 @@ SHAPES = {"noise": (40, 50), "other": (40, 50), "wide": (20, 64), "small": (8, 8
 ENGINES = ["colocate", "server"]
 """Each names a fixture `vision_<name>`."""
 
-pytestmark = pytest.mark.slow  # engines of their own, for a vision model
+pytestmark = pytest.mark.slow  # these tests start engines, for a vision model
 
 
 def picture(name: str) -> Image.Image:
-    """Noise, ever the same for a name."""
+    """Noise, always the same for the same name."""
     random = np.random.default_rng(sorted(SHAPES).index(name))
     return Image.fromarray(random.integers(0, 255, (*SHAPES[name], 3), dtype=np.uint8))
 
@@ -48,7 +56,7 @@ class Vision:
         return self.processor(text=text, images=images)["input_ids"][0]
 
     def logprobs(self, text: str, images: list[Image.Image], token_ids: list[int]) -> list[float]:
-        """The transformers model's own of `token_ids`, teacher-forced."""
+        """The log-probabilities that the transformers model gives to `token_ids`, teacher-forced."""
         inputs = dict(self.processor(text=text, images=images or None, return_tensors="pt"))
         prompt = inputs.pop("input_ids")
         whole = torch.cat([prompt, torch.tensor([token_ids])], dim=1)
@@ -62,11 +70,11 @@ class Vision:
         return max(abs(a - b) for a, b in zip(own, completion.logprobs, strict=True))
 
     def idle(self) -> bool:
-        """Whether nothing is left in the engine."""
+        """Whether the engine has no unfinished request."""
         engine = self.generation.engine
         if engine.kind == "colocate":
             return not engine.llm.llm_engine.has_unfinished_requests()
-        lines = urllib.request.urlopen(f"{engine.peers[0].name}/metrics", timeout=10).read().decode().splitlines()
+        lines = urllib.request.urlopen(f"{engine.endpoints[0].name}/metrics", timeout=10).read().decode().splitlines()
         counts = [line for line in lines if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))]
         return len(counts) >= 2 and all(float(line.split()[-1]) == 0 for line in counts)
 
@@ -100,7 +108,7 @@ def vision_server(tmp_path_factory) -> Iterator[Vision]:
             base_urls=served.url,
             control_key=served.control_key,
             processing_class=processor,
-            timeout=120.0,
+            connection=ServerConnection(timeout=120.0),
             profiling=ProfilingContext([sink]),
         ) as generation,
     ):
@@ -124,13 +132,13 @@ def test_what_the_engine_sees_is_what_transformers_sees(vision):
         text = list(prompts)[completion.prompt_index]
         assert vision.difference(completion, text, *prompts[text]) < 1e-4
     assert rollouts.prompt_ids == [vision.ids(text) for text in prompts]
-    # the images are seen: with another, or in another order, the model says otherwise
+    # The model uses the images: other images, or another order, give other log-probabilities.
     assert vision.difference(rollouts[0], "ab<image>cd", "other") > 1e-2
     assert vision.difference(rollouts[4], "x<image>y<image>", "noise", "small") > 1e-2
 
 
-def test_prompts_with_expanded_placeholders_are_as_good(vision):
-    """As a processor, and TRL, writes them: an engine alone would expand the first token of an image once more."""
+def test_prompts_with_expanded_placeholders_give_the_same_result(vision):
+    """Processors and TRL expand placeholders. vLLM by itself would expand the first token of an image once more."""
     for text, images in (("ab<image>cd", ["noise"]), ("<image><image>x<image>", ["wide", "wide", "small"])):
         own = [picture(name) for name in images]
         ids = vision.expanded(text, own)
@@ -151,9 +159,7 @@ def test_after_a_sync_an_image_is_not_answered_from_the_old_weights(vision):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             for name, parameter in vision.model.named_parameters():
-                if (
-                    "vision_model" in name
-                ):  # the language model stays as it is: only what the encoder has cached can tell
+                if "vision_model" in name:  # only the encoder changes, so that only its cache can be stale
                     parameter.add_(torch.randn_like(parameter) * 0.5)
         vision.generation.sync_weights()
         assert vision.difference(before[0], text, "noise") > 1e-3
@@ -193,17 +199,14 @@ def test_a_prompt_that_does_not_fit_its_images_is_refused_and_the_others_go_on(v
     assert sorted((c.prompt_index, c.error is None) for c in streamed) == [(0, True), (1, False), (2, True)]
     with pytest.raises(PromptError, match="prompt 1"):
         list(vision.generation.stream(**asked, sampling=SAMPLING))
-    until = time.monotonic() + 20
-    while not vision.idle():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(vision.idle, 20)
 
 
-def test_bytes_that_are_no_picture_are_one_prompts_matter(vision, monkeypatch):
+def test_bytes_that_are_not_an_image_fail_only_their_prompt(vision, monkeypatch):
     if vision.generation.engine.kind != "server":
         pytest.skip("images travel as bytes to a server alone")
-    sent = iter([b"no picture", batches._png(picture("wide"))])
-    monkeypatch.setattr(batches, "_png", lambda image: next(sent))
+    sent = iter([b"no picture", batch_client._png(picture("wide"))])
+    monkeypatch.setattr(batch_client, "_png", lambda image: next(sent))
     own = [[picture("noise")], [picture("wide")]]
     marked = vision.generation.generate(["a<image>", "z<image>"], SAMPLING, images=own, refused="mark")
     assert [completion.error is None for completion in marked] == [False, True]
@@ -219,16 +222,14 @@ def test_an_image_of_a_refused_prompt_may_come_again(vision):
     assert vision.difference(completion, "a<image>", "fresh") < 1e-4
 
 
-def test_images_without_a_processor_have_one_placeholder_each(vision, monkeypatch):
-    monkeypatch.setattr(vision.generation._encoder, "_processor", None)
+def test_images_without_a_processor_have_one_placeholder_each(vision):
+    without = Generation(vision.generation.engine, vision.generation.source)
     own = [picture("noise")]
     ids = vision.ids("ab<image>cd")
-    assert (
-        vision.difference(vision.generation.generate([ids], SAMPLING, images=[own])[0], "ab<image>cd", "noise") < 1e-4
-    )
+    assert vision.difference(without.generate([ids], SAMPLING, images=[own])[0], "ab<image>cd", "noise") < 1e-4
     for prompt, images in ((vision.expanded("ab<image>cd", own), own), (ids, None)):
         with pytest.raises(PromptError, match=r"has \d+ placeholders for images and \d images"):
-            vision.generation.generate([prompt], SAMPLING, images=[images])
+            without.generate([prompt], SAMPLING, images=[images])
 
 
 def uri(image: Image.Image) -> str:
@@ -254,7 +255,7 @@ def test_chat_takes_images_out_of_the_messages_in_order(vision):
     assert vision.difference(rollouts[0], texts[0], "wide", "noise") < 1e-4
     assert vision.difference(rollouts[0], texts[0], "noise", "wide") > 1e-2
     assert vision.difference(rollouts[1], texts[1]) < 1e-4
-    # as datasets have it: the place in the message, the image beside it
+    # The form of datasets: a placeholder in the message, and the images in a separate argument.
     apart = [[{"role": "user", "content": [{"type": "image"}, hi]}]]
     rollouts = vision.generation.chat(apart, SAMPLING, images=[[picture("small")]])
     assert vision.difference(rollouts[0], "u:<image>hi;a:", "small") < 1e-4
@@ -285,6 +286,6 @@ def test_score_sees_the_image(vision):
 def test_refused_requests_are_not_in_the_numbers(vision):
     asked = dict(prompts=["a", "b"], images=[[picture("noise")], None])
     vision.generation.generate(**asked, sampling=SAMPLING, num_generations=3, refused="mark")
-    (span,) = vision.sink.named(names.GENERATE)
-    assert (span.attributes[names.COMPLETIONS], span.attributes[names.INPUT_TOKENS]) == (3, 3)
-    assert span.attributes[names.REFUSED] == 1
+    (span,) = vision.sink.named(semconv.GENERATE)
+    assert (span.attributes[semconv.COMPLETIONS], span.attributes[semconv.INPUT_TOKENS]) == (3, 3)
+    assert span.attributes[semconv.REFUSED] == 1

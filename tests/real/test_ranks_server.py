@@ -1,4 +1,4 @@
-"""Two gloo ranks in front of one real server: own completions, and weights that only the leader sends."""
+"""Two gloo ranks with one real server: each rank gets its completions, and only the leader sends weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import copy
 from pathlib import Path
 
 import pytest
-from torchrun import on_two_ranks
+from helpers.torchrun import on_two_ranks
 
-from vgen import Sampling, ServerGeneration
+from vgen import Sampling, ServerConnection, ServerGeneration
 from vgen.demo import max_logprob_difference
 
 
 def difference(model, completions: list[dict]) -> float:
-    """From the model's own log-probabilities, over what a worker has shown."""
+    """The largest difference between the model's log-probabilities and those that a worker printed."""
     from vgen import Completion, Completions
 
     made = [
@@ -24,28 +24,31 @@ def difference(model, completions: list[dict]) -> float:
 
 
 def beside(server, worker: str, arguments: list[str], folder: Path) -> list[dict]:
-    """What each rank has written."""
+    """Run `worker` on two ranks; returns the result of each."""
     return on_two_ranks(worker, arguments, folder, API_KEY=server.api_key, CONTROL_KEY=server.control_key)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ranks_that_hold_shards_bring_whole_weights(server, tmp_path):
+def test_ranks_with_shards_send_full_weights(server, tmp_path):
     found = beside(server, "ranks_fsdp.py", [server.folder, server.base_url], tmp_path)
     for rank, each in enumerate(found):
         assert each["prompts"] == [[[1, 2, 3], [4, 5]] if rank == 0 else [[9, 8, 7, 6]]] * 2
         assert each["versions"] == [["one"], ["two"]]
         assert max(each["own"]) <= 1e-4
-        assert min(each["stale"]) > 1e-2  # the step has moved them
-        assert each["verified"] == (["logprobs", None] if rank == 0 else [None, None])  # by both, beside the engine
+        assert min(each["stale"]) > 1e-2  # the training step changed the weights
+        assert each["verified"] == (["logprobs", None] if rank == 0 else [None, None])  # rank 0 has the engine
 
 
+@pytest.mark.slow
 def test_ranks_share_a_server(server, tmp_path):
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    saved = AutoModelForCausalLM.from_pretrained(server.folder, dtype="auto")  # other tests have changed the server's
+    saved = AutoModelForCausalLM.from_pretrained(
+        server.folder, dtype="auto"
+    )  # tests of other files have changed the server's model
     fresh = copy.deepcopy(saved)
     with torch.no_grad():
         for parameter in fresh.parameters():
@@ -67,8 +70,10 @@ def test_ranks_share_a_server(server, tmp_path):
         assert difference(fresh, [{"prompt": [5, 6], "tokens": [7, 8 + rank], "logprobs": found["score"][0]}]) <= 1e-4
     assert (zero["links"], one["links"]) == (1, 2)  # the sync that made the weights; the leader's call
     assert zero["bytes"] == one["bytes"]
-    # One process with all prompts samples the same: seeds are numbered over all ranks.
+    # A single process with all prompts samples the same tokens, because seeds are numbered over all ranks.
     keys = {"api_key": server.api_key, "control_key": server.control_key}
-    with ServerGeneration(saved, base_urls=[server.base_url], timeout=120.0, **keys) as alone:
+    with ServerGeneration(
+        saved, base_urls=[server.base_url], connection=ServerConnection(timeout=120.0), **keys
+    ) as alone:
         found = alone.generate([[1, 2, 3], [4, 5], [9, 8, 7, 6]], Sampling(max_tokens=8, ignore_eos=True, seed=3), 2)
     assert [c.token_ids for c in found] == [c["tokens"] for c in drawn]

@@ -1,9 +1,9 @@
-"""An FSDP2 trainer of two ranks on the CPU with vLLM in its own processes."""
+"""An FSDP2 trainer of two ranks on the CPU, with vLLM in the same processes."""
 
 from __future__ import annotations
 
 import pytest
-from torchrun import on_two_ranks
+from helpers.torchrun import on_two_ranks
 
 from vgen.testing import tiny_model
 
@@ -16,8 +16,8 @@ def test_a_sharded_model_in_process_is_synced_and_verified_together(tmp_path, te
     for rank, found in enumerate(ranks):
         assert max(found["own"]) <= 1e-4
         assert min(found["stale"]) > 1e-3
-        receiver = "colocate" if rank == 1 else "colocate of rank 1"
-        assert found["failed"] == [["as injected", "load", receiver, "failed"]] * 3
+        notes = [] if rank == 1 else ["raised on rank 1"]
+        assert found["failed"] == [["as injected", "load", "colocate", notes, "failed"]] * 3
         assert found["woken"] == "logprobs"
-        # and after each sync that failed, on either rank, the next one is verified on both
+        # After a sync that failed on either rank, both ranks verify the next one.
         assert found["verified"] == ["logprobs", None, "deferred", *[None, "logprobs"] * 3]

@@ -1,4 +1,4 @@
-"""The ten lines that the README shows a trainer's author, run as they stand, but for the length, on the real engine."""
+"""The README's example for trainer authors, run on the real engine as it is, except for shorter completions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.recorded_run import read_run
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
-from vgen.analysis.run import read_run
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -40,5 +39,6 @@ def test_what_a_trainer_author_writes(real, tmp_path, monkeypatch):
     assert [row["loss"] for row in logged] == [0.5, 0.5]
     assert all(row["vgen.weight_sync.sent"] > 0 and row["vgen.request.e2e.p99"] > 0 for row in logged)
     exported = [span.name for span in exporter.get_finished_spans()]
-    assert exported.count("train.step") == exported.count("vgen.weight_sync") == 2
+    assert exported.count("train.step") == 2
+    assert exported.count("vgen.weight_sync") == 3  # the first generation syncs too
     assert len(read_run(tmp_path / "runs" / "a").rows) == 2

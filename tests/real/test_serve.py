@@ -1,4 +1,4 @@
-"""`vgen serve` on real vLLM: what it starts with, whom it lets do what, and how it ends."""
+"""`vgen serve` on real vLLM: its settings, its keys and lease, and how it ends."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from helpers.waiting import wait_until
 
 from vgen.testing import tiny_model
 
@@ -27,13 +27,6 @@ def serve(*arguments: str, **kwargs) -> subprocess.Popen[str]:
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [found for found in processes if found.is_running() and found.status() != psutil.STATUS_ZOMBIE]
-
-
-def within(seconds: float, condition) -> bool:
-    until = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < until:
-        time.sleep(0.1)
-    return found
 
 
 def test_it_serves_what_vgen_relies_on(server):
@@ -51,21 +44,17 @@ def test_it_serves_what_vgen_relies_on(server):
     assert len(server.done("/inference/v1/generate", body)["choices"][0]["token_ids"]) == 2
 
 
-def test_a_request_keeps_its_id_and_its_span_its_parent(server):
+def test_a_request_keeps_its_id_and_its_span_is_a_child_of_the_sent_context(server):
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     headers = {"X-Request-Id": "mine", "traceparent": f"00-{trace}-{parent}-01"}
     answer = server.done("/v1/completions", {"model": server.folder, **PROMPT}, headers=headers)
     assert answer["id"] == "cmpl-mine"
 
-    def ours():
-        return [span for span in server.collector.spans if span.trace_id.hex() == trace]
-
-    assert within(10, ours)
-    (span,) = ours()
+    (span,) = wait_until(lambda: [span for span in server.collector.spans if span.trace_id.hex() == trace])
     assert (span.name, span.parent_span_id.hex()) == ("llm_request", parent)
 
 
-def test_whoever_has_no_key_reads_that_it_lives_and_nothing_else(server):
+def test_without_a_key_only_health_version_and_metrics_answer(server):
     for path in ("/health", "/version", "/metrics"):
         assert server.call(path, headers=NO_KEYS)[0] == 200, path
     for path in ("/v1/models", "/server_info", "/is_paused", "/weight_info", "/openapi.json", "/vgen/info"):
@@ -133,10 +122,10 @@ def test_only_the_holder_of_the_lease_changes_the_server(server):
     server.done("/v1/completions", {"model": server.folder, **PROMPT})  # needs no lease
     server.done("/vgen/lease/release", {}, headers=theirs)
     assert server.call("/reset_prefix_cache", {}, headers=theirs)[0] == 409
-    server.done("/reset_prefix_cache", {})  # as on a stock server, now that nobody holds it
+    server.done("/reset_prefix_cache", {})  # allowed, as on a stock server, because nobody holds the lease
 
 
-def test_a_folder_that_holds_no_model_is_said_so(tmp_path):
+def test_a_folder_without_a_model_is_an_error_that_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     for model, says in ((str(tmp_path / "nowhere"), "there is no model"), (str(tmp_path / "empty"), "config.json")):
         process = serve(model)
@@ -146,7 +135,7 @@ def test_a_folder_that_holds_no_model_is_said_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_there_is_said_so():
+def test_a_model_that_does_not_exist_is_an_error_that_says_so():
     process = serve("nobody/nothing-of-this-name", "--port", "0", "--quiet")
     stdout, stderr = process.communicate(timeout=240)
     assert (process.returncode, stdout) == (1, "")
@@ -155,12 +144,11 @@ def test_a_model_that_is_not_there_is_said_so():
     assert "Traceback" not in stderr.splitlines()[0]
 
 
-def test_sigterm_while_it_starts_ends_it_with_status_zero(tmp_path):
+def test_sigterm_during_startup_ends_it_with_status_zero(tmp_path):
     tiny_model(tmp_path)
     process = serve(str(tmp_path), "--port", "0")
     command = psutil.Process(process.pid)
-    assert within(60, lambda: command.children(recursive=True))
-    children = command.children(recursive=True)
+    children = wait_until(lambda: command.children(recursive=True), 60)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
@@ -168,7 +156,7 @@ def test_sigterm_while_it_starts_ends_it_with_status_zero(tmp_path):
 
 
 def test_a_signal_in_the_middle_of_starting_to_repeat_the_log_is_heard(tmp_path, monkeypatch):
-    from vgen.engines.serve import _Log
+    from vgen.engines.server.command import LogFollower
 
     class Interrupted(BaseException):
         pass
@@ -176,7 +164,7 @@ def test_a_signal_in_the_middle_of_starting_to_repeat_the_log_is_heard(tmp_path,
     def start(thread):
         raise Interrupted
 
-    log = _Log()
+    log = LogFollower()
     (tmp_path / "log").touch()
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
@@ -191,10 +179,10 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path):
     process = serve(str(tmp_path), "--port", "0", env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"})
     command = psutil.Process(process.pid)
     assert process.stderr is not None
-    while "vLLM" not in (line := process.stderr.readline()):  # its first words; by then its plugins are loaded
+    while "vLLM" not in (line := process.stderr.readline()):  # vLLM's first line; its plugins are loaded by then
         assert line, "it ended by itself"
     children = command.children(recursive=True)
     assert children
     process.kill()
     process.communicate(timeout=20)
-    assert within(20, lambda: not alive(children)), alive(children)
+    wait_until(lambda: not alive(children), 20)

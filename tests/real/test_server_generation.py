@@ -1,27 +1,37 @@
-"""`ServerGeneration` in front of the real `vgen serve`: weights, traces, requests in flight, takeovers."""
+"""`ServerGeneration` with the real `vgen serve`: weights, traces, requests in flight, takeovers."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from transfers import wrong
+from helpers.changed_source import ChangedSource, one_wrong
+from helpers.transfers import K_PROJ, wrong_shape
+from helpers.waiting import wait_until
 
-from vgen import EngineError, ProfilingContext, PromptError, Sampling, ServerGeneration, WeightSyncError
+from vgen import (
+    EngineError,
+    ProfilingContext,
+    PromptError,
+    Sampling,
+    ServerConnection,
+    ServerGeneration,
+    WeightSyncError,
+    WeightSyncOptions,
+)
 from vgen.demo import max_logprob_difference
-from vgen.engines.base import EngineState
-from vgen.engines.launch import ServerProcess, start_server
-from vgen.engines.update import Updater
-from vgen.profiling import names
+from vgen.engine_protocol import EngineState
+from vgen.engines.server.launcher import start_server
+from vgen.engines.server.server_process import ServerProcess
+from vgen.profiling import semconv
 from vgen.testing import MemorySink
-from vgen.weights.spoil import RandomWeights
+from vgen.weights.load.random_weights import RandomWeights
 
 WARM = [list(range(100)), "a prompt"]
 LONG = Sampling(max_tokens=400, ignore_eos=True)
@@ -33,9 +43,14 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.copy_(torch.randn_like(parameter) * 0.05)
 
 
-def connect(server: Any, **more: Any) -> ServerGeneration:
+def connect(
+    server: Any, source: ChangedSource | None = None, timeout: float = 120.0, takeover: bool = False, **more: Any
+) -> ServerGeneration:
+    connection = ServerConnection(timeout=timeout, takeover=takeover)
     keys = {"api_key": server.api_key, "control_key": server.control_key, "processing_class": server.tokenizer}
-    return ServerGeneration(server.model, base_urls=[server.base_url], **{"timeout": 120.0, **keys, **more})
+    return ServerGeneration(
+        source or server.model, base_urls=[server.base_url], connection=connection, **{**keys, **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,103 +64,106 @@ def profiling(sink) -> ProfilingContext:
 
 
 @pytest.fixture(scope="module")
-def generation(server, profiling) -> Iterator[ServerGeneration]:
-    with connect(server, profiling=profiling) as made:
-        made.sync_weights()  # other tests have changed the model
+def source(server) -> ChangedSource:
+    return ChangedSource(server.model)
+
+
+@pytest.fixture(scope="module")
+def generation(server, source, profiling) -> Iterator[ServerGeneration]:
+    with connect(server, source, profiling=profiling) as made:
+        made.sync_weights()  # tests of other files have changed the model
         yield made
 
 
-def test_the_first_sync_is_verified_and_spoils_the_server_before(generation, sink, monkeypatch):
-    assert sink.named(names.WEIGHT_SYNC)[0].attributes[names.VERIFY] == "logprobs"
+def test_the_first_sync_is_verified_after_random_weights(generation, sink, monkeypatch):
+    assert sink.named(semconv.WEIGHT_SYNC)[0].attributes[semconv.VERIFY] == "logprobs"
     passes = []
     own = RandomWeights.__iter__
     monkeypatch.setattr(RandomWeights, "__iter__", lambda weights: passes.append(1) or own(weights))
     generation.sync_weights()
-    assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes.get(names.VERIFY)) == ([], None)
-    generation.engine.peers[0].verified = False  # as after it was started anew
+    assert (passes, sink.named(semconv.WEIGHT_SYNC)[-1].attributes.get(semconv.VERIFY)) == ([], None)
+    generation.engine.endpoints[0].verified = False  # as after it was started anew
     generation.sync_weights()
-    assert (passes, sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY]) == ([1], "logprobs")
+    assert (passes, sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.VERIFY]) == ([1], "logprobs")
 
 
-def test_a_server_that_is_paused_is_looked_at_when_it_resumes(server, generation, sink, monkeypatch):
-    generation.engine.peers[0].verified = False
+def test_a_paused_server_is_verified_when_it_resumes(server, generation, source, sink, monkeypatch):
+    generation.engine.endpoints[0].verified = False
     generation.pause()
     passes = []
     own = RandomWeights.__iter__
     with monkeypatch.context() as patched:
         patched.setattr(RandomWeights, "__iter__", lambda weights: passes.append(1) or own(weights))
-        for number in (1, 2):  # the second is as unknown as the first
+        for number in (1, 2):  # the second sync is as unverified as the first
             generation.sync_weights()
-            assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY] == "deferred"
-            assert len(passes) == number  # so that nothing stale hides behind the common checkpoint
-    randomize(server.model)  # as an optimizer does meanwhile: the weights that left count
+            assert sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.VERIFY] == "deferred"
+            assert (
+                len(passes) == number
+            )  # random weights first: stale weights cannot pass because the checkpoint was the same
+    randomize(server.model)  # the optimizer may step before the resume: the weights that were sent count
     generation.resume()
-    assert sink.named(names.RESUME)[-1].attributes[names.VERIFY] == "logprobs"
-    assert sink.named(names.SYNC_VERIFY)[-1].parent is sink.named(names.RESUME)[-1]
+    assert sink.named(semconv.RESUME)[-1].attributes[semconv.VERIFY] == "logprobs"
+    assert sink.named(semconv.SYNC_VERIFY)[-1].parent is sink.named(semconv.RESUME)[-1]
     generation.pause()
-    with monkeypatch.context() as patched:
-        patched.setattr(generation, "_source", wrong(server.model))
+    with source.changed_by(one_wrong):
         generation.sync_weights(verify="logprobs")
     with pytest.raises(WeightSyncError, match="log-probabilities"):
         generation.resume()
     assert generation.state == EngineState.FAILED
     generation.sync_weights()
-    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.VERIFY] == "logprobs"  # unasked, after what was seen
+    assert (
+        sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.VERIFY] == "logprobs"
+    )  # without being asked, because the last verification failed
     assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
 
 
-def test_weights_that_are_not_the_trainers_are_refused_until_they_are(server, generation, sink, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(generation, "_source", wrong(server.model))
-        with pytest.raises(WeightSyncError, match="log-probabilities") as caught:
-            generation.sync_weights(verify="logprobs")
-    assert (caught.value.phase, caught.value.receiver) == ("verify", generation.engine.peers[0].name)
+def test_a_servers_present_weights_are_verified_on_request_and_after_its_first_sleep(server, generation, sink):
+    generation.sync_weights()
+    report, endpoint = generation.verify("bits"), generation.engine.endpoints[0]
+    assert (report.how, "only while a sync sends them" in report.reason) == ("logprobs", True)
+    assert [each.engine for each in report.engines] == [endpoint.name]
+    assert 0 < report.ratio < report.bound
+    randomize(server.model)  # training goes on
+    with pytest.raises(WeightSyncError, match="times the rounding noise") as caught:
+        generation.verify()
+    assert (caught.value.phase, caught.value.receiver) == ("verify", endpoint.name)
+    endpoint.slept.clear()
+    for expected in ("logprobs", None):
+        generation.sleep(1)
+        generation.wake_up()
+        assert sink.named(semconv.WAKE_UP)[-1].attributes.get(semconv.VERIFY) == expected
+    generation.sync_weights()
+    assert generation.verify().ratio < report.bound
+
+
+def test_weights_that_differ_from_the_trainers_fail_the_sync_until_they_are_right(server, generation, source, sink):
+    with (
+        source.changed_by(one_wrong),
+        pytest.raises(WeightSyncError, match="log-probabilities") as caught,
+    ):
+        generation.sync_weights(verify="logprobs")
+    assert (caught.value.phase, caught.value.receiver) == ("verify", generation.engine.endpoints[0].name)
     assert generation.state == EngineState.FAILED
     generation.sync_weights()
     assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
 
 
-def test_log_probabilities_are_compared_where_a_server_has_repacked_its_weights(server, generation, sink, monkeypatch):
+def test_log_probabilities_are_compared_if_the_server_repacked_its_weights(server, generation, source, sink):
     randomize(server.model)
     generation.sync_weights(verify="bits")
-    attributes = sink.named(names.WEIGHT_SYNC)[-1].attributes
-    assert (attributes[names.VERIFY], attributes[names.PLAN_WAY]) == ("logprobs", "reload")
-    assert "repacked" in attributes[names.PLAN_REASON]
-    with monkeypatch.context() as patched:
-        patched.setattr(generation, "_source", wrong(server.model))
-        with pytest.raises(WeightSyncError, match="log-probabilities"):
-            generation.sync_weights(verify="bits")
+    attributes = sink.named(semconv.WEIGHT_SYNC)[-1].attributes
+    assert (attributes[semconv.VERIFY], attributes[semconv.PLAN_WAY]) == ("logprobs", "reload")
+    assert "repacked" in attributes[semconv.PLAN_REASON]
+    with source.changed_by(one_wrong), pytest.raises(WeightSyncError, match="log-probabilities"):
+        generation.sync_weights(verify="bits")
     generation.sync_weights()
     assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
 
 
-def test_a_transport_and_a_size_of_buckets_of_ones_choice(server, generation, sink):
-    engine = generation.engine
-    for transport, buckets in (("checkpoint", None), (None, 5)):
-        updater = Updater(
-            engine.peers, engine._loop, transport=transport, folder=None, bucket_bytes=300_000, timeout=60.0
-        )
-        randomize(server.model)
-        engine._updater, usual = updater, engine._updater
-        try:
-            generation.sync_weights()
-        finally:
-            updater.close()
-            engine._updater = usual
-        attributes = sink.named(names.WEIGHT_SYNC)[-1].attributes
-        assert attributes[names.TRANSPORT] == (transport or "shared_memory")
-        assert attributes[names.TRANSPORT_REASON] == (
-            "asked for" if transport else "servers with vgen's plugin on this host"
-        )
-        sent = [span.attributes.get(names.BUCKETS) for span in sink.named("vgen.weight_sync.transfer")][-1]
-        assert sent is None if buckets is None else sent >= buckets
-        assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
-
-
 @pytest.mark.parametrize("pause_mode", ["keep", "wait", "abort"])
-def test_fresh_random_weights_are_the_servers_own_and_warm_prompts_know_it(server, generation, sink, pause_mode):
+def test_a_sync_of_fresh_random_weights_also_changes_cached_prompts(server, generation, sink, pause_mode):
     generation.engine.pause_mode = pause_mode
-    generation.generate(WARM, Sampling(max_tokens=4))  # into the prefix cache, from the old weights
+    generation.generate(WARM, Sampling(max_tokens=4))  # fills the prefix cache from the old weights
     randomize(server.model)
     assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) > 1e-2
     sink.spans.clear()
@@ -154,29 +172,29 @@ def test_fresh_random_weights_are_the_servers_own_and_warm_prompts_know_it(serve
     assert max_logprob_difference(server.model, rollouts) <= 1e-4
     assert {(version, start) for c in rollouts for version, start, _ in c.weight_versions} == {(pause_mode, 0)}
     assert report.tensors == 27
-    (sync,) = sink.named(names.WEIGHT_SYNC)
-    assert sync.attributes[names.TRANSPORT] == "shared_memory"
-    assert 0 < sync.attributes[names.PAUSED_SECONDS] <= sync.duration
+    (sync,) = sink.named(semconv.WEIGHT_SYNC)
+    assert sync.attributes[semconv.TRANSPORT] == "shared_memory"
+    assert 0 < sync.attributes[semconv.PAUSED_SECONDS] <= sync.duration
     phases = [span for span in sink.spans if span.parent is sync]
     assert [span.name.rpartition(".")[2] for span in phases] == ["pause", "transfer", "load", "reset_cache", "resume"]
-    assert phases[1].attributes[names.RECEIVER_MIN] == phases[1].attributes[names.RECEIVER_MAX] > 0
+    assert phases[1].attributes[semconv.RECEIVER_MIN] == phases[1].attributes[semconv.RECEIVER_MAX] > 0
 
 
-def test_requests_in_flight_are_kept_and_say_which_weights_sampled_what(server, generation):
+def test_requests_in_flight_continue_and_report_the_weights_of_each_token(server, generation):
     generation.engine.pause_mode = "keep"
-    for attempt in range(20):  # how long the machine takes for the first token and for all is not known
+    for _ in range(20):  # on a fast machine the requests may end before the sync begins
         generation.sync_weights(version="before")
-        randomize(server.model)  # now: beside a server at work on the same cores it may take longer than the requests
+        randomize(server.model)  # before the requests: beside a busy server it may take longer than they do
         with ThreadPoolExecutor() as pool:
             flight = pool.submit(generation.generate, [[7]] * 20, LONG)
-            time.sleep(0.05 * (1 + attempt % 5))
+            wait_until(lambda: running(server) == 20 or flight.done())  # noqa: B023
             generation.sync_weights(version="after")
             rollouts = flight.result(120)
         crossing = 0
         for completion in rollouts:
             versions = completion.weight_versions
             assert completion.weight_version == versions[-1][0]
-            if len(versions) == 1:  # it was done, or had not begun
+            if len(versions) == 1:  # it had ended, or had not begun
                 assert versions[0] in (("before", 0, 400), ("after", 0, 400))
                 continue
             (first, start, middle), (second, again, end) = versions
@@ -190,40 +208,41 @@ def test_requests_in_flight_are_kept_and_say_which_weights_sampled_what(server, 
 
 
 def running(server: Any) -> float:
-    """How many requests had a part in the last step."""
+    """The number of requests that the server is running."""
     lines = str(server.call("/metrics")[1]).splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
-def test_the_servers_own_spans_lie_beneath_those_that_were_sent_and_no_others_are_made(server, generation, sink):
+def test_the_servers_spans_are_children_of_the_requests_that_were_sent(server, generation, profiling, sink):
     sink.spans.clear()
-    with generation._profiling.step(1):
+    with profiling.step(1):
         generation.generate([[1, 2, 3]] * 6, Sampling(max_tokens=4), 2)
-    (engine_span,) = sink.named(names.ENGINE_GENERATE)
-    live = {span.span_id: span for span in sink.named(names.REQUEST) if names.REBUILT not in span.attributes}
-    rebuilt = [span for span in sink.named(names.REQUEST) if names.REBUILT in span.attributes]
+    (engine_span,) = sink.named(semconv.ENGINE_GENERATE)
+    live = {span.span_id: span for span in sink.named(semconv.REQUEST) if semconv.REBUILT not in span.attributes}
+    rebuilt = [span for span in sink.named(semconv.REQUEST) if semconv.REBUILT in span.attributes]
     assert len(live) == 2
     assert len(rebuilt) >= 6
 
     def theirs():
         return [span for span in server.collector.spans if span.trace_id.hex() == engine_span.trace_id]
 
-    until = time.monotonic() + 15
-    while len(theirs()) < 2 and time.monotonic() < until:
-        time.sleep(0.1)
-    time.sleep(0.5)  # any more would have come by now
+    # The server exports its spans in order: when that of a later request has arrived, all earlier ones have.
+    trace, parent = "0af7651916cd43dd8448eb211c80319d", "b7ad6b7169203331"
+    body = {"model": server.folder, "prompt": [1], "max_tokens": 1}
+    server.done("/v1/completions", body, headers={"traceparent": f"00-{trace}-{parent}-01"})
+    wait_until(lambda: [span for span in server.collector.spans if span.trace_id.hex() == trace], 15)
     assert sorted(span.parent_span_id.hex() for span in theirs()) == sorted(live)
     for span in theirs():
         own = live[span.parent_span_id.hex()]
         (request_id,) = (pair.value.string_value for pair in span.attributes if pair.key == "gen_ai.request.id")
-        assert request_id.startswith(own.attributes[names.REQUEST_ID])
+        assert request_id.startswith(own.attributes[semconv.REQUEST_ID])
         assert own.start_unix_ns <= span.start_time_unix_nano <= span.end_time_unix_nano <= own.end_unix_ns
 
 
-def test_timing_of_every_completion_adds_up_and_lies_within_the_call(generation, sink):
+def test_the_timing_of_every_completion_adds_up_and_is_within_the_call(generation, sink):
     sink.spans.clear()
     rollouts = generation.generate([[1, 2, 3], [4]], Sampling(max_tokens=6, ignore_eos=True), 4)
-    (span,) = sink.named(names.ENGINE_GENERATE)
+    (span,) = sink.named(semconv.ENGINE_GENERATE)
     for completion in rollouts:
         timing = completion.timing
         assert 0 <= timing.queue < timing.time_to_first_token < timing.e2e
@@ -235,17 +254,17 @@ def test_timing_of_every_completion_adds_up_and_lies_within_the_call(generation,
 
 
 def test_a_prompt_that_only_the_server_can_refuse_does_not_lose_the_others(generation):
-    generation._engine.max_model_length, true = 10_000, generation._engine.max_model_length
+    generation.engine.max_model_length, true = 10_000, generation.engine.max_model_length
     try:
         with pytest.raises(PromptError, match="prompt 1 was refused"):
             generation.generate([[1], [2] * 600, [3]], Sampling(max_tokens=2))
         rollouts = generation.generate([[1], [2] * 600, [3]], Sampling(max_tokens=2), refused="mark")
     finally:
-        generation._engine.max_model_length = true
+        generation.engine.max_model_length = true
     assert [completion.error is not None for completion in rollouts] == [False, True, False]
 
 
-def test_leaving_a_stream_and_an_interrupt_abort_what_is_left_on_the_server(server, generation):
+def test_a_closed_stream_and_an_interrupt_abort_the_requests_on_the_server(server, generation):
     stream = generation.stream([[1]] * 8, Sampling(max_tokens=400))
     next(stream)
     stream.close()
@@ -255,17 +274,15 @@ def test_leaving_a_stream_and_an_interrupt_abort_what_is_left_on_the_server(serv
 
     with pytest.raises(KeyboardInterrupt):
         generation.generate([[5]] * 8, Sampling(max_tokens=30), on_completion=interrupt)
-    until = time.monotonic() + 20
-    while running(server) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not running(server)
+    wait_until(lambda: not running(server), 20)
 
 
-def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
+@pytest.mark.slow
+def test_hundreds_of_tasks_of_which_some_are_cancelled(server, generation):
     short, long = Sampling(max_tokens=8, ignore_eos=True), Sampling(max_tokens=400, ignore_eos=True)
 
     async def main() -> list[Any]:
-        generation.engine.pause("keep")  # nothing is done before it can be given up
+        generation.engine.pause("keep")  # so that no task ends before it is cancelled
         tasks = [
             asyncio.create_task(generation.agenerate([[1 + i % 250, i // 250]], long if i % 3 == 0 else short, 2))
             for i in range(300)
@@ -277,7 +294,7 @@ def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
         finally:
             generation.engine.resume()
         await asyncio.wait(tasks[1::3], return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks[3::6]:  # in the middle of the others, unless they are done
+        for task in tasks[3::6]:  # while others run, unless they have ended
             task.cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -289,13 +306,10 @@ def test_hundreds_of_tasks_of_which_some_are_given_up(server, generation):
         assert found[i].prompt_ids == [[1 + i % 250, i // 250]]
         assert [len(completion.token_ids) for completion in found[i]] == ([400] * 2 if i % 3 == 0 else [8] * 2)
         assert max_logprob_difference(server.model, found[i]) <= 1e-4
-    until = time.monotonic() + 20
-    while running(server) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not running(server)
+    wait_until(lambda: not running(server), 20)
 
 
-def test_sleep_is_the_servers_own_and_weights_arrive_between_the_two_wakings(server, generation):
+def test_sleep_reaches_the_server_and_weights_are_synced_between_the_two_wake_ups(server, generation):
     generation.sleep(2)
     assert generation.state is EngineState.ASLEEP
     assert server.done("/is_sleeping") == {"is_sleeping": True}
@@ -317,23 +331,9 @@ def test_a_pause_outlasts_a_sync(server, generation):
     assert len(generation.generate([[1]], Sampling(max_tokens=2))) == 1
 
 
-def test_a_sync_that_fails_names_the_parameter_and_the_server_and_the_next_brings_it_back(server, generation):
-    source = generation._source
-
-    class Broken:
-        bytes = tensors = 0
-        seconds = 0.0
-
-        def __iter__(self):
-            for name, tensor in source:
-                yield name, tensor[1:] if name == "model.layers.1.self_attn.k_proj.weight" else tensor
-
-    generation._source = Broken()
-    try:
-        with pytest.raises(WeightSyncError, match="k_proj") as caught:
-            generation.sync_weights()
-    finally:
-        generation._source = source
+def test_a_failed_sync_names_the_parameter_and_the_server_and_the_next_one_repairs_it(server, generation, source):
+    with source.changed_by(wrong_shape(K_PROJ)), pytest.raises(WeightSyncError, match="k_proj") as caught:
+        generation.sync_weights()
     assert caught.value.receiver == server.base_url
     assert generation.state is EngineState.FAILED
     generation.sync_weights()
@@ -352,18 +352,41 @@ def test_one_trainer_at_a_time_and_another_may_take_over(server, generation):
         again.sync_weights()
 
 
-def test_without_the_control_key_it_generates_and_says_what_is_missing(server, caplog):
-    with connect(server, control_key=None) as reader:
+def test_the_callers_choice_of_transport_and_bucket_size(server, profiling, sink):
+    for transport, buckets in (("checkpoint", None), (None, 5)):
+        settings = dict(
+            weight_transport=transport,
+            weight_sync=WeightSyncOptions(bucket_bytes=300_000),
+            profiling=profiling,
+            takeover=True,
+        )
+        randomize(server.model)
+        with connect(server, **settings) as generation:
+            generation.sync_weights()
+            assert max_logprob_difference(server.model, generation.generate(WARM, Sampling(max_tokens=8))) <= 1e-4
+        attributes = sink.named(semconv.WEIGHT_SYNC)[-1].attributes
+        assert attributes[semconv.TRANSPORT] == (transport or "shared_memory")
+        assert attributes[semconv.TRANSPORT_REASON] == (
+            "asked for" if transport else "servers with vgen's plugin on this host"
+        )
+        sent = [span.attributes.get(semconv.BUCKETS) for span in sink.named("vgen.weight_sync.transfer")][-1]
+        assert sent is None if buckets is None else sent >= buckets
+
+
+def test_without_the_control_key_it_generates_and_names_what_is_missing(server, caplog):
+    with ServerGeneration(None, base_urls=[server.base_url], api_key=server.api_key) as reader:
         assert len(reader.generate([[1]] * 3, Sampling(max_tokens=2))) == 3
         assert all(completion.timing is not None for completion in reader.generate([[1]], Sampling(max_tokens=2)))
-        with pytest.raises(WeightSyncError, match="control_key"):
-            reader.sync_weights()
+    with connect(server, control_key=None) as trainer:
+        for call in (lambda: trainer.generate([[1]], Sampling(max_tokens=2)), trainer.sync_weights):
+            with pytest.raises(WeightSyncError, match="control_key"):
+                call()
     assert "pass control_key" in caplog.text
 
 
 @pytest.fixture(scope="module")
 def second(server) -> Iterator[ServerProcess]:
-    """Another server in front of the same model, with the same keys."""
+    """A second server of the same model, with the same keys."""
     arguments = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
     arguments += ["--max-logprobs", "20"]
     settings = dict(api_key=server.api_key, control_key=server.control_key, arguments=arguments, timeout=280)
@@ -373,12 +396,13 @@ def second(server) -> Iterator[ServerProcess]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_server_that_is_killed_in_the_middle_loses_nothing_and_comes_back_only_with_the_right_weights(server, caplog):
+def test_a_killed_server_loses_no_completion_and_is_used_again_only_with_the_right_weights(server, caplog):
     sampling, prompts = Sampling(max_tokens=60, ignore_eos=True), [[i, i + 1] for i in range(1, 33)]
     arguments = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]
     settings = dict(api_key=server.api_key, control_key=server.control_key, arguments=arguments, timeout=280)
     with start_server(server.folder, **settings) as second:
-        keys = {"api_key": server.api_key, "control_key": server.control_key, "takeover": True, "timeout": 120.0}
+        keys: dict[str, Any] = {"api_key": server.api_key, "control_key": server.control_key}
+        keys["connection"] = ServerConnection(timeout=120.0, takeover=True)
         with ServerGeneration(server.model, base_urls=[server.base_url, second.url], **keys) as generation:
             randomize(server.model)
             generation.sync_weights(version="1")
@@ -408,20 +432,24 @@ def test_a_server_that_is_killed_in_the_middle_loses_nothing_and_comes_back_only
 @pytest.mark.parametrize("policy", ["round_robin", "consistent_hash"])
 def test_vllms_own_router_in_front_of_two_servers(server, second, policy, caplog):
     pytest.importorskip("vllm_router", reason="vllm-router is not installed: pip install 'vgen[router]'")
-    from routers import vllm_router
+    from helpers.routers import vllm_router
 
     prompts, sampling = [[i, i + 1] for i in range(1, 33)], Sampling(max_tokens=8, ignore_eos=True)
-    keys = {"api_key": server.api_key, "control_key": server.control_key, "timeout": 120.0}
+    keys: dict[str, Any] = {"api_key": server.api_key, "control_key": server.control_key}
+    keys["connection"] = ServerConnection(timeout=120.0)
     urls = [server.base_url, second.url]
     with ServerGeneration(server.model, base_urls=urls, **keys) as direct:
         randomize(server.model)
         direct.sync_weights(version="both")
-        with vllm_router(urls, policy) as url, ServerGeneration(server.model, base_urls=url, **keys) as generation:
+        with vllm_router(urls, policy) as url, ServerGeneration(None, base_urls=url, **keys) as generation:
             assert f"{url} is a router" in caplog.text
             rollouts = generation.generate(prompts, sampling, 2)
             assert [completion.prompt_index for completion in rollouts] == [i for i in range(32) for _ in range(2)]
             assert max_logprob_difference(server.model, rollouts) <= 1e-4
             assert all(completion.timing is not None for completion in rollouts)
-            with pytest.raises(WeightSyncError, match="name the servers behind it"):
-                generation.sync_weights()
+            with (
+                ServerGeneration(server.model, base_urls=url, **keys) as trainer,
+                pytest.raises(WeightSyncError, match="name the servers behind it"),
+            ):
+                trainer.generate(prompts, sampling)
         assert max_logprob_difference(server.model, direct.generate(prompts, sampling)) <= 1e-4

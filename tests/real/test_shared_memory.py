@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from transfers import (
+from helpers.transfers import (
     FAILURE_NAMES,
     FAILURES,
     LAST,
@@ -21,39 +20,41 @@ from transfers import (
     agrees,
     randomize,
     sample,
+    shared_memory,
     synced,
 )
 
 from vgen import WeightSyncError
 from vgen.testing import tiny_model
-from vgen.weights.shared_memory import SharedMemoryTransfer, shared_directory
-from vgen.weights.source import ModuleSource
+from vgen.weights.source.module_source import ModuleSource
+from vgen.weights.transports.shared_memory import SharedMemoryBucket, shared_directory
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
 def as_before(server) -> Iterator[None]:
-    """Whatever happened here, the server has the model's weights afterwards."""
+    """After these tests the server has the model's weights again."""
     yield
-    synced(server, SharedMemoryTransfer(Client(server)))
+    synced(server, shared_memory(Client(server)))
     assert agrees(server)
 
 
 @pytest.mark.parametrize("bucket_bytes", [SMALL, 256 << 20])
 def test_fresh_random_weights_twice_are_the_servers_own(server, bucket_bytes):
-    transfer = SharedMemoryTransfer(Client(server), bucket_bytes=bucket_bytes)
+    transport = shared_memory(Client(server), bucket_bytes=bucket_bytes)
     for version in ("first", "second"):
-        sample(server, WARM)  # into the prefix cache, from the old weights
+        sample(server, WARM)  # fills the prefix cache from the old weights
         randomize(server.model)
         assert not agrees(server)
-        synced(server, transfer, version=version)
+        synced(server, transport, version=version)
         assert agrees(server)
         assert agrees(server)  # warm
         assert agrees(server, [7])
         assert server.done("/weight_info") == {"weight_version": version}
-    assert (transfer.buckets_sent > 10) is (bucket_bytes == SMALL)
-    assert transfer.copy_seconds > 0
-    assert transfer.load_seconds > 0
-    transfer.close()
+    assert (transport.buckets_sent > 10) is (bucket_bytes == SMALL)
+    assert transport.copy_seconds > 0
+    transport.close()
     assert list(shared_directory().iterdir()) == []
 
 
@@ -62,42 +63,41 @@ def test_fresh_random_weights_twice_are_the_servers_own(server, bucket_bytes):
 def test_a_failed_sync_names_its_parameter_and_the_next_one_brings_the_server_back(
     server, change, parameter, says, bucket_bytes
 ):
-    transfer = SharedMemoryTransfer(Client(server), bucket_bytes=bucket_bytes)
+    transport = shared_memory(Client(server), bucket_bytes=bucket_bytes)
     with pytest.raises(WeightSyncError, match=says) as caught:
-        synced(server, transfer, Changed(server.model, change))
+        synced(server, transport, Changed(server.model, change))
     assert caught.value.parameter == parameter
     assert server.done("/vgen/info")["weights"] == "failed"
     status, answer = server.call("/v1/completions", {"model": server.folder, "prompt": [1]})
     assert (status, answer["error"]["type"]) == (503, "vgen_weights")
     assert list(shared_directory().iterdir()) == []
     randomize(server.model)
-    synced(server, transfer)
+    synced(server, transport)
     assert agrees(server)
-    transfer.close()
+    transport.close()
 
 
-def test_an_update_that_a_dead_trainer_left_open_is_ended_by_the_next(server):
+def test_the_next_trainer_ends_the_update_that_a_dead_one_left_open(server):
     client = Client(server)
     server.done("/pause", {})
     client.start_weight_update()
     with pytest.raises(RuntimeError, match="already active"):
         client.start_weight_update()
     assert server.call("/resume", {})[0] == 409  # one scheduler step now would be the engine's last
-    synced(server, SharedMemoryTransfer(client))
+    synced(server, shared_memory(client))
     assert agrees(server)
 
 
 def test_an_update_in_one_call_and_one_that_the_worker_does_not_know(server):
-    """Of the routes that a GPU's resident weights take, all but the weights."""
+    """The routes of the `resident` transport, with buckets in shared memory instead of a GPU's memory."""
     assert server.done("/vgen/pause?mode=abort", {}) == {"status": "paused"}
     assert server.done("/is_paused") == {"is_paused": True}
     status, answer = server.call("/vgen/weights", {"update_info": {"table": "unheard of", "last": True}})
     assert status == 409, answer
+    assert answer["error"]["reason"] == "unknown_handles"
     assert server.done("/vgen/info")["weights"] == "ready"
     randomize(server.model)
-    transfer = SharedMemoryTransfer(Client(server))
-    transfer._buckets = transfer._make()
-    bucket, _ = transfer._buckets
+    bucket = SharedMemoryBucket(shared_directory(), 256 << 20)
     for name, tensor in ModuleSource(server.model):
         bucket.add(name, tensor)
     update = {"path": bucket.path, "tensors": bucket.tensors, "last": True}
@@ -114,14 +114,17 @@ def test_an_update_in_one_call_and_one_that_the_worker_does_not_know(server):
     assert server.done("/vgen/info")["weights"] == "failed"
     assert server.call("/vgen/weights", {"nothing": 1})[0] == 400
     assert server.call("/vgen/pause?mode=never", {})[0] == 400
-    transfer.close()
-    synced(server, SharedMemoryTransfer(Client(server)))
+    bucket.close()
+    Client(server).start_weight_update()  # by a trainer that dies then
+    status, answer = server.call("/vgen/weights", {"update_info": {"table": "unheard of", "last": True}})
+    assert (status, answer["error"]["reason"]) == (500, "update_open")
+    synced(server, shared_memory(Client(server)))
     assert agrees(server)
 
 
 def test_an_update_needs_a_paused_server(server):
     with pytest.raises(WeightSyncError, match="pause the server first"):
-        SharedMemoryTransfer(Client(server)).send(ModuleSource(server.model))
+        shared_memory(Client(server)).replace_weights(ModuleSource(server.model))
     assert agrees(server)
 
 
@@ -134,12 +137,12 @@ def test_the_server_opens_nothing_but_plain_files_in_its_directory(server, tmp_p
     link.symlink_to(secret)
     try:
         for path in (secret, f"{place}/../../{secret}", place / ".." / "other", link, place, "/etc/passwd", ""):
-            with pytest.raises(RuntimeError, match=r"files in|cannot open|plain file"):
+            with pytest.raises(RuntimeError, match=r"files only in|cannot open|plain file"):
                 client.init_weight_transfer_engine({"paths": [str(path)]})
     finally:
         link.unlink()
-    with pytest.raises(WeightSyncError, match="opens files in"):
-        SharedMemoryTransfer(client, directory=tmp_path).send(ModuleSource(server.model))
+    with pytest.raises(WeightSyncError, match="opens files only in"):
+        shared_memory(client, directory=tmp_path).replace_weights(ModuleSource(server.model))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_the_server_opens_nothing_but_plain_files_in_its_directory(server, tmp_p
         (LAST, "load", [4], 0),
     ],
 )
-def test_a_tensor_that_is_not_where_it_is_said_to_be_is_refused(server, described):
+def test_a_tensor_outside_its_bucket_is_refused(server, described):
     client = Client(server)
     place = shared_directory() / "bucket"
     place.write_bytes(bytes(64))
@@ -163,12 +166,12 @@ def test_a_tensor_that_is_not_where_it_is_said_to_be_is_refused(server, describe
             client.update_weights({"path": str(place), "tensors": [described], "last": True})
     finally:
         os.unlink(place)
-    synced(server, SharedMemoryTransfer(client))
+    synced(server, shared_memory(client))
     assert agrees(server)
 
 
 class InProcess:
-    """vLLM's four methods of an engine in this process."""
+    """vLLM's four weight-transfer methods, of an engine in this process."""
 
     def __init__(self, engine: Any) -> None:
         self._llm = engine.llm
@@ -200,22 +203,23 @@ def test_a_tied_model_of_either_dtype_in_this_process(tmp_path, dtype):
         def off() -> float:
             return max_logprob_difference(model, generation.generate([[5, 6, 7]], Sampling(max_tokens=16), 4))
 
-        transfer = SharedMemoryTransfer(InProcess(generation.engine), bucket_bytes=SMALL)
+        off()  # the first generation syncs
+        transport = shared_memory(InProcess(generation.engine), bucket_bytes=SMALL)
         for _ in range(2):
             randomize(model)
             before = off()
-            transfer.send(ModuleSource(model))
+            transport.replace_weights(ModuleSource(model))
             generation.engine.llm.reset_prefix_cache()
             assert off() <= (1e-4 if dtype is torch.float32 else 0.05) < before
 
 
-def test_an_engine_that_keeps_weights_as_they_are_loaded_copies_them_by_its_record(tmp_path, monkeypatch):
+def test_an_engine_that_keeps_the_loaded_layout_uses_the_recorded_copy(tmp_path, monkeypatch):
     import vllm._custom_ops as ops
 
     from vgen import ColocateGeneration, Sampling
     from vgen.demo import max_logprob_difference
-    from vgen.weights import recorded
-    from vgen.weights.mover import copy_together
+    from vgen.weights.load import record_replay
+    from vgen.weights.load.batched_copy import copy_pairs
 
     monkeypatch.setattr(ops, "_supports_onednn", False)  # as on a GPU
     model, _ = tiny_model(tmp_path)
@@ -230,66 +234,36 @@ def test_an_engine_that_keeps_weights_as_they_are_loaded_copies_them_by_its_reco
             (found,) = generation.engine.llm.collective_rpc(lambda worker: worker.weight_transfer_engine.loaded())
             return found["way"]
 
+        off()  # the first generation syncs
         for size in (SMALL, 256 << 20):
-            transfer = SharedMemoryTransfer(InProcess(generation.engine), bucket_bytes=size)
+            transport = shared_memory(InProcess(generation.engine), bucket_bytes=size)
             for verify in (False, True):
                 randomize(model)
-                before, transfer.verify = off(), verify
-                transfer.send(ModuleSource(model))
+                before, transport.verify = off(), verify
+                transport.replace_weights(ModuleSource(model))
                 assert off() <= 1e-4 < before
                 assert way() == "foreach"
             for change, parameter, says in FAILURES:
                 with pytest.raises(WeightSyncError) as caught:
-                    transfer.send(Changed(model, change))
+                    transport.replace_weights(Changed(model, change))
                 assert caught.value.parameter == parameter
                 assert re.search(OF_THE_RECORD.get(says, says), str(caught.value))
                 randomize(model)
-                transfer.send(ModuleSource(model))
+                transport.replace_weights(ModuleSource(model))
                 assert off() <= 1e-4
                 assert way() == "foreach"
-            transfer.close()
+            transport.close()
 
-        transfer = SharedMemoryTransfer(InProcess(generation.engine))
+        transport = shared_memory(InProcess(generation.engine))
         with monkeypatch.context() as patched:
-            patched.setattr(recorded, "copy_together", lambda pairs: copy_together(pairs[:-1]))
+            patched.setattr(record_replay, "copy_pairs", lambda pairs: copy_pairs(pairs[:-1]))
             randomize(model)
-            transfer.send(ModuleSource(model))  # nobody has asked
-            transfer.verify = True
+            transport.replace_weights(ModuleSource(model))  # nobody has asked
+            transport.verify = True
             with pytest.raises(WeightSyncError, match="differs from its source"):
-                transfer.send(ModuleSource(model))
-        transfer.close()
+                transport.replace_weights(ModuleSource(model))
+        transport.close()
 
 
 OF_THE_RECORD = {"does not fit": r"a size of \[271, 128\]", "no module or parameter": "no such tensor"}
-"""What is said instead by a record, which knows beforehand what will come."""
-
-
-def test_it_is_registered_with_both_of_vllms_factories():
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
-
-    from vgen.weights.vllm_plugin import SenderInit, register
-
-    register()
-    register()
-    assert {"vgen_shm", "nccl"} <= WeightTransferEngineFactory._registry.keys()
-
-    class Recorder:
-        def __init__(self) -> None:
-            self.calls: list[str] = []
-
-        def __getattr__(self, call: str) -> Callable:
-            return lambda *_: self.calls.append(call)
-
-    client = Recorder()
-    sender = WeightTransferTrainerFactory.trainer_init(
-        SenderInit(rank=0), client=client, source=[("weight", torch.ones(3))]
-    )
-    sender.send_weights()
-    sender.shutdown()
-    assert client.calls == [
-        "init_weight_transfer_engine",
-        "start_weight_update",
-        "update_weights",
-        "finish_weight_update",
-    ]
-    assert not any(Path(shared_directory()).iterdir())
+"""The recorded copy's messages instead: it compares with the metadata before anything is loaded."""

@@ -1,4 +1,4 @@
-"""`ServerGeneration` in front of a stock vLLM server in development mode, without anything of vgen's in it."""
+"""`ServerGeneration` with a stock vLLM server in development mode, without vgen's plugin."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vgen import EngineError, ProfilingContext, Sampling, ServerError, ServerGeneration, WeightSyncError
+from vgen import (
+    EngineError,
+    ProfilingContext,
+    Sampling,
+    ServerConnection,
+    ServerError,
+    ServerGeneration,
+    WeightSyncError,
+)
 from vgen.demo import max_logprob_difference
-from vgen.engines.base import EngineState
-from vgen.profiling import names
+from vgen.engine_protocol import EngineState
+from vgen.profiling import semconv
 from vgen.testing import MemorySink, stock_server, tiny_model
 
-pytestmark = pytest.mark.slow  # a second server, beside the one that vgen starts
+pytestmark = pytest.mark.slow  # starts a second server
 
 FLAGS = ["--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32"]
 FLAGS += ["--logprobs-mode", "processed_logprobs", "--enable-per-request-metrics", "--enable-prompt-tokens-details"]
@@ -46,7 +54,7 @@ def served(url, folder, sink):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     profiling = ProfilingContext([sink])
-    keys = dict(api_key="the-api-key", processing_class=tokenizer, timeout=120.0)
+    keys = dict(api_key="the-api-key", processing_class=tokenizer, connection=ServerConnection(timeout=120.0))
     with ServerGeneration(model, base_urls=[url], profiling=profiling, **keys) as generation:
         yield generation, model
 
@@ -68,23 +76,25 @@ def test_fresh_random_weights_twice_by_the_servers_own_reload(served, sink):
         assert report.tensors == 27
         rollouts = generation.generate(warm, Sampling(max_tokens=24), 3)
         assert max_logprob_difference(model, rollouts) <= 1e-4
-    phases = [span.name for span in sink.spans if span.parent is not None and span.parent.name == names.WEIGHT_SYNC]
+    phases = [span.name for span in sink.spans if span.parent is not None and span.parent.name == semconv.WEIGHT_SYNC]
     assert phases[:5] == [f"vgen.weight_sync.{name}" for name in ("transfer", "pause", "load", "reset_cache", "resume")]
-    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.PLAN_WAY] == "reload"
+    assert sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.PLAN_WAY] == "reload"
     with pytest.raises(ValueError, match="verify must be one of logprobs, none"):
         generation.sync_weights(verify="bits")
 
 
-def test_vllms_own_engine_is_known_and_needs_a_gpu_on_the_trainers_side(url, served, sink):
+def test_vllms_weight_transfer_engine_needs_a_gpu_on_the_trainers_side(url, served, sink):
     generation, model = served
-    assert generation.engine.peers[0].backend == "nccl"
-    assert sink.named(names.WEIGHT_SYNC)[-1].attributes[names.TRANSPORT] == "checkpoint"
+    assert generation.engine.endpoints[0].backend == "nccl"
+    assert sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.TRANSPORT] == "checkpoint"
     keys = dict(base_urls=url, api_key="the-api-key")
     with pytest.raises(EngineError, match=r"takes no weights by ipc: start it with .*weight-transfer-config"):
         ServerGeneration(model, weight_transport="ipc", **keys)
     with (
         ServerGeneration(model, weight_transport="nccl", **keys) as asked,
-        pytest.raises(WeightSyncError, match="phase 'gather' of trainer: it is not on a GPU, as nccl needs it"),
+        pytest.raises(
+            WeightSyncError, match=r"phase 'transfer' of http.*: the trainer's model is not on a GPU, as nccl needs"
+        ),
     ):
         asked.sync_weights()
     assert max_logprob_difference(model, generation.generate([[1, 2, 3]], Sampling(max_tokens=8))) <= 1e-4
@@ -105,13 +115,15 @@ def test_timing_of_every_completion(served):
 
 def test_one_call_for_a_whole_batch(url, served, folder):
     _, model = served
-    with ServerGeneration(model, base_urls=url, api_key="the-api-key", request_timing=False) as generation:
+    with ServerGeneration(
+        model, base_urls=url, api_key="the-api-key", connection=ServerConnection(request_timing=False)
+    ) as generation:
         rollouts = generation.generate([[i + 1, 5] for i in range(20)], Sampling(max_tokens=5, ignore_eos=True), 2)
     assert max_logprob_difference(model, rollouts) <= 1e-4
     assert [c.timing for c in rollouts] == [None] * 40
 
 
-def test_sampling_means_the_same_as_in_process(served):
+def test_sampling_parameters_mean_the_same_as_in_process(served):
     generation, model = served
     greedy = Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
     (first,) = generation.generate([[1, 2, 3]], greedy)
@@ -139,7 +151,7 @@ def test_sampling_means_the_same_as_in_process(served):
     assert scored[0] == pytest.approx([logits[2 + i, token].item() for i, token in enumerate(ids[3:])], abs=1e-4)
 
 
-def test_a_stream_that_is_left_early_leaves_nothing_behind(served):
+def test_a_stream_that_is_closed_early_leaves_no_request_behind(served):
     generation, model = served
     stream = generation.stream([[1]] * 16, Sampling(max_tokens=200, ignore_eos=True))
     next(stream)
@@ -160,7 +172,7 @@ def test_sleep_is_real_on_the_server(url, served):
 
 
 @pytest.mark.parametrize(("change", "says"), [({"vocab_size": 304}, "vocab_size of 272"), ({}, "embedding_dim of 128")])
-def test_a_server_with_another_model_than_the_trainers_is_said_so(url, tmp_path, change, says):
+def test_a_server_with_another_model_is_an_error_that_says_so(url, tmp_path, change, says):
     model, _ = tiny_model(tmp_path, hidden_size=192, num_attention_heads=6, **change)
     with pytest.raises(EngineError, match=f"{says}, and the trainer's model has .*: start it with the trainer's"):
         ServerGeneration(model, base_urls=url, api_key="the-api-key")

@@ -1,4 +1,4 @@
-"""TRL's own `GRPOTrainer` takes steps with vgen in the place of its generation object."""
+"""TRL's `GRPOTrainer` takes steps with vgen instead of its own generation object."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from types import MappingProxyType
 
 import pytest
 
-from vgen.profiling import ProfilingContext, names
+from vgen import ServerConnection
+from vgen.profiling import ProfilingContext, semconv
 from vgen.testing import MemorySink, tiny_model
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'vgen[trl]'")
 
@@ -20,7 +23,7 @@ ROWS = {"prompt": ["hello", "once upon", "abc", "the end"] * 4}
 
 @contextmanager
 def trained(model, processing_class, folder, monkeypatch, rows=ROWS, ours=MappingProxyType({}), **settings):
-    """A trainer of TRL's after two steps with vgen in the place of its generation object, and all that must be so."""
+    """A TRL trainer after two steps with vgen as its generation object, with the checks that hold for all cases."""
     import trl.trainer.grpo_trainer
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -49,7 +52,7 @@ def trained(model, processing_class, folder, monkeypatch, rows=ROWS, ours=Mappin
         trainer.train()
         logged = [row for row in trainer.state.log_history if "sampling/sampling_logp_difference/max" in row]
         assert len(logged) == 2
-        # TRL's own comparison of the engine's log-probabilities with the trainer's: it had the weights of that step
+        # TRL compares the engine's log-probabilities with the trainer's: the engine had the weights of that step.
         assert max(float(row["sampling/sampling_logp_difference/max"]) for row in logged) < 1e-4
         assert any(not parameter.equal(before[name]) for name, parameter in model.named_parameters())
         yield trainer
@@ -66,9 +69,9 @@ def test_grpo_trainer_takes_two_steps(tmp_path, monkeypatch, sleep):
     settings = {"vllm_mode": "colocate", "vllm_enable_sleep_mode": sleep, "vllm_max_model_length": 256}
     ours = {"profiling": ProfilingContext([sink])}
     with trained(model, tokenizer, tmp_path, monkeypatch, ours=ours, **settings):
-        assert len(sink.named(names.GENERATE)) == 2
-        assert len(sink.named(names.WEIGHT_SYNC)) == 2
-        assert len(sink.named(names.SLEEP)) == (3 if sleep else 0)
+        assert len(sink.named(semconv.GENERATE)) == 2
+        assert len(sink.named(semconv.WEIGHT_SYNC)) == 2
+        assert len(sink.named(semconv.SLEEP)) == (3 if sleep else 0)
 
 
 @pytest.mark.slow
@@ -77,17 +80,17 @@ def test_grpo_trainer_takes_two_steps_with_a_server(server, tmp_path, monkeypatc
 
     model = AutoModelForCausalLM.from_pretrained(server.folder, dtype="auto")
     sink = MemorySink()
-    keys = {"api_key": server.api_key, "control_key": server.control_key, "timeout": 120.0}
+    keys = {"api_key": server.api_key, "control_key": server.control_key, "connection": ServerConnection(timeout=120.0)}
     ours = {"profiling": ProfilingContext([sink]), "server_kwargs": keys}
     settings = {"vllm_mode": "server", "vllm_server_base_url": server.base_url}
     with trained(model, server.tokenizer, tmp_path, monkeypatch, ours=ours, **settings):
-        assert [span.attributes[names.TRANSPORT] for span in sink.named(names.WEIGHT_SYNC)] == ["shared_memory"] * 2
-        assert [span.attributes[names.ENGINE] for span in sink.named(names.GENERATE)] == ["server"] * 2
+        assert [span.attributes[semconv.TRANSPORT] for span in sink.named(semconv.WEIGHT_SYNC)] == ["shared_memory"] * 2
+        assert [span.attributes[semconv.ENGINE] for span in sink.named(semconv.GENERATE)] == ["server"] * 2
 
 
 @pytest.mark.slow
 def test_grpo_trainer_takes_steps_with_images(tmp_path, monkeypatch):
-    """TRL's prompts hold expanded placeholders: expanded once more, the engine's log-probabilities would be others."""
+    """TRL's prompts have expanded placeholders. If they were expanded again, the log-probabilities would differ."""
     import numpy as np
     from PIL import Image
 
@@ -98,7 +101,7 @@ def test_grpo_trainer_takes_steps_with_images(tmp_path, monkeypatch):
     images = [Image.fromarray(random.integers(0, 255, (40, 50, 3), dtype=np.uint8)) for _ in range(4)]
     prompts = [[{"role": "user", "content": text}] for text in ROWS["prompt"][:4]]
     settings = {"vllm_mode": "colocate", "vllm_max_model_length": 256, "num_generations": 2, "max_completion_length": 8}
-    # far from sampling an image's own token, which no vision model can be trained on
+    # small steps, so that the model does not sample image tokens, which it cannot be trained on
     settings["learning_rate"] = 1e-5
     with trained(model, processor, tmp_path, monkeypatch, {"prompt": prompts, "image": images}, **settings):
         pass

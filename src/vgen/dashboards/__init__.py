@@ -1,1 +1,1 @@
-"""What Prometheus, Grafana, Jaeger and W&B need to show vgen, made from `names.py`: `vgen dashboards DIR`."""
+"""The command `vgen dashboards`: configuration for Prometheus, Grafana, Jaeger and W&B, made from `semconv.py`."""

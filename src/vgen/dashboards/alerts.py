@@ -1,26 +1,29 @@
-"""Alerting rules for Prometheus: what should wake somebody, and what to look at then."""
+"""Alert rules for Prometheus: what needs a person, and where that person should look."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..profiling import names
-from ..profiling.records import Instrument
+from ..profiling import semconv
+from ..profiling.measurement import Instrument
 from .promql import label, mean, newly, quantile, rate, series
 
-WINDOW = "10m"
-"""How far back rules look, and so how long an alert about an event stays."""
+WINDOW_SECONDS = 600
+WINDOW = f"{WINDOW_SECONDS // 60}m"
+"""The window that rules look at. An alert about an event stays as long."""
 TAIL_RATIO = 10
-"""How many times as long as the median request the slowest hundredth may take."""
+"""The highest ratio of p99 to p50 of the requests' seconds without an alert."""
 TAIL_SHARE = 0.5
-"""Which part of the engine calls may be spent on waiting for the slowest sequences."""
+"""The highest share of the engine calls' time that may be waiting for the slowest sequences."""
 TAIL_REQUESTS = 100
-"""Requests within the window, below which their p99 is one request and says nothing."""
-
-
+"""The least number of requests in the window: with fewer, the p99 is a single request."""
+DRIFT_NATS = 0.1
+"""The highest mean difference of log-probabilities between engine and trainer without an alert. A quantized engine can
+reach it by rounding alone."""
 LEAK_BYTES = 256 * 2**20
-"""Device memory that sleeping may fail to give back."""
+"""The most device memory in bytes that sleeping may fail to free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +36,16 @@ class Alert:
     description: str
     severity: str = "warning"
     wait: str = "0s"
-    """How long it must be so."""
+    """How long the expression must be true before the alert fires."""
 
 
 _PROCESS = "{{ $labels.job }} {{ $labels.instance }}"
 _BY = ("job",)
 
 
-def alerts() -> tuple[Alert, ...]:
-    """All rules."""
-    return (_stalled(), _failed_sync(), _failed_engine(), _leak(), _tail(), _tail_cost(), _dropped())
-
-
 def rules() -> dict[str, Any]:
-    """The rule file's content."""
-    found = [
+    """The content of the rule file."""
+    rules = [
         {
             "alert": alert.name,
             "expr": alert.expression,
@@ -57,101 +55,85 @@ def rules() -> dict[str, Any]:
         }
         for alert in alerts()
     ]
-    return {"groups": [{"name": "vgen", "rules": found}]}
+    return {"groups": [{"name": "vgen", "rules": rules}]}
 
 
 def _value_of(attribute: str) -> str:
     return "{{ $labels." + label(attribute) + " }}"
 
 
-def _grown(instrument: Instrument, *where: str, part: str = "") -> str:
+def _increased(instrument: Instrument, *where: str, part: str = "") -> str:
     return newly(series(instrument, where, part), WINDOW)
 
 
-_ENGINE = f"{_PROCESS}, engine {_value_of(names.ENGINE_NUMBER)}"
+_ENGINE = f"{_PROCESS}, engine {_value_of(semconv.ENGINE_NUMBER)}"
 
 
-def _stalled() -> Alert:
-    return Alert(
+def alerts() -> Iterator[Alert]:
+    """All rules."""
+    yield Alert(
         "VgenEngineStalled",
-        f"{series(names.STALLED, ())} > 0",
-        f"{_ENGINE}: nothing has come for {{{{ $value | humanizeDuration }}}}",
-        f"A call has had no token, completion or phase. The process's log names the open spans, `{names.STALL}` is "
-        "open in its JSONL record, and `vgen trace RUN --follow` shows where it stands.",
+        f"{series(semconv.STALLED, ())} > 0",
+        f"{_ENGINE}: no progress for {{{{ $value | humanizeDuration }}}}",
+        "A call of the engine produced no token, no completion and no new phase. The log of the process names the open "
+        f"spans. `vgen trace RUN --follow` shows them with the open span `{semconv.STALL}`.",
         "critical",
         wait="1m",
     )
-
-
-def _failed_engine() -> Alert:
-    return Alert(
+    yield Alert(
+        "VgenWeightSyncFailed",
+        _increased(semconv.duration(semconv.WEIGHT_SYNC), f'{label(semconv.ERROR_TYPE)}!=""', part="count"),
+        f"{_PROCESS}: a weight sync failed",
+        f"`{semconv.WEIGHT_SYNC}` ended with {_value_of(semconv.ERROR_TYPE)}. The engine's weights are unknown. It "
+        "generates nothing until a full sync succeeds.",
+        "critical",
+    )
+    yield Alert(
         "VgenEngineFailed",
-        f"{series(names.ENGINE_STATE, ())} == {names.STATES.index('failed')}",
-        f"{_ENGINE}: has failed and refuses to generate",
-        "Its weights are unknown or it broke. A sync that succeeds makes it usable again, where it still runs.",
+        f"{series(semconv.ENGINE_STATE, ())} == {semconv.STATES.index('failed')}",
+        f"{_ENGINE}: the engine failed and refuses to generate",
+        "Its weights are unknown, or the engine stopped. If it still runs, a successful sync makes it usable again.",
         "critical",
         wait="5m",
     )
-
-
-def _leak() -> Alert:
-    return Alert(
+    yield Alert(
         "VgenSleepLeaks",
-        f"{series(names.LEAKED_TOTAL, ())} > {LEAK_BYTES}",
-        f"{_PROCESS}: sleeping leaves {{{{ $value | humanize1024 }}}}B more on the device than at first",
-        f"After sleep level {_value_of(names.SLEEP_LEVEL)}. The trainer will miss it sooner or later. "
-        f"`{names.LEAKED}` on the spans `{names.SLEEP}` says since which step.",
+        f"{series(semconv.LEAKED_TOTAL, ())} > {LEAK_BYTES}",
+        f"{_PROCESS}: sleeping frees {{{{ $value | humanize1024 }}}}B less device memory than the first time",
+        f"At sleep level {_value_of(semconv.SLEEP_LEVEL)}. The trainer may run out of memory. The attribute "
+        f"`{semconv.LEAKED}` of the spans `{semconv.SLEEP}` shows at which step it began.",
     )
-
-
-def _failed_sync() -> Alert:
-    sync = names.duration(names.WEIGHT_SYNC)
-    return Alert(
-        "VgenWeightSyncFailed",
-        _grown(sync, f'{label(names.ERROR_TYPE)}!=""', part="count"),
-        f"{_PROCESS}: a weight sync failed",
-        f"{_value_of(names.ERROR_TYPE)} ended `{names.WEIGHT_SYNC}`. The engine's weights are unknown: nothing is "
-        "generated from it until a full sync succeeds.",
-        "critical",
-    )
-
-
-def _tail() -> Alert:
-    def at(q: float) -> str:
-        return quantile(q, names.REQUEST_E2E, *_BY, where=(), window=WINDOW)
-
-    requests = f"{rate(names.REQUEST_E2E, *_BY, where=(), part='count', window=WINDOW)} * {_seconds(WINDOW)}"
-    return Alert(
+    at = {q: quantile(q, semconv.REQUEST_E2E, *_BY, where=(), window=WINDOW) for q in (0.5, 0.99)}
+    requests = f"{rate(semconv.REQUEST_E2E, *_BY, where=(), part='count', window=WINDOW)} * {WINDOW_SECONDS}"
+    yield Alert(
         "VgenLongTail",
-        f"{at(0.99)} / {at(0.5)} > {TAIL_RATIO} and {requests} >= {TAIL_REQUESTS}",
+        f"{at[0.99]} / {at[0.5]} > {TAIL_RATIO} and {requests} >= {TAIL_REQUESTS}",
         "{{ $labels.job }}: the slowest requests take {{ $value | humanize }} times the median",
-        "p99 over p50 of a request's seconds. `vgen report RUN` names the slowest requests and what they waited for.",
+        "p99 divided by p50 of the requests' seconds. `vgen report RUN` lists the slowest requests.",
         wait=WINDOW,
     )
-
-
-def _tail_cost() -> Alert:
-    request = mean(names.REQUEST_E2E, *_BY, where=(), window=WINDOW)
-    call = mean(names.duration(names.ENGINE_GENERATE), *_BY, where=(), window=WINDOW)
-    return Alert(
+    request = mean(semconv.REQUEST_E2E, *_BY, where=(), window=WINDOW)
+    call = mean(semconv.duration(semconv.ENGINE_GENERATE), *_BY, where=(), window=WINDOW)
+    yield Alert(
         "VgenWaitingForTail",
         f"1 - ({request}) / ({call}) > {TAIL_SHARE}",
-        "{{ $labels.job }}: {{ $value | humanizePercentage }} of the engine's calls is waiting for the slowest",
-        "For that part of a call the average sequence had already ended and the longest had not: the device is idle. "
-        "Shorter limits, more prompts a call, or rollouts that do not wait for the whole batch help.",
+        "{{ $labels.job }}: {{ $value | humanizePercentage }} of the engine calls' time is waiting for the slowest",
+        "In that share of a call the average sequence had ended and the longest still ran: the device is mostly idle. "
+        "Use lower token limits, more prompts in a call, or rollouts that do not wait for the whole batch.",
         wait=WINDOW,
     )
-
-
-def _dropped() -> Alert:
-    return Alert(
-        "VgenTelemetryDropped",
-        _grown(names.DROPPED),
-        f"{_PROCESS}: telemetry was lost",
-        f"{_value_of(names.SINK)} took no more: its backend is slow, full or dead. The work goes on; what the "
-        "dashboards show has holes.",
+    yield Alert(
+        "VgenLogprobsDrift",
+        f"{mean(semconv.DRIFT, *_BY, where=(), window=WINDOW)} > {DRIFT_NATS}",
+        "{{ $labels.job }}: engine and trainer differ by {{ $value | humanize }} nats a token",
+        "The log-probabilities of sampled tokens are not those of the trainer's model: a weight is stale, or the "
+        "engine has another configuration. `generation.verify()` says whether rounding explains it.",
+        wait="1m",
     )
-
-
-def _seconds(window: str) -> int:
-    return int(window[:-1]) * {"s": 1, "m": 60, "h": 3600}[window[-1]]
+    yield Alert(
+        "VgenTelemetryDropped",
+        _increased(semconv.DROPPED),
+        f"{_PROCESS}: telemetry was lost",
+        f"{_value_of(semconv.SINK)} dropped records, because its backend is slow, full or down. Training is not "
+        "affected. The dashboards have gaps.",
+    )

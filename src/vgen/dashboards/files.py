@@ -1,4 +1,4 @@
-"""All files, and the command that writes them."""
+"""All files of `vgen dashboards DIR`, and the code that writes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD = "# Made by `vgen dashboards`.\n"
 
 
 def files() -> dict[str, str]:
-    """The text of each file, by its path in the folder."""
+    """The text of each file, by its path relative to the folder."""
     provisioning = "grafana/provisioning/"
     return {
         stack.COMPOSE: _yaml(stack.compose()),
@@ -35,7 +35,7 @@ def files() -> dict[str, str]:
 
 
 def write(folder: Path) -> int:
-    """Write all of them into `folder`. Returns the exit status."""
+    """Write all files into `folder` and print their paths. Returns the exit status."""
     try:
         for name, text in files().items():
             path = folder / name

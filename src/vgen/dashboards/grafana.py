@@ -1,4 +1,4 @@
-"""The dashboard as Grafana's JSON, by Grafana's own builders."""
+"""The dashboard as Grafana's JSON, made with the builders of Grafana's Foundation SDK."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import MissingExtraError
-from ..profiling import names
+from ..profiling import semconv
 from . import vllm
 from .panels import PROCESS, Panel, dashboard
 from .promql import series
@@ -25,17 +25,17 @@ except ImportError as error:
 
 UID = "vgen"
 JAEGER = "http://localhost:16686"
-"""Where the reader's browser finds Jaeger, unless the dashboard's variable says otherwise."""
+"""The default of the dashboard's variable for Jaeger's address, as the user's browser reaches it."""
 HEIGHT = 8
 _STATE_COLORS = ("green", "blue", "yellow", "orange", "purple", "red", "super-light-blue", "dark-red", "text")
 
 
 def dashboard_json() -> str:
-    """The whole dashboard, as Grafana's provisioning and its import page take it."""
+    """The whole dashboard as JSON text, for Grafana's provisioning or its import page."""
     made = (
         build.Dashboard("vgen: rollouts, weight syncs and sleep")
         .uid(UID)
-        .description("Made by `vgen dashboards` from vgen's list of names: change it there.")
+        .description("Made by `vgen dashboards`. To change it, change vgen's panels and write the files again.")
         .tags(["vgen", "generated"])
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .time("now-1h", "now")
@@ -61,8 +61,8 @@ def _variables() -> list[Any]:
         made.refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(models.VariableSort.ALPHABETICAL_ASC)
         return made.multi(True).include_all(True).all_value(".*") if several else made
 
-    step = series(names.duration(names.STEP), (), part="count")
-    of_run = series(names.duration(names.STEP), ('job="$job"',), part="count")
+    step = series(semconv.duration(semconv.STEP), (), part="count")
+    of_run = series(semconv.duration(semconv.STEP), ('job="$job"',), part="count")
     return [
         build.DatasourceVariable("datasource").label("Prometheus").type("prometheus"),
         query("job", "Run", f"label_values({step}, job)", several=False),
@@ -79,7 +79,7 @@ def _option(value: str) -> models.VariableOption:
 
 _DATASOURCE = kinds.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _RANGE = "start=${__from}000&end=${__to}000&lookback=custom&limit=20"
-"""Jaeger counts microseconds, Grafana milliseconds."""
+"""The time range for Jaeger in microseconds. Grafana's variables are milliseconds, hence the zeros."""
 
 
 def _link(title: str, url: str) -> build.DashboardLink:
@@ -87,7 +87,7 @@ def _link(title: str, url: str) -> build.DashboardLink:
 
 
 def traces(span: str, *, failed: bool = False) -> str:
-    """The address of Jaeger's search for traces with that span in what the dashboard shows."""
+    """The address of a Jaeger search for traces with this span, in the time range that the dashboard shows."""
     tags = "&tags=" + quote(json.dumps({"error": "true"})) if failed else ""
     return f"${{jaeger}}/search?service=${{job}}&operation={quote(span)}{tags}&{_RANGE}"
 
@@ -101,7 +101,7 @@ def _panel(panel: Panel) -> Any:
         target.legend_format(query.legend or "__auto")
         if panel.kind == "heatmap":
             target.format(PromQueryFormat.HEATMAP)
-        # A dot for each traced call: where the metrics come by OTLP, they lead to the very trace.
+        # Exemplars are dots for traced calls. With metrics by OTLP, each dot links to its trace.
         made.with_target(target.exemplar("_bucket{" in query.expression))
     if panel.span is not None:
         title = f"Traces with {'a failed ' if panel.failed else ''}{panel.span}"

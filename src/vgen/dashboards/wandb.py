@@ -1,4 +1,4 @@
-"""A W&B workspace for the runs that `WandbSink` writes to: latency, tail, syncs and memory over the trainer's steps."""
+"""A W&B workspace for runs of `WandbSink`: latency, tail, syncs and memory over the trainer's steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from ..errors import MissingExtraError
-from ..profiling import names
-from ..profiling.records import Instrument
+from ..profiling import semconv
+from ..profiling.measurement import Instrument
 from ..profiling.sinks.wandb import HISTOGRAM, STEP_METRIC, key
 from .panels import REQUEST_PHASES, STEP_PARTS, SYNC_PHASES
 
@@ -19,43 +19,43 @@ except ImportError as error:
 
 
 def workspace(entity: str, project: str) -> workspaces.Workspace:
-    """The workspace, not saved yet. Making it needs no network."""
+    """The workspace, not saved yet. This uses no network."""
     sections = [
         _section(
             "Rollout latency",
-            _line("Generate call", *_of(names.duration(names.GENERATE), "p50", "p90", "max")),
-            _line("Request, end to end", *_of(names.REQUEST_E2E, "p50", "p90", "p99")),
-            _line("Time to first token", *_of(names.REQUEST_TTFT, "p50", "p90", "p99")),
-            _line("Time per output token", *_of(names.REQUEST_TPOT, "p50", "p90", "p99")),
+            _line("Generate call", *_of(semconv.duration(semconv.GENERATE), "p50", "p90", "max")),
+            _line("Request, end to end", *_of(semconv.REQUEST_E2E, "p50", "p90", "p99")),
+            _line("Time to first token", *_of(semconv.REQUEST_TTFT, "p50", "p90", "p99")),
+            _line("Time per output token", *_of(semconv.REQUEST_TPOT, "p50", "p90", "p99")),
             _line("Where a request's time goes", *(_of(phase, "p50")[0] for phase in REQUEST_PHASES)),
-            _line("Tokens per second", key(names.THROUGHPUT.name)),
+            _line("Tokens per second", key(semconv.THROUGHPUT.name)),
         ),
         _section(
             "Tail",
-            _line("Slowest request and median", *_of(names.REQUEST_E2E, "max", "p50")),
-            _line("Longest completion and median", *_of(names.COMPLETION_LENGTH, "max", "p50")),
-            _distributions("Requests by duration", names.REQUEST_E2E),
-            _distributions("Completions by length", names.COMPLETION_LENGTH),
+            _line("Slowest request and median", *_of(semconv.REQUEST_E2E, "max", "p50")),
+            _line("Longest completion and median", *_of(semconv.COMPLETION_LENGTH, "max", "p50")),
+            _distributions("Requests by duration", semconv.REQUEST_E2E),
+            _distributions("Completions by length", semconv.COMPLETION_LENGTH),
         ),
         _section(
             "Weight sync",
-            _line("Weight sync", *_of(names.duration(names.WEIGHT_SYNC), "p50", "max")),
+            _line("Weight sync", *_of(semconv.duration(semconv.WEIGHT_SYNC), "p50", "max")),
             _line("Seconds of its phases", *(_sum(phase) for phase in SYNC_PHASES)),
-            _line("Bytes per second", key(names.SYNC_BANDWIDTH.name)),
-            _line("Bytes", key(names.SYNCED_BYTES.name)),
+            _line("Bytes per second", key(semconv.SYNC_BANDWIDTH.name)),
+            _line("Bytes", key(semconv.SYNCED_BYTES.name)),
         ),
         _section(
             "Sleep and memory",
-            _line("Sleep and wake up", _sum(names.SLEEP), _sum(names.WAKE_UP)),
-            _line("Device memory, given back and taken", key(names.SLEEP_FREED.name), key(names.WAKE_TAKEN.name)),
-            _line("Memory in use", key(names.MEMORY_USED.name), key(names.MEMORY_RESIDENT.name)),
-            _line("Leaked", key(names.LEAKED_TOTAL.name)),
+            _line("Sleep and wake up", _sum(semconv.SLEEP), _sum(semconv.WAKE_UP)),
+            _line("Device memory, freed and allocated", key(semconv.SLEEP_FREED.name), key(semconv.WAKE_TAKEN.name)),
+            _line("Memory in use", key(semconv.MEMORY_USED.name), key(semconv.MEMORY_RESIDENT.name)),
+            _line("Leaked", key(semconv.LEAKED_TOTAL.name)),
         ),
         _section(
             "Steps",
-            _line("Where a step's time goes", _sum(names.STEP), *(_sum(part) for part in STEP_PARTS)),
-            _line("Seconds of stalls", _sum(names.STALL)),
-            _line("Telemetry lost", key(names.DROPPED.name)),
+            _line("Where a step's time goes", _sum(semconv.STEP), *(_sum(part) for part in STEP_PARTS)),
+            _line("Seconds of stalls", _sum(semconv.STALL)),
+            _line("Telemetry lost", key(semconv.DROPPED.name)),
         ),
     ]
     return workspaces.Workspace(
@@ -67,13 +67,8 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
     )
 
 
-def keys(made: workspaces.Workspace) -> set[str]:
-    """Every key of a run's history that the workspace shows, read from what would be sent to W&B."""
-    return set(_keys(made._spec))  # pyright: ignore[reportPrivateUsage]  # it has no public way to be serialised
-
-
 def save(target: str) -> int:
-    """Save the workspace as a new view of `ENTITY/PROJECT`. Returns the exit status."""
+    """Save it as a new workspace of `ENTITY/PROJECT`. Returns the exit status."""
     entity, _, project = target.partition("/")
     if not entity or not project or "/" in project:
         print(f"vgen dashboards: --wandb takes ENTITY/PROJECT, got {target}", file=sys.stderr)
@@ -106,12 +101,4 @@ def _of(histogram: Instrument, *parts: str) -> list[str]:
 
 
 def _sum(span: str) -> str:
-    return _of(names.duration(span), "sum")[0]
-
-
-def _keys(spec: Any) -> list[str]:
-    if isinstance(spec, dict):
-        return [found for value in spec.values() for found in _keys(value)]
-    if isinstance(spec, list):
-        return [found for value in spec for found in _keys(value)]
-    return [spec] if isinstance(spec, str) and spec.startswith(key("")) else []
+    return _of(semconv.duration(span), "sum")[0]

@@ -1,4 +1,4 @@
-"""How much memory an engine has on its device, and how much of it sleep mode gives back."""
+"""How much memory an engine uses on its device, and how much of it sleep mode frees."""
 
 from __future__ import annotations
 
@@ -6,34 +6,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..profiling.device import resident, torchs
+from ..errors import WeightSyncError, error_to_dict
+from ..profiling.device_timing import host_memory, torch_memory
 from ..types import SleepReport
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """Memory at one moment, in bytes: of one process and its device, or of several together."""
+class MemoryReading:
+    """Memory at one moment, in bytes: of one process and its device, or summed over several.
+
+    A server sends the fields by their names (`WorkerMemory.vgen_memory`), so the names are part of its interface.
+    """
 
     free: int = 0
-    """Of the device, by its driver."""
+    """Free memory of the device, by its driver."""
     in_use: int = 0
-    """Of the device, by all processes, without what torch's allocator holds in this one: a trainer may grow."""
+    """Used memory of the device, by all processes, without what this process's torch allocator holds.
+
+    The trainer's own tensors are left out, because they may grow between two readings.
+    """
     resident: int = 0
-    """Of the host, by this process."""
+    """Host memory of this process."""
     awake: Mapping[str, int] = field(default_factory=dict[str, int])
-    """By tag what is on vLLM's list for sleep mode and awake; empty where vLLM keeps none."""
+    """By tag (`weights`, `kv_cache`): device memory that sleep mode can free. Empty if vLLM keeps no list of it."""
     asleep: Mapping[str, int] = field(default_factory=dict[str, int])
+    """By tag: device memory that sleep mode has freed."""
 
     @classmethod
-    def now(cls) -> Reading:
-        """Of this process and its CUDA device."""
+    def now(cls) -> MemoryReading:
+        """Read the memory of this process and its CUDA device."""
         import torch
 
         free, total = torch.cuda.mem_get_info()
-        return cls(free, total - free - torchs()[1], resident(), *_pools())
+        return cls(free, total - free - torch_memory()[1], host_memory(), *_bytes_by_tag())
 
-    def __add__(self, other: Reading) -> Reading:
-        return Reading(
+    def __add__(self, other: MemoryReading) -> MemoryReading:
+        return MemoryReading(
             self.free + other.free,
             self.in_use + other.in_use,
             self.resident + other.resident,
@@ -43,40 +51,56 @@ class Reading:
 
 
 class WorkerMemory:
-    """Gives a server's workers methods for `/collective_rpc`, as vLLM's `--worker-extension-cls`."""
+    """Methods for a server's workers, by vLLM's `--worker-extension-cls`; `/collective_rpc` calls them."""
 
     def vgen_memory(self) -> dict[str, Any]:
-        """The fields of a `Reading`; empty without a CUDA device."""
+        """The fields of a `MemoryReading`; empty without a CUDA device."""
         import torch
 
-        return asdict(Reading.now()) if torch.cuda.is_available() else {}
+        return asdict(MemoryReading.now()) if torch.cuda.is_available() else {}
 
     def vgen_device(self) -> str:
-        """Which GPU this worker has; empty without CUDA."""
+        """The UUID of this worker's GPU; empty without CUDA."""
         import torch
 
-        from ..weights.resident import uuid_of
+        from ..weights.transports.cuda_ipc import uuid_of
 
         return uuid_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ""
 
     def vgen_weights(self) -> dict[str, Any]:
-        """How this worker's weights were last loaded, and why; empty where vgen's engine did not."""
+        """How this worker loaded its last weights, and why; empty if vgen's weight-transfer engine did not do it."""
         loaded = getattr(getattr(self, "weight_transfer_engine", None), "loaded", None)
         return loaded() if loaded is not None else {}
 
+    def vgen_audit(self, forms: list[list[Any]], ties: dict[str, str]) -> dict[str, Any]:
+        """Audit what this worker's loader would do with such tensors: `LoadAudit.report`, or the `error` that came.
 
-def reading_of(workers: Iterable[Any]) -> Reading | None:
-    """All that `vgen_memory` of several workers says together; None where one has no device."""
-    total = Reading()
+        For weights that come by another way than vgen's weight-transfer engine, which audits by itself.
+        """
+        from ..weights.load.load_audit import audit_load
+        from ..weights.transports.buckets import metadata_of_forms
+
+        runner: Any = getattr(self, "model_runner")  # noqa: B009  vLLM's worker has it, which this is mixed into
+        try:
+            audit = audit_load(runner.get_model(), metadata_of_forms(forms), ties, "server")
+            audit.require(ties, "server")
+        except WeightSyncError as error:
+            return {"error": error_to_dict(error)}
+        return audit.report()
+
+
+def sum_of_workers(workers: Iterable[Any]) -> MemoryReading | None:
+    """The sum of what several workers answered to `vgen_memory`; None if one of them has no device."""
+    total = MemoryReading()
     for worker in workers:
         if not worker:
             return None
-        total += Reading(**worker)
+        total += MemoryReading(**worker)
     return total
 
 
-def slept(before: Reading, after: Reading) -> SleepReport:
-    """What falling asleep between two readings has done."""
+def sleep_report(before: MemoryReading, after: MemoryReading) -> SleepReport:
+    """What a sleep between the two readings did."""
     freed = after.free - before.free
     return SleepReport(
         memory_freed=freed > 0,
@@ -87,8 +111,11 @@ def slept(before: Reading, after: Reading) -> SleepReport:
     )
 
 
-def woken(readings: Sequence[Reading], tags: Sequence[str]) -> SleepReport:
-    """What waking has done. With a reading before it and one after each of `tags`, also what each has taken."""
+def wake_report(readings: Sequence[MemoryReading], tags: Sequence[str]) -> SleepReport:
+    """What waking up did, by a reading before it and one after it.
+
+    With a further reading after each tag (`len(tags) + 1` in all) the report also has the memory of each tag.
+    """
     before, after = readings[0], readings[-1]
     steps = zip(tags, readings[:-1], readings[1:], strict=True) if len(readings) == len(tags) + 1 else ()
     return SleepReport(
@@ -100,15 +127,16 @@ def woken(readings: Sequence[Reading], tags: Sequence[str]) -> SleepReport:
     )
 
 
-def _pools() -> tuple[dict[str, int], dict[str, int]]:
+def _bytes_by_tag() -> tuple[dict[str, int], dict[str, int]]:
+    """Awake and sleeping bytes by tag, from vLLM's allocator for sleep mode (`vllm/device_allocator/cumem.py`)."""
     awake, asleep = dict[str, int](), dict[str, int]()
     try:
         from vllm.device_allocator.cumem import CuMemAllocator
 
         allocations: list[Any] = list(CuMemAllocator.get_instance().pointer_to_data.values())
-        for each in allocations:
-            pool = asleep if each.is_asleep else awake
-            pool[each.tag] = pool.get(each.tag, 0) + each.handle[1]
+        for allocation in allocations:
+            sizes = asleep if allocation.is_asleep else awake
+            sizes[allocation.tag] = sizes.get(allocation.tag, 0) + allocation.handle[1]
     except (ImportError, AssertionError, AttributeError):
         return {}, {}
     return awake, asleep

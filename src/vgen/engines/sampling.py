@@ -7,30 +7,25 @@ from typing import Any
 
 from ..types import Sampling
 
+PLAIN_FIELDS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("max_tokens", "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"),
+)
+"""Fields of `Sampling` that vLLM takes unchanged and under the same name, in process and over HTTP."""
+
 
 def sampling_params(sampling: Sampling, seed: int | None) -> Any:
-    """vLLM's `SamplingParams` of one request. Raises `ValueError` or `TypeError` for what makes no sense."""
+    """vLLM's `SamplingParams` for one request. Raises `ValueError` or `TypeError` for values that vLLM refuses."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    kwargs: dict[str, Any] = dict(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        stop=list(sampling.stop) or None,
-        stop_token_ids=list(sampling.stop_token_ids) or None,
-        ignore_eos=sampling.ignore_eos,
-        seed=seed,
-        logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs,
-        detokenize=bool(sampling.stop),
-    )
+    kwargs: dict[str, Any] = {
+        **{name: getattr(sampling, name) for name in PLAIN_FIELDS},
+        "stop": list(sampling.stop) or None,
+        "stop_token_ids": list(sampling.stop_token_ids) or None,
+        "seed": seed,
+        "detokenize": bool(sampling.stop),  # vLLM finds stop strings in the text only
+    }
     if sampling.structured_outputs is not None:
         kwargs["structured_outputs"] = sampling.structured_outputs
     kwargs.update(sampling.extra)
@@ -38,5 +33,5 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
         try:
             kwargs["structured_outputs"] = StructuredOutputsParams(**structured)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Sampling.structured_outputs was refused by vLLM: {error}") from error
+            raise ValueError(f"vLLM refused Sampling.structured_outputs: {error}") from error
     return SamplingParams(**kwargs)

@@ -1,4 +1,4 @@
-"""Images on their way into prompts: out of conversations, and one placeholder for each."""
+"""Images in prompts: takes them out of conversations, and gives prompts one placeholder for each image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..errors import PromptError
 
 
 def take_images(index: int, conversation: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The conversation with bare `{"type": "image"}` parts, as chat templates want it, and its images in order.
+    """The conversation with empty `{"type": "image"}` parts, as chat templates expect it, and its images in order.
 
     An image part holds a `PIL.Image` or a `data:` URI: `{"type": "image", "image": ...}` or
-    `{"type": "image_url", "image_url": {"url": ...}}`; one without either keeps its place for an image that comes
-    otherwise. Nothing is fetched.
+    `{"type": "image_url", "image_url": {"url": ...}}`. A part without an image stands for one that the caller passes
+    in `images`. vgen fetches nothing from the network: other addresses raise `PromptError`.
     """
     messages: list[dict[str, Any]] = []
     images: list[Any] = []
@@ -32,13 +32,13 @@ def take_images(index: int, conversation: Sequence[Mapping[str, Any]]) -> tuple[
                 source = part.get("image", part.get("image_url", part.get("url", part.get("path"))))
                 source = source.get("url") if isinstance(source, Mapping) else source
                 if source is not None:
-                    images.append(_opened(index, source) if isinstance(source, str) else source)
+                    images.append(_decode_data_uri(index, source) if isinstance(source, str) else source)
             content = parts
         messages.append({**message, "content": content} if "content" in message else dict(message))
     return messages, images
 
 
-def _opened(index: int, uri: str) -> Any:
+def _decode_data_uri(index: int, uri: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     head, _, data = uri.partition(",")
@@ -52,8 +52,8 @@ def _opened(index: int, uri: str) -> Any:
     return image
 
 
-def check(index: int, images: Sequence[Any]) -> None:
-    """Raise for what is no image: `PromptError`."""
+def check_images(index: int, images: Sequence[Any]) -> None:
+    """Raise `PromptError` if any of the images is not a `PIL.Image`."""
     if images:
         from PIL.Image import Image
 
@@ -64,22 +64,22 @@ def check(index: int, images: Sequence[Any]) -> None:
 class Placeholders:
     """Brings prompts into the form that engines take: one placeholder token for each image.
 
-    A processor's own `input_ids` hold each placeholder expanded, to a token for every feature of the image and marks
-    around them. An engine would expand the first of these again without a word. What an image expands to is worked
-    out once.
+    The `input_ids` of a processor hold each placeholder expanded: one token for every feature of the image, with marks
+    around them. vLLM would silently expand the first of these tokens once more. So this replaces each expansion by the
+    placeholder. It computes the expansion of an image only once.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._token: int | None = getattr(processor, "image_token_id", None)
-        self._once: bool | None = None
+        self._single_token: bool | None = None
         self._expansions: dict[int, tuple[Any, list[tuple[list[int], list[int]]]]] = {}
 
     def one_each(self, index: int, ids: list[int], images: Sequence[Any]) -> list[int]:
-        """`ids` with one placeholder for each image, in order. Raises `PromptError` where they do not match."""
+        """`ids` with one placeholder for each image, in order. Raises `PromptError` if they do not match the images."""
         count = 0 if self._token is None else ids.count(self._token)
-        # None: what the processor knows may not be what the engine looks for.
-        if count == 0 or (count == len(images) and not self._kept_in_expansion()):
+        # With no placeholder at all vgen cannot judge: the engine may look for another token than the processor names.
+        if count == 0 or (count == len(images) and not self._expands_to_single_token()):
             return ids
         collapsed = self._collapsed(ids, images) if images else None
         if collapsed is None and count != len(images):
@@ -89,34 +89,35 @@ class Placeholders:
         return ids if collapsed is None else collapsed
 
     def _collapsed(self, ids: list[int], images: Sequence[Any]) -> list[int] | None:
-        """`ids` with what each image expands to made its placeholder again; None where they hold something else."""
+        """`ids` with a placeholder in the place of each image's expansion; None if they hold other image tokens."""
         collapsed: list[int] = []
         start = 0
         for image in images:
-            found = [(at, *pair) for pair in self._expanded(image) if (at := _find(ids, pair[1], start)) is not None]
-            if not found:
+            matches = [(at, *pair) for pair in self._expanded(image) if (at := _find(ids, pair[1], start)) is not None]
+            if not matches:
                 return None
-            at, placeholder, expanded = min(found)
+            at, placeholder, expanded = min(matches)
             collapsed += ids[start:at] + placeholder
             start = at + len(expanded)
         return None if self._token in ids[start:] else collapsed + ids[start:]
 
-    def _kept_in_expansion(self) -> bool:
-        """Whether an expanded placeholder holds the token once, among others: then counting it tells nothing."""
-        if self._once is None:
+    def _expands_to_single_token(self) -> bool:
+        """Whether an expansion holds the image token once, among other tokens. Then their count says nothing about
+        whether the prompt is expanded."""
+        if self._single_token is None:
             from PIL import Image
 
             pairs = self._expand(Image.new("RGB", (64, 64)))
-            self._once = any(len(ids) > 1 and ids.count(self._token or 0) == 1 for _, ids in pairs)
-        return self._once
+            self._single_token = any(len(ids) > 1 and ids.count(self._token or 0) == 1 for _, ids in pairs)
+        return self._single_token
 
     def _expanded(self, image: Any) -> list[tuple[list[int], list[int]]]:
-        """A placeholder's tokens and what the processor makes of them, for each way to write one."""
-        kept = self._expansions.get(id(image))
-        if kept is None:
-            # The image is kept, or another could get its id.
-            kept = self._expansions[id(image)] = image, list(self._expand(image))
-        return kept[1]
+        """The tokens of a placeholder and of its expansion, for each way in which this processor writes one."""
+        cached = self._expansions.get(id(image))
+        if cached is None:
+            # Holds the image too, because the id of an image that is freed may go to another one.
+            cached = self._expansions[id(image)] = image, list(self._expand(image))
+        return cached[1]
 
     def _expand(self, image: Any) -> Iterator[tuple[list[int], list[int]]]:
         processor = self._processor
@@ -124,13 +125,13 @@ class Placeholders:
             if isinstance(text := getattr(processor, name, None), str):
                 try:
                     expanded = processor(text=[text], images=[image], add_special_tokens=False)["input_ids"][0]
-                except Exception:  # not what this processor writes for an image
+                except Exception:  # This processor does not write images in this way.
                     continue
                 yield list(processor.tokenizer(text, add_special_tokens=False)["input_ids"]), list(map(int, expanded))
 
 
 def _find(ids: list[int], wanted: list[int], start: int) -> int | None:
-    """Where `wanted` begins in `ids`, from `start` on."""
+    """The first index, from `start` on, at which `ids` holds `wanted`."""
     while wanted:
         try:
             start = ids.index(wanted[0], start)

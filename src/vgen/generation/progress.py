@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for calls that take long."""
+"""A progress bar on standard error, for long calls."""
 
 from __future__ import annotations
 
@@ -8,25 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 QUIET_SECONDS = 2.0
-"""A call that is over by then shows nothing."""
+"""A call shows no bar before it has taken this long."""
 
 
 @contextmanager
 def progress_bar(total: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Yields what is to be called with the tokens of each completion. Nothing is shown outside a terminal."""
+    """Yields a function to call with the token count of each completion. Shows nothing if stderr is no terminal."""
     if not enabled or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("generate"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), rate)
     progress, start, tokens = Progress(*columns, console=Console(stderr=True), transient=True), time.monotonic(), 0
     task, shown = progress.add_task("", total=total, rate=""), False
 

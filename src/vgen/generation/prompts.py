@@ -1,23 +1,22 @@
-"""Prompts as an engine takes them."""
+"""Prompts as token ids that the engine accepts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..engines.base import Engine
+from ..engine_protocol import Engine
 from ..errors import PromptError
 from ..types import Prompt
-from .images import Placeholders
-from .images import check as check_images
+from .images import Placeholders, check_images
 
 
 class Encoder:
-    """Makes token ids of prompts, and refuses those that the engine could not take.
+    """Encodes prompts, and refuses those that the engine could not take.
 
     Args:
-        engine: Whose lengths and vocabulary count.
-        processing_class: A tokenizer or processor, for prompts given as text; None where there are none.
+        engine: Its maximum length and vocabulary are the limits.
+        processing_class: A tokenizer or processor for prompts given as text, or None.
     """
 
     def __init__(self, engine: Engine, processing_class: Any) -> None:
@@ -25,11 +24,11 @@ class Encoder:
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of these tokens; without a tokenizer the numbers."""
+        """The text of these tokens; without a tokenizer, their ids."""
         return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
 
     def ids(self, index: int, prompt: Prompt | PromptError) -> list[int]:
-        """The token ids of a prompt, unchecked. One that was refused before it came here is raised."""
+        """The token ids of the prompt with that index, not checked. A `PromptError` in its place is raised."""
         if isinstance(prompt, PromptError):
             raise prompt
         if not isinstance(prompt, str):
@@ -39,22 +38,27 @@ class Encoder:
         return list(self._tokenizer(prompt)["input_ids"])
 
     def encode(
-        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any] | None] | None
+        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]]
     ) -> tuple[list[list[int]], list[list[int]], dict[int, PromptError]]:
-        """The prompts as token ids, as the engine takes them, and what it could not take, by their place."""
+        """Encode prompts with their images (one sequence for each prompt).
+
+        Returns the token ids of each prompt, the token ids as the engine takes them (one placeholder for each image),
+        and the errors of refused prompts by index. A refused prompt has no token ids.
+        """
         placeholders = Placeholders(self._processor)
-        encoded: list[list[int]] = [[] for _ in prompts]
-        placed, errors = list(encoded), dict[int, PromptError]()
+        prompt_ids, engine_ids, errors = list[list[int]](), list[list[int]](), dict[int, PromptError]()
         for index, prompt in enumerate(prompts):
             try:
-                encoded[index] = self.ids(index, prompt)
-                self._check(index, encoded[index])
-                own = (images[index] or ()) if images is not None else ()
-                check_images(index, own)
-                placed[index] = placeholders.one_each(index, encoded[index], own)
+                ids = self.ids(index, prompt)
+                self._check(index, ids)
+                check_images(index, images[index])
+                for_engine = placeholders.one_each(index, ids, images[index])
             except PromptError as error:
                 errors[index] = error
-        return encoded, placed, errors
+                ids, for_engine = [], []
+            prompt_ids.append(ids)
+            engine_ids.append(for_engine)
+        return prompt_ids, engine_ids, errors
 
     def _check(self, index: int, ids: Sequence[int]) -> None:
         limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size

@@ -1,1 +1,1 @@
-"""The one place where other trainers' own shapes live."""
+"""Adapters to other trainers: one module for each, and the only place in vgen that names one."""

@@ -1,13 +1,15 @@
-"""vgen in the shape of TRL's own generation object, for TRL 1.16's trainers.
+"""vgen in the place of TRL's own generation object, for the trainers of TRL 1.16.
 
-from functools import partial
-import trl.trainer.grpo_trainer
-from vgen.integrations.trl import TRLGeneration
+Before the trainer is constructed, replace the class that it uses:
 
-trl.trainer.grpo_trainer.VLLMGeneration = partial(TRLGeneration, profiling=profiling)
-GRPOTrainer(..., args=GRPOConfig(use_vllm=True, vllm_mode="colocate", ...))
+    import functools
+    import trl.trainer.grpo_trainer
+    from vgen.integrations.trl import TRLGeneration
 
-With `vllm_mode="server"` it generates with a server that `vgen serve` has started.
+    trl.trainer.grpo_trainer.VLLMGeneration = functools.partial(TRLGeneration, profiling=profiling)
+
+TRL's own settings apply: `GRPOConfig(use_vllm=True, vllm_mode="colocate", ...)`, or `vllm_mode="server"` for a server
+that `vgen serve` started.
 """
 
 from __future__ import annotations
@@ -18,29 +20,37 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any, TypeAlias
 
-from ..engines.base import EngineState
+from ..engine_protocol import EngineState
 from ..errors import ServerError
-from ..generation import ColocateGeneration, ServerGeneration
-from ..generation.base import Generation
+from ..generation import ColocateGeneration, Generation, ServerGeneration
 from ..profiling import ProfilingContext
 from ..types import Sampling
 
 Generated: TypeAlias = (
     "tuple[list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None]"
 )
+"""Prompt ids, completion ids, log-probabilities, and the token ids that these belong to."""
 
-_FIELDS = frozenset(field.name for field in fields(Sampling)) - {"extra"}
+_SAMPLING_FIELDS = frozenset(field.name for field in fields(Sampling)) - {"extra"}
 
 
 class TRLGeneration:
-    """Takes the arguments of TRL 1.16's `VLLMGeneration`, has its methods, and generates through vgen.
+    """Has the arguments and methods of TRL 1.16's `VLLMGeneration`, and generates through vgen.
 
-    With sleep mode the engine sleeps (level 2) between calls of `generate`, as TRL's own does; what
-    `sync_weights` has not brought back by then is restored before the first token.
+    With `enable_sleep_mode` the engine sleeps (level 2) between two calls of `generate`, like TRL's own. If
+    `sync_weights` was not called before the next `generate`, vgen restores the weights before the first token.
 
-    In server mode `server_timeout` is how many seconds are waited for the server to be up, as in TRL, and
-    `group_port` is without meaning: weights travel by the transports that the server and the trainer share. What
-    `ServerGeneration` takes besides, such as `control_key` or `timeout`, goes into `server_kwargs`.
+    In server mode the constructor waits up to `server_timeout` seconds for the server to start, like TRL. `group_port`
+    has no effect, because vgen chooses how weights travel to the server.
+
+    Args:
+        profiling: Receives spans and measurements. By default nothing is recorded.
+        engine_kwargs: Further arguments of `vllm.LLM`, in colocate mode.
+        server_kwargs: Further arguments of `ServerGeneration`, in server mode, such as `control_key` or `connection`.
+
+    Raises:
+        ValueError: `mode` is neither `colocate` nor `server`.
+        ServerError: No server answered within `server_timeout` seconds.
     """
 
     def __init__(
@@ -77,8 +87,8 @@ class TRLGeneration:
     ) -> None:
         if mode not in ("colocate", "server"):
             raise ValueError(f"vllm_mode must be 'colocate' or 'server', got {mode!r}")
-        more = dict(generation_kwargs or {})
-        own: dict[str, Any] = dict(
+        extra = dict(generation_kwargs or {})
+        sampling: dict[str, Any] = dict(
             repetition_penalty=repetition_penalty,
             temperature=temperature,
             top_p=top_p,
@@ -87,8 +97,8 @@ class TRLGeneration:
             max_tokens=max_completion_length,
             logprobs=logprobs,
         )
-        own |= {name: more.pop(name) for name in list(more) if name in _FIELDS}
-        self._sampling = Sampling(**own, extra=more)
+        sampling |= {name: extra.pop(name) for name in list(extra) if name in _SAMPLING_FIELDS}
+        self._sampling = Sampling(**sampling, extra=extra)
         self._sleep = enable_sleep_mode and mode == "colocate"
         shared: dict[str, Any] = dict(
             processing_class=processing_class, structured_outputs_regex=structured_outputs_regex, profiling=profiling
@@ -96,12 +106,11 @@ class TRLGeneration:
         self.generation: Generation
         if mode == "server":
             url = server_base_url or f"http://{server_host}:{server_port}"
-            keys = dict(server_kwargs or {})
-            self.generation = _when_up(
-                lambda: ServerGeneration(model, accelerator=accelerator, base_urls=[url], **shared | keys),
-                server_timeout,
+            options = shared | dict(server_kwargs or {})
+            self.generation = _retry_until_up(
+                lambda: ServerGeneration(model, accelerator=accelerator, base_urls=[url], **options), server_timeout
             )
-            self.vllm_client = _Client(url, keys.get("api_key"), keys.get("control_key"))
+            self.vllm_client = _Client(url, options.get("api_key"), options.get("control_key"))
         else:
             self.generation = ColocateGeneration(
                 model,
@@ -110,10 +119,9 @@ class TRLGeneration:
                 gpu_memory_utilization=gpu_memory_utilization,
                 max_model_length=max_model_length,
                 max_num_seqs=max_num_seqs,
-                model_impl=model_impl,
                 enable_sleep_mode=enable_sleep_mode,
-                trust_remote_code=trust_remote_code,
-                engine_kwargs=engine_kwargs,
+                engine_kwargs=dict(model_impl=model_impl, trust_remote_code=trust_remote_code)
+                | dict(engine_kwargs or {}),
                 **shared,
             )
         if self._sleep:
@@ -122,11 +130,11 @@ class TRLGeneration:
 
     @property
     def llm(self) -> Any:
-        """The `vllm.LLM`, whose `max_model_len` TRL's trainers read in colocate mode."""
+        """The `vllm.LLM`. TRL's trainers read its `max_model_len` in colocate mode."""
         return self.generation.engine.llm
 
     def sync_weights(self) -> None:
-        """Bring the model's weights into the engine."""
+        """Replace the engine's weights by those of the trainer's model. A sleeping engine wakes up for that."""
         if self.generation.state is EngineState.ASLEEP:
             self.generation.wake_up(["weights"])
         self.generation.sync_weights()
@@ -138,11 +146,11 @@ class TRLGeneration:
         num_generations: int,
         profiler: AbstractContextManager[Any] | None = None,
     ) -> Generated:
-        """One completion for each prompt: TRL has already repeated every prompt `num_generations` times.
+        """Sample one completion of each prompt, because TRL has repeated every prompt `num_generations` times already.
 
-        `images` are each prompt's, or None; the prompts may hold their placeholders as TRL's processors write them.
-        Returns prompt ids, completion ids, log-probabilities of shape (sequences, tokens, alternatives) with the
-        likeliest first, and the token ids of those alternatives.
+        `images` holds a list for each prompt, or is None. Prompts may hold image placeholders as TRL's processors
+        expand them. Returns prompt ids, completion ids, log-probabilities of shape (sequences, tokens, alternatives),
+        likeliest first, and the token ids of the alternatives in the same shape.
         """
         if self.generation.state is EngineState.ASLEEP:
             self.generation.wake_up()
@@ -163,30 +171,30 @@ class TRLGeneration:
         return rollouts.prompt_ids, completion_ids, logprobs, token_ids
 
 
-def _when_up(build: Callable[[], ServerGeneration], seconds: float) -> ServerGeneration:
-    """What `build` returns, tried again for so long while nothing answers."""
-    until = time.monotonic() + seconds
+def _retry_until_up(build: Callable[[], ServerGeneration], seconds: float) -> ServerGeneration:
+    """Call `build` until a server answers, for at most that many seconds."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return build()
         except ServerError as error:
-            if error.status is not None or time.monotonic() > until:
+            if error.status is not None or time.monotonic() > deadline:
                 raise
         time.sleep(min(1.0, seconds))
 
 
 class _Client:
-    """What TRL's trainers ask of TRL's own client."""
+    """The part of TRL's own client that TRL's trainers use."""
 
     def __init__(self, url: str, api_key: str | None, control_key: str | None) -> None:
         self._url, self._api_key, self._control_key = url, api_key, control_key
 
     def get_server_info(self) -> dict[str, Any]:
-        """The server's configuration, as vLLM's `/server_info` gives it. Raises `ServerError`."""
-        from ..engines.http import Loop, Server
+        """The server's configuration from vLLM's `/server_info`. Raises `ServerError`."""
+        from ..engines.client.http import EventLoopThread, HttpClient
 
-        server = Server(self._url, api_key=self._api_key, control_key=self._control_key, timeout=60.0)
-        loop = Loop()
+        server = HttpClient(self._url, api_key=self._api_key, control_key=self._control_key, timeout=60.0)
+        loop = EventLoopThread()
         try:
             return loop.run(server.get("/server_info?config_format=json"))["vllm_config"]
         finally:

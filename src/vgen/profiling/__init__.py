@@ -1,7 +1,24 @@
-"""Spans, measurements and their sinks. Knows nothing of torch, vLLM, OpenTelemetry or W&B."""
+"""Spans, measurements and their sinks. Imports no torch, vLLM, OpenTelemetry or W&B."""
 
-from . import names
+from . import semconv
+from .aggregation import Row
+from .content_capture import ContentCapture
 from .context import ProfilingContext
-from .records import Event, Instrument, Link, Measurement, Sink, Span, Step
+from .device_timing import DeviceTimer
+from .measurement import Instrument, Measurement
+from .span_model import Event, Link, Sink, Span, Step
 
-__all__ = ["Event", "Instrument", "Link", "Measurement", "ProfilingContext", "Sink", "Span", "Step", "names"]
+__all__ = [
+    "ContentCapture",
+    "DeviceTimer",
+    "Event",
+    "Instrument",
+    "Link",
+    "Measurement",
+    "ProfilingContext",
+    "Row",
+    "Sink",
+    "Span",
+    "Step",
+    "semconv",
+]

@@ -1,4 +1,4 @@
-"""The profiling context: what generation classes are given, and what a trainer opens its steps with."""
+"""The profiling context: the caller passes it to generation classes, and opens its own steps and spans with it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from typing import Any
 
-from . import names
-from .carrier import Remote, pack, unpack
-from .content import ContentCapture
-from .core import CLOSE_TIMEOUT, NO_SPAN, Core, Observed
-from .delivery import losses, tell_all
-from .records import Attributes, Instrument, Sink, Span, numeric, plain
-from .sketch import Row
-from .spans import F, NoMaker, SpanMaker, StepMaker, is_async, refuse_generator
+from . import semconv
+from .aggregation import Row
+from .content_capture import ContentCapture
+from .measurement import Attributes, Instrument
+from .propagation import pack, unpack
+from .sink_pipeline import flush_or_close_all, lost_records
+from .span_model import Sink, Span
+from .span_scope import DisabledScope, F, SpanScope, StepScope, is_async, refuse_generator
+from .tracer import CLOSE_TIMEOUT, NO_SPAN, ObservedGauge, Tracer
+from .value_conversion import numeric, plain
 
 
 class ProfilingContext:
-    """Opens spans and takes measurements; aggregates them by step; hands them to the sinks it was given.
+    """Opens spans and takes measurements, aggregates them by step, and passes them to the sinks.
 
-    It is immutable: `bind` returns a copy with more attributes. Copies share sinks, the open span and
-    the run's aggregates, so what a generation object records nests beneath the step that the trainer
-    opened on its own copy. Contexts that were constructed apart share nothing.
+    A context is immutable: `bind` returns a copy with more attributes. Copies share the sinks, the open span and the
+    aggregates of the run. So a generation object's spans become children of the step that the trainer opened on its
+    own copy. Contexts that were constructed separately share nothing.
 
-    `parent` is another process's `carrier()`: what is opened here with no span of this process around it
-    lies beneath that one's open span. Pickled, a context arrives as one without sinks, with the same
-    attributes and beneath the span that was open; a fork shares the sinks, each child with files of its own.
+    Pickling a context gives one without sinks, with the same attributes, whose root spans are children of the span
+    that was open. A fork shares the sinks; each child process writes its own files.
 
-    Prompts, completions and what exceptions say are recorded only where `capture` is given.
+    Args:
+        sinks: Receive the records. At most one of them may assign span IDs, as `OTelSink` does.
+        attributes: On all spans and measurements of this context.
+        parent: The `carrier()` of another process. Its open span becomes the parent of this context's root spans.
+        capture: Allows prompts, completions and exception messages to be recorded. By default none of them is.
 
+    Example:
         profiling = ProfilingContext([JsonlSink("runs/a")], {"vgen.rank": 0})
         with profiling.step(7) as row:
             with profiling.span("reward") as span:
@@ -40,7 +46,7 @@ class ProfilingContext:
         log(row.summary())     # {"reward.duration.sum": 0.0012, ...}
     """
 
-    __slots__ = ("_attributes", "_core")
+    __slots__ = ("_attributes", "_tracer")
 
     def __init__(
         self,
@@ -50,67 +56,71 @@ class ProfilingContext:
         parent: Mapping[str, str] | None = None,
         capture: ContentCapture | None = None,
     ) -> None:
-        self._core: Core | None = Core(tuple(sinks), unpack(parent), capture)
+        self._tracer: Tracer | None = Tracer(tuple(sinks), unpack(parent), capture)
         self._attributes = plain(dict(attributes or {}))
 
     @classmethod
     def disabled(cls) -> ProfilingContext:
-        """The context that does nothing, at about the cost of an empty context manager."""
+        """Return the context that records nothing. It costs about as much as an empty context manager."""
         return _DISABLED
 
     @property
     def enabled(self) -> bool:
-        """False for the disabled context: skip what is only computed to be recorded."""
-        return self._core is not None
+        """False for the disabled context: then skip what would be computed only to be recorded."""
+        return self._tracer is not None
 
     @property
     def capture(self) -> ContentCapture | None:
-        """How content may be recorded; None, as it is by default, when it may not."""
-        return self._core.capture if self._core is not None else None
+        """How content may be recorded; None (the default) if it may not."""
+        return self._tracer.capture if self._tracer is not None else None
 
     def bind(self, attributes: Attributes | None = None, /, **more: Any) -> ProfilingContext:
-        """A copy whose spans and measurements carry these attributes too."""
-        if self._core is None:
+        """Return a copy whose spans and measurements also have these attributes."""
+        if self._tracer is None:
             return self
-        return self._copy(self._core, {**self._attributes, **plain({**(attributes or {}), **more})})
+        return self._copy(self._tracer, {**self._attributes, **plain({**(attributes or {}), **more})})
 
-    def span(self, name: str, attributes: Attributes | None = None, /, **more: Any) -> SpanMaker:
-        """A span: `with` (or `async with`) yields its `Span`; as a decorator it times every call.
+    def span(self, name: str, attributes: Attributes | None = None, /, **more: Any) -> SpanScope:
+        """Open a span: `with` and `async with` yield its `Span`; as a decorator, each call of the function is a span.
 
-        An exception marks the span with its type and goes on. Names with dots go into the dict.
+        If an exception ends the span, its type is recorded and the exception goes on. Pass attribute names that have
+        dots in the dict.
         """
-        if self._core is None:
-            return _OFF
-        return SpanMaker(self._core, self._attributes, name, {**attributes, **more} if attributes else more)
+        if self._tracer is None:
+            return _DISABLED_SCOPE
+        return SpanScope(self._tracer, self._attributes, name, {**attributes, **more} if attributes else more)
 
-    def step(self, number: int, attributes: Attributes | None = None, /, **more: Any) -> StepMaker:
-        """The span of one training step: the root of a trace, linked to the step before it.
+    def step(self, number: int, attributes: Attributes | None = None, /, **more: Any) -> StepScope:
+        """Open the span of one training step: the root of a new trace, with a link to the step before.
 
-        Where a span is already open, it is that span's child. Its end closes the row: `summary()` is
-        fixed, sinks write theirs. A value belongs to the innermost step it is measured in, and one that
-        comes after the end to the run alone.
+        If a span is already open, the step becomes its child instead. At its end the row closes: `summary()` is
+        final and sinks write the row. A value belongs to the innermost step that was open when it was measured; a
+        value that arrives after that step's end belongs only to the run.
         """
-        if self._core is None:
-            return _OFF
-        own = {**(attributes or {}), **more, names.STEP_NUMBER: int(number)}
-        return StepMaker(self._core, self._attributes, names.STEP, own)
+        if self._tracer is None:
+            return _DISABLED_SCOPE
+        step_attributes = {**(attributes or {}), **more, semconv.STEP_NUMBER: int(number)}
+        return StepScope(self._tracer, self._attributes, semconv.STEP, step_attributes)
 
     def record(self, instrument: Instrument, value: float, **attributes: Any) -> None:
-        """One value of a counter, gauge or histogram."""
-        if self._core is not None:
+        """Record one value of a counter, gauge or histogram."""
+        if self._tracer is not None:
             values = (value,) if type(value) is float else numeric(instrument, (value,))
-            self._core.measure(instrument, values, self._attributes, attributes)
+            self._tracer.measure(instrument, values, self._attributes, attributes)
 
     def record_many(self, instrument: Instrument, values: Iterable[float], **attributes: Any) -> None:
-        """Values that belong together, in one record: a reply's thousand requests."""
-        if self._core is not None and (kept := numeric(instrument, values)):
-            self._core.measure(instrument, kept, self._attributes, attributes)
+        """Record values that belong together, such as those of a reply's thousand requests, as one record."""
+        if self._tracer is not None and (converted := numeric(instrument, values)):
+            self._tracer.measure(instrument, converted, self._attributes, attributes)
 
     def observe(self, instrument: Instrument, callback: Callable[[], float]) -> None:
-        """Ask `callback` for the gauge's value whenever a step ends. Bound methods are held weakly."""
-        if self._core is not None:
-            held = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
-            self._core.observe(Observed(instrument, held, self._attributes))
+        """Register a gauge: `callback` returns its value, and bound methods are referenced weakly.
+
+        It is called at the end of each step, and whenever a sink such as `OTelSink` reads it.
+        """
+        if self._tracer is not None:
+            reference = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
+            self._tracer.observe(ObservedGauge(instrument, reference, self._attributes))
 
     def rebuilt(
         self,
@@ -122,14 +132,14 @@ class ProfilingContext:
         parent: Span | None = None,
         error: str | None = None,
     ) -> Span:
-        """A span made after the fact, from timings of `time.monotonic_ns`'s clock, marked as such.
+        """Record a span afterwards, from `time.monotonic_ns` timings; it is marked with `vgen.rebuilt`.
 
-        It lies beneath `parent`, or beneath the open span.
+        It becomes a child of `parent`, by default of the open span.
         """
-        if self._core is None:
-            return NO_SPAN
-        own = {**(attributes or {}), names.REBUILT: True}
-        return self._core.rebuild(self._attributes, name, start_ns, end_ns, own, parent, error)
+        attributes = {**(attributes or {}), semconv.REBUILT: True}
+        span = self.detached(name, attributes, parent=parent, start_ns=start_ns)
+        self.finish(span, error, end_ns=end_ns)
+        return span
 
     def detached(
         self,
@@ -140,84 +150,85 @@ class ProfilingContext:
         parent: Span | None = None,
         start_ns: int | None = None,
     ) -> Span:
-        """A span that others do not nest under: it begins now, here, and `finish` ends it, on whatever thread.
+        """Open a span for work that runs while the caller does other things. `finish` ends it, on any thread.
 
-        For what is in flight while the caller does other things. It lies beneath `parent`, or beneath the
-        open span; `carrier(span)` is what travels with the work. `start_ns` is for what is seen late.
+        New spans do not become its children. It is a child of `parent`, by default of the open span. Send
+        `carrier(span)` with the work. `start_ns` is for work that began earlier.
         """
-        if self._core is None:
+        if self._tracer is None:
             return NO_SPAN
         start_ns = time.monotonic_ns() if start_ns is None else start_ns
-        return self._core.detach(self._attributes, name, start_ns, dict(attributes or {}), parent)
+        return self._tracer.detach(self._attributes, name, start_ns, dict(attributes or {}), parent)
 
     def finish(self, span: Span, error: str | None = None, *, end_ns: int | None = None) -> None:
-        """End a `detached` span, now or at `end_ns` of `time.monotonic_ns`'s clock. Twice does no harm."""
-        if self._core is not None and span is not NO_SPAN and span.end_ns is None:
-            self._core.finish(span, time.monotonic_ns() if end_ns is None else end_ns, error)
+        """End a `detached` span, now or at `end_ns` (`time.monotonic_ns`). A second call has no effect."""
+        if self._tracer is not None and span is not NO_SPAN and span.end_ns is None:
+            self._tracer.finish(span, time.monotonic_ns() if end_ns is None else end_ns, error)
 
     def carry(self, function: F) -> F:
-        """`function` bound to the span that is open now, for a thread or an executor, which inherit none by themselves.
+        """Bind `function` to the open span, for a thread or an executor: they do not inherit the span.
 
-        `executor.map(profiling.carry(reward), rollouts)` puts every call's spans beneath the open one.
+        With `executor.map(profiling.carry(reward), rollouts)`, the spans of each call become children of the open
+        span.
         """
         refuse_generator(function)
-        here = copy_context()
+        context = copy_context()
         if is_async(function):
 
             @functools.wraps(function)
             async def carried_async(*args: Any, **kwargs: Any) -> Any:
-                import asyncio  # more than half of `import vgen`'s budget, so not at import
+                import asyncio  # not at the top: it takes more than half of the time allowed for `import vgen`
 
-                return await asyncio.create_task(function(*args, **kwargs), context=here.copy())
+                return await asyncio.create_task(function(*args, **kwargs), context=context.copy())
 
             return carried_async  # type: ignore[return-value]
 
         @functools.wraps(function)
         def carried(*args: Any, **kwargs: Any) -> Any:
-            # a copy for each call: one context cannot be entered by two threads at once
-            return here.copy().run(function, *args, **kwargs)
+            # A copy for each call: two threads cannot enter the same context at once.
+            return context.copy().run(function, *args, **kwargs)
 
         return carried  # type: ignore[return-value]
 
     def carrier(self, span: Span | None = None, *, sampled: bool = True) -> dict[str, str]:
-        """`span`, or else the open one, as W3C `traceparent`, for HTTP headers or another process's `parent`.
+        """Return a W3C `traceparent` for `span`, by default the open span: as HTTP headers, or for another process's
+        `parent`.
 
-        Empty outside any. With `sampled=False` the receiver is told to record nothing beneath it.
+        The dict is empty if no span is open. `sampled=False` tells the receiver to record nothing below that span.
         """
-        if self._core is None or span is NO_SPAN:
+        if self._tracer is None or span is NO_SPAN:
             return {}
-        here = self._core.here() if span is None else Remote(span.trace_id, span.span_id, span.sampled)
-        return pack(here if sampled or here is None else here._replace(sampled=False))
+        return pack(self._tracer.current_parent() if span is None else span, sampled)
 
     def current_span(self) -> Span | None:
-        """The innermost open span, None outside any."""
-        span = self._core.current.get() if self._core is not None else None
+        """Return the innermost open span, or None."""
+        span = self._tracer.current.get() if self._tracer is not None else None
         return None if span is NO_SPAN else span
 
     @property
     def run(self) -> Row:
-        """The aggregates of the whole run so far: ended steps, and what lay outside any."""
-        return self._core.run if self._core is not None else Row()
+        """The aggregates of the run so far: of ended steps, and of everything outside steps."""
+        return self._tracer.run if self._tracer is not None else Row()
 
     def summary(self) -> dict[str, float]:
-        """`run` as a flat dict, like `Step.summary`."""
+        """Return `run` as a flat dict, in the form of `Step.summary`."""
         return self.run.summary()
 
     def dropped(self) -> dict[str, int]:
-        """Records lost so far, by sink class: refused by a full queue, or taken by a sink that failed."""
-        return losses(self._core.outlets) if self._core is not None else {}
+        """Return how many records were lost so far, by sink class: a queue was full, or a sink failed."""
+        return lost_records(self._tracer.outlets) if self._tracer is not None else {}
 
     def flush(self, timeout: float = CLOSE_TIMEOUT) -> bool:
-        """Have every sink hand on what it was given. False when one failed or took longer than `timeout` seconds."""
-        return self._core is None or tell_all("flush", self._core.outlets, timeout)
+        """Let each sink deliver its records. False if one failed or took longer than `timeout` seconds."""
+        return self._tracer is None or flush_or_close_all("flush", self._tracer.outlets, timeout)
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
-        """Flush and close every sink. Runs by itself at interpreter exit; twice does no harm.
+        """Flush and close all sinks. Runs automatically at interpreter exit; a second call has no effect.
 
-        False when a sink failed or did not make it within `timeout` seconds: then it is left behind, its
-        loss counted. `os._exit` runs nothing of this and loses what waits, as SIGKILL does.
+        Returns False if a sink failed or took longer than `timeout` seconds; vgen then abandons the sink and counts
+        its records as lost. `os._exit` and SIGKILL skip this and lose the records that wait.
         """
-        return self._core is None or self._core.close(timeout)
+        return self._tracer is None or self._tracer.close(timeout)
 
     def __enter__(self) -> ProfilingContext:
         return self
@@ -229,17 +240,17 @@ class ProfilingContext:
         return self
 
     def __deepcopy__(self, memo: object) -> ProfilingContext:
-        return self  # a copied configuration is traced like the original
+        return self  # a deep copy of a configuration records to the same sinks as the original
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ProfilingContext._copy, (self._core, self._attributes)
+        return ProfilingContext._copy, (self._tracer, self._attributes)
 
     @classmethod
-    def _copy(cls, core: Core | None, attributes: dict[str, Any]) -> ProfilingContext:
+    def _copy(cls, tracer: Tracer | None, attributes: dict[str, Any]) -> ProfilingContext:
         copy = cls.__new__(cls)
-        copy._core, copy._attributes = core, attributes
+        copy._tracer, copy._attributes = tracer, attributes
         return copy
 
 
-_OFF = NoMaker()
+_DISABLED_SCOPE = DisabledScope()
 _DISABLED = ProfilingContext._copy(None, {})  # pyright: ignore[reportPrivateUsage]

@@ -1,1 +1,1 @@
-"""One file for each sink; each imports its own backend and nothing imports it but its user."""
+"""One file for each sink. Each imports its own backend, and only users of that sink import the file."""

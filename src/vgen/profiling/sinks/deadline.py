@@ -1,39 +1,34 @@
-"""Calls that may hang, within a time of our own."""
+"""Runs calls that may hang, with a deadline."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 
 def within(timeout: float, *calls: Callable[[], object]) -> bool:
-    """Make the calls side by side, each on a daemon thread. True when all came back, and without an error, in time.
+    """Run the calls in parallel, each on a daemon thread. True if all of them returned in time, without an error.
 
-    What takes longer than `timeout` seconds is left behind. At interpreter exit, where no thread can be
-    started any more, the calls are made here, one after the other.
+    A call that takes longer than `timeout` seconds is left running. During interpreter shutdown, when no thread can be
+    started, the calls run on this thread, one after the other.
     """
     deadline = time.monotonic() + timeout
-    done = [_Attempt(call) for call in calls]
-    return all([attempt.wait(deadline) for attempt in done])
+    succeeded: list[Callable[[], object]] = []
 
+    def attempt(call: Callable[[], object]) -> None:
+        with suppress(Exception):  # the caller sees it in the result
+            call()
+            succeeded.append(call)
 
-class _Attempt:
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call, self._well, self._over = call, False, threading.Event()
+    threads = [threading.Thread(target=attempt, args=(call,), name="vgen-deadline", daemon=True) for call in calls]
+    for thread in threads:
         try:
-            threading.Thread(target=self._run, name="vgen-deadline", daemon=True).start()
+            thread.start()
         except RuntimeError:
-            self._run()
-
-    def wait(self, deadline: float) -> bool:
-        return self._over.wait(max(0.0, deadline - time.monotonic())) and self._well
-
-    def _run(self) -> None:
-        try:
-            self._call()
-            self._well = True
-        except Exception:
-            pass  # `wait` says so
-        finally:
-            self._over.set()
+            thread.run()
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(max(0.0, deadline - time.monotonic()))
+    return len(succeeded) == len(calls)

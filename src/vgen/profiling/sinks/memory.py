@@ -1,18 +1,19 @@
-"""Keeps everything in lists: for tests, notebooks and the waterfall at the end of a run."""
+"""Keeps all records in lists: for tests, notebooks, and the waterfall at the end of a run."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
-from ..records import Attributes, Measurement, Sink, Span, Step
+from ..measurement import Attributes, Measurement
+from ..span_model import Sink, Span, Step
 
 T = TypeVar("T")
 
 
 class MemorySink(Sink):
-    """Holds ended spans in the order of their ends, measurements, and the rows of ended steps.
+    """Keeps ended spans in the order in which they ended, measurements, and the summaries of ended steps.
 
-    `limit` bounds each of the lists; the oldest go first.
+    Each list holds at most `limit` records; when it is full, the oldest are dropped.
     """
 
     inline = True
@@ -20,39 +21,41 @@ class MemorySink(Sink):
     def __init__(self, limit: int = 100_000) -> None:
         self.limit = limit
         self.open: dict[str, Span] = {}
+        """Open spans by span ID."""
         self.spans: list[Span] = []
         self.measurements: list[Measurement] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
+        """Step number and `step.summary()`."""
 
     def on_start(self, span: Span, attributes: Attributes) -> None:
         self.open[span.span_id] = span
 
     def on_end(self, span: Span) -> None:
         self.open.pop(span.span_id, None)
-        self._keep(self.spans, span)
+        self._append(self.spans, span)
 
     def on_measurement(self, measurement: Measurement) -> None:
-        self._keep(self.measurements, measurement)
+        self._append(self.measurements, measurement)
 
     def on_step(self, step: Step) -> None:
-        self._keep(self.rows, (step.number, step.summary()))
+        self._append(self.rows, (step.number, step.summary()))
 
     def after_fork(self) -> None:
-        """In a forked child it begins empty: what is in here happened in the parent."""
+        """Start empty in a forked child: what is recorded here happened in the parent process."""
         self.clear()
         self.open.clear()
 
     def named(self, name: str) -> list[Span]:
-        """The ended spans of that name."""
+        """Return the ended spans of that name."""
         return [span for span in self.spans if span.name == name]
 
     def clear(self) -> None:
-        """Forget what has ended."""
+        """Drop everything that has ended."""
         self.spans.clear()
         self.measurements.clear()
         self.rows.clear()
 
-    def _keep(self, records: list[T], record: T) -> None:
+    def _append(self, records: list[T], record: T) -> None:
         records.append(record)
         if len(records) > self.limit:
             del records[: self.limit // 10 + 1]

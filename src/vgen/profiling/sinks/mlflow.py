@@ -1,4 +1,4 @@
-"""MLflow: the aggregates of each step, in one batch, in the caller's run."""
+"""MLflow: logs the aggregates of each step to the caller's run, as one batch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ import posixpath
 import re
 from typing import Any
 
-from ...errors import MissingExtraError
-from ..records import Sink, Step
+from ...errors import needs_extra
+from ..span_model import Sink, Step
 
-BATCH = 1000
-"""MLflow takes no more metrics in one request."""
-LONGEST_NAME = 250
+MAX_METRICS = 1000
+"""MLflow accepts no more metrics in one request."""
+MAX_NAME = 250
+"""MLflow accepts no longer names."""
 
 
 class MlflowSink(Sink):
-    """Logs every ended step through `client`, an `mlflow.MlflowClient`, to `run`: a run's id, or the run itself.
+    """Logs each ended step through `client`, an `mlflow.MlflowClient`, to `run`: a run ID or an `mlflow.ActiveRun`.
+
+    Names are those of `row.summary()`, with the characters replaced that MLflow refuses; the step is the trainer's
+    number. MLflow keeps a point for each metric, step and time, so vgen overwrites nothing that the trainer logs. The
+    requests, with all retries of MLflow, run on the sink's worker thread. The caller ends the run.
 
         with mlflow.start_run() as run:
             with ProfilingContext([MlflowSink(mlflow.MlflowClient(), run)]) as profiling:
                 ...
-
-    Names are `row.summary()`'s own, except for what MLflow refuses in a name; the step is the trainer's
-    number. MLflow keeps every point by its metric, step and time: nothing that the trainer logs is
-    touched. Requests, with all of MLflow's retries, are made on the sink's worker thread. The run is the
-    caller's to end.
     """
 
     inline = False
 
     def __init__(self, client: Any, run: Any) -> None:
-        try:
+        with needs_extra("MlflowSink", "MLflow", "mlflow"):
             from mlflow.entities import Metric
-        except ImportError as error:
-            raise MissingExtraError("MlflowSink", "MLflow", "mlflow") from error
         self.client = client
         self.run_id: str = run if isinstance(run, str) else run.info.run_id
         self._metric: Any = Metric
@@ -41,12 +39,12 @@ class MlflowSink(Sink):
     def on_step(self, step: Step) -> None:
         now = (step.end_unix_ns or step.start_unix_ns) // 1_000_000
         metrics = [self._metric(metric_name(k), v, now, step.number) for k, v in step.summary().items()]
-        for start in range(0, len(metrics), BATCH):
-            # not in MLflow's own background: a failure there would never be counted
-            self.client.log_batch(self.run_id, metrics[start : start + BATCH], synchronous=True)
+        for start in range(0, len(metrics), MAX_METRICS):
+            # `synchronous`: if MLflow's background thread fails, vgen cannot count the loss
+            self.client.log_batch(self.run_id, metrics[start : start + MAX_METRICS], synchronous=True)
 
 
 def metric_name(name: str) -> str:
-    """`name` as MLflow takes it: word characters, blanks and `/.-:`, and as a path one that stays where it is."""
+    """Return `name` in a form that MLflow accepts: only word characters, blanks and `/.-:`, and a normalized path."""
     allowed = re.sub(r"[^/\w.\- :]", "_", name)
-    return posixpath.normpath(allowed).lstrip("./")[:LONGEST_NAME].rstrip("/") or "_"
+    return posixpath.normpath(allowed).lstrip("./")[:MAX_NAME].rstrip("/") or "_"

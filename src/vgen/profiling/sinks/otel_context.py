@@ -1,70 +1,83 @@
-"""Which span is OpenTelemetry's current one, and which was before: the half of `OTelSink` that keeps track."""
+"""OpenTelemetry's current span: which it is, and which it was before. `OTelSink` makes vgen's spans current here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from opentelemetry import trace
 from opentelemetry.context import Context, attach, create_key, get_current
 
-from ..records import Link, Span
+from ..span_model import Link, Span
+from .otel_metrics import Timer
 
-if TYPE_CHECKING:
-    from .otel import Plan
-
-OURS = create_key("vgen-span")
-"""Where a context holds the vgen span that it was made for."""
-CURRENT: str = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, Context())))
-"""OpenTelemetry's own key of the current span, so that a context with both is made in one go."""
-
-Handle: TypeAlias = "tuple[trace.SpanContext, trace.Span | None, Context | None, Context, Sequence[Link], Plan]"
-"""What `Span.handle` is: the span's own ids; OpenTelemetry's span while it is open, and the context in which it was
-made current; the context before that; the links that it was opened with; what becomes of spans of its name."""
+VGEN_SPAN = create_key("vgen-span")
+"""Under this key a context holds the vgen span that it was made for."""
+CURRENT_SPAN: str = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, Context())))
+"""OpenTelemetry's own key of the current span. With it, one step makes a context that has both spans."""
 
 
-def above(span: Span, here: Context) -> tuple[Context, Context, trace.SpanContext]:
-    """What a new span lies beneath, where it is not simply OpenTelemetry's current span.
+@dataclass(frozen=True, slots=True)
+class SpanTemplate:
+    """What all spans of one name have in common in OpenTelemetry."""
 
-    That is: the context to go back to in the end, the one to start in, the span that is current in it. A
-    span of the caller's own that is current goes before vgen's tree.
+    name: str
+    attributes: Mapping[str, Any] | None
+    """Attributes that a convention adds."""
+    record_duration: Timer | None
+
+
+Handle: TypeAlias = "tuple[trace.SpanContext, trace.Span | None, Context | None, Context, Sequence[Link], SpanTemplate]"
+"""`Span.handle`: the span's OpenTelemetry IDs; OpenTelemetry's span while it is open; the context in which that span
+is current; the context before; the links that the span was opened with; the template of its name. A plain tuple,
+because a named tuple takes longer to make, and every span makes two."""
+
+
+def parent_context(span: Span, here: Context) -> tuple[Context, Context, trace.SpanContext]:
+    """Find the parent of a new span, in the cases where it is not simply OpenTelemetry's current span.
+
+    Returns the context to restore when the span ends, the context to start the span in, and the span that is current
+    in the latter. If the caller has opened a current span with plain OpenTelemetry, that span is the parent, not
+    vgen's open span.
     """
     while span.current:
-        found = trace.get_current_span(here).get_span_context()
-        ours: Any = here.get(OURS)
-        if ours is None or ours.handle[0] != found:
-            if not found.is_valid:
+        parent = trace.get_current_span(here).get_span_context()
+        vgen_span: Any = here.get(VGEN_SPAN)
+        if vgen_span is None or vgen_span.handle[0] != parent:
+            if not parent.is_valid:
                 break
-            return here, here, found
-        if ours is span.parent or ours.end_ns is None:
-            return here, here, found
-        here = ours.handle[3]  # its end came on another thread, or in a forked child: it is current here to this day
+            return here, here, parent
+        if vgen_span is span.parent or vgen_span.end_ns is None:
+            return here, here, parent
+        # That span has ended on another thread, or in the process that forked this one: here it is still current.
+        here = vgen_span.handle[3]
     if span.parent is not None and span.parent.handle is not None:
-        found = span.parent.handle[0]
+        parent = span.parent.handle[0]
     elif span.parent_id is not None:
-        found = span_context(Link(span.trace_id, span.parent_id), span.sampled, is_remote=span.parent is None)
+        parent = span_context(Link(span.trace_id, span.parent_id), span.sampled, is_remote=span.parent is None)
     else:
         return here, here, trace.get_current_span(here).get_span_context()
-    return here, trace.set_span_in_context(trace.NonRecordingSpan(found), here), found
+    return here, trace.set_span_in_context(trace.NonRecordingSpan(parent), here), parent
 
 
-def leave(attached: Context, made: trace.Span, before: Context) -> None:
-    """Make `before` current again, where the span's own context is not simply the current one."""
+def restore_context(attached: Context, otel_span: trace.Span, before: Context) -> None:
+    """Make `before` current again, if `attached` (the span's own context) is not simply the current one."""
     here = get_current()
-    if trace.get_current_span(here) is made:
+    if trace.get_current_span(here) is otel_span:
         attach(before)
         return
-    # It ends before a span that was opened within it: when that one ends, this one must not be current again.
-    ours: Any = here.get(OURS)
-    while ours is not None:
-        handle: Handle = ours.handle
+    # A span that was opened within this one is still open. Change its handle: its end must not restore this context.
+    vgen_span: Any = here.get(VGEN_SPAN)
+    while vgen_span is not None:
+        handle: Handle = vgen_span.handle
         if handle[3] is attached:
-            ours.handle = (*handle[:3], before, *handle[4:])
+            vgen_span.handle = (*handle[:3], before, *handle[4:])
             return
-        ours = handle[3].get(OURS)
+        vgen_span = handle[3].get(VGEN_SPAN)
 
 
 def span_context(link: Link, sampled: bool = True, is_remote: bool = False) -> trace.SpanContext:
-    """OpenTelemetry's name for a span."""
+    """Return the identity of a span in OpenTelemetry's form."""
     flags = trace.TraceFlags(trace.TraceFlags.SAMPLED if sampled else trace.TraceFlags.DEFAULT)
     return trace.SpanContext(int(link.trace_id, 16), int(link.span_id, 16), is_remote, flags)

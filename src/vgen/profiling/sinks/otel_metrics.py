@@ -1,4 +1,4 @@
-"""What is measured, as OpenTelemetry's instruments: the half of `OTelSink` that has to do with metrics."""
+"""Measurements as OpenTelemetry metrics: the part of `OTelSink` that has to do with instruments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opentelemetry import metrics
 
-from .. import names
-from ..records import Attributes, Instrument, Measurement
+from .. import semconv
+from ..measurement import Attributes, Instrument, Measurement
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -21,82 +21,85 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vgen.telemetry")
 
 MAX_USER_SPANS = 64
-"""Span names of the caller's own that get a duration histogram each. A name with a number in it has no bound."""
+"""How many of the caller's own span names get a duration histogram. A name with a number in it has no bound."""
 
-_VALID = re.compile(r"[A-Za-z][A-Za-z0-9_.\-/]{0,254}")
-_numbers = itertools.count()
+_VALID_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-/]{0,254}")
+_sink_numbers = itertools.count()
 
 Timer: TypeAlias = Callable[[float, Attributes, "str | None", "Context"], None]
-"""Takes a span's seconds, attributes and error, and the context that it was current in, for exemplars."""
-_Take: TypeAlias = Callable[[Sequence[float], Attributes], None]
+"""Takes a span's seconds, attributes and error, and the context in which it was current (for exemplars)."""
+_Recorder: TypeAlias = Callable[[Sequence[float], Attributes], None]
 
 
 class OTelInstruments:
-    """Gives each `Instrument` its counterpart of OpenTelemetry, with buckets that suit its unit, once.
+    """Makes the OpenTelemetry instrument of each `Instrument`, once, with buckets that suit its unit.
 
-    Only what `Instrument.attributes` lists becomes a label. A value that OpenTelemetry cannot hold (NaN,
-    an infinity, and anything negative in a histogram or counter) is left out, counted in `refused` and
-    reported once for each instrument.
+    Only attributes in `Instrument.attributes` become labels. Values that OpenTelemetry cannot hold (NaN, infinities,
+    negative values in a histogram or counter) are left out, counted in `refused`, and reported once for each
+    instrument.
     """
 
     def __init__(
-        self, provider: MeterProvider | None, scope: str, version: str, conventions: Iterable[names.Convention]
+        self, provider: MeterProvider | None, scope: str, version: str, conventions: Iterable[semconv.Convention]
     ) -> None:
         self.refused = 0
         self._provider = provider
         self._meter = metrics.get_meter(scope, version, provider)
-        # OpenTelemetry keeps the callback of whoever is first to make a gauge in a scope: so each sink has its own.
-        number = next(_numbers)
+        # OpenTelemetry keeps only the first callback for a gauge name in a scope, so each sink has its own scope.
+        number = next(_sink_numbers)
         self._gauge_meter = metrics.get_meter(
-            scope, version, provider, attributes={names.SINK_NUMBER: number} if number else None
+            scope, version, provider, attributes={semconv.SINK_NUMBER: number} if number else None
         )
-        self._aliases = [alias for convention in conventions for alias in convention.metrics]
-        self._takes: dict[tuple[str, object], _Take] = {}
+        self._aliases: list[semconv.Alias] = []
+        for alias in itertools.chain.from_iterable(convention.metrics for convention in conventions):
+            if alias not in self._aliases:  # two conventions may share a name, which must get each value once
+                self._aliases.append(alias)
+        self._recorders: dict[tuple[str, object], _Recorder] = {}
         self._user_spans = 0
         self._gauges: dict[str, _Gauge] = {}
         self._reported: set[str] = set()
 
     def record(self, measurement: Measurement) -> None:
-        """Hand the values on, also under the names that other conventions have for them."""
+        """Record the values, also under the names of the conventions."""
         instrument, attributes = measurement.instrument, measurement.attributes
-        key = instrument.name, attributes.get(names.ENGINE)
-        take = self._takes.get(key)
-        if take is None:
-            take = self._takes[key] = self._taker(instrument, key[1])
-        take(measurement.values, attributes)
+        key = instrument.name, attributes.get(semconv.ENGINE)
+        record = self._recorders.get(key)
+        if record is None:
+            record = self._recorders[key] = self._recorder(instrument, key[1])
+        record(measurement.values, attributes)
 
     @property
     def idle(self) -> bool:
-        """Nobody takes what is measured: no provider was given, and there is no global one so far."""
+        """Whether nobody receives metrics: no provider was passed, and none is global so far."""
         provider = self._provider or metrics.get_meter_provider()
         return type(provider).__module__.startswith("opentelemetry.metrics.")
 
-    def timer(self, name: str) -> Timer | None:
-        """What takes the seconds of each span called `name`; None where it gets no histogram."""
-        instrument, spec = names.duration(name), names.SPANS.get(name)
+    def timer(self, span_name: str) -> Timer | None:
+        """Return what records the seconds of spans of that name; None if they get no histogram."""
+        instrument, spec = semconv.duration(span_name), semconv.SPANS.get(span_name)
         if spec is not None and spec.selected:
             return None
-        if spec is None and not name.startswith(names.RESERVED):
+        if spec is None and not span_name.startswith(semconv.RESERVED):
             self._user_spans += 1
-            if self._user_spans > MAX_USER_SPANS or not _VALID.fullmatch(instrument.name):
+            if self._user_spans > MAX_USER_SPANS or not _VALID_NAME.fullmatch(instrument.name):
                 return None
         record = _histogram(self._meter, instrument).record
-        labels = tuple(label for label in instrument.attributes if label != names.ERROR_TYPE)
+        names = tuple(label for label in instrument.attributes if label != semconv.ERROR_TYPE)
 
         def time(seconds: float, attributes: Attributes, error: str | None, context: Context) -> None:
-            kept = _kept(labels, attributes) if labels else {}
+            labels = _labels(names, attributes) if names else {}
             if error is not None:
-                kept[names.ERROR_TYPE] = error
-            record(seconds, kept, context)
+                labels[semconv.ERROR_TYPE] = error
+            record(seconds, labels, context)
 
         return time
 
     def observe(self, instrument: Instrument, read: Callable[[], float | None], attributes: Attributes) -> None:
-        """Have `read` asked whenever metrics are collected, on whatever thread does that."""
-        self._gauge(instrument).observe(_kept(instrument.attributes, attributes), read)
+        """Call `read` whenever metrics are collected, on whatever thread collects them."""
+        self._gauge(instrument).observe(_labels(instrument.attributes, attributes), read)
 
     def close(self) -> None:
-        """Observe nothing any more: what is observed may be gone when its callback is still there."""
+        """Call no callback any more: the observed objects may be gone while the provider still collects."""
         for gauge in self._gauges.values():
             gauge.readers.clear()
 
@@ -109,58 +112,58 @@ class OTelInstruments:
             )
         return gauge
 
-    def _taker(self, instrument: Instrument, engine: object) -> _Take:
-        puts = [self._putter(instrument, {})]
-        puts += [
-            self._putter(alias.instrument, alias.constant)
+    def _recorder(self, instrument: Instrument, engine: object) -> _Recorder:
+        recorders = [self._recorder_of_one(instrument, {})]
+        recorders += [
+            self._recorder_of_one(alias.instrument, alias.constant)
             for alias in self._aliases
             if alias.of == instrument.name and engine in alias.engines
         ]
 
-        def take(values: Sequence[float], attributes: Attributes) -> None:
-            good = self._good(instrument, values)
-            if good:
-                for put in puts:
-                    put(good, attributes)
+        def record(values: Sequence[float], attributes: Attributes) -> None:
+            valid = self._valid(instrument, values)
+            if valid:
+                for record_one in recorders:
+                    record_one(valid, attributes)
 
-        return take
+        return record
 
-    def _putter(self, instrument: Instrument, constant: Mapping[str, str]) -> _Take:
-        labels = tuple(label for label in instrument.attributes if label not in constant)
+    def _recorder_of_one(self, instrument: Instrument, constant: Mapping[str, str]) -> _Recorder:
+        names = tuple(label for label in instrument.attributes if label not in constant)
         if instrument.kind == "gauge":
-            keep = self._gauge(instrument).keep
-            return lambda values, attributes: keep(_kept(labels, attributes), values[-1])
+            set_last = self._gauge(instrument).set_last
+            return lambda values, attributes: set_last(_labels(names, attributes), values[-1])
         if instrument.kind == "counter":
             add = self._meter.create_counter(instrument.name, instrument.unit, instrument.description).add
-            return lambda values, attributes: add(sum(values), {**constant, **_kept(labels, attributes)})
+            return lambda values, attributes: add(sum(values), {**constant, **_labels(names, attributes)})
         record = _histogram(self._meter, instrument).record
 
-        def put(values: Sequence[float], attributes: Attributes) -> None:
-            own = {**constant, **_kept(labels, attributes)}
+        def record_each(values: Sequence[float], attributes: Attributes) -> None:
+            labels = {**constant, **_labels(names, attributes)}
             for value in values:
-                record(value, own)
+                record(value, labels)
 
-        return put
+        return record_each
 
-    def _good(self, instrument: Instrument, values: Sequence[float]) -> Sequence[float]:
+    def _valid(self, instrument: Instrument, values: Sequence[float]) -> Sequence[float]:
         least = -math.inf if instrument.kind == "gauge" else 0
-        good = [value for value in values if least <= value < math.inf and value > -math.inf]
-        if len(good) < len(values):
-            self.refused += len(values) - len(good)
+        valid = [value for value in values if least <= value < math.inf and value > -math.inf]
+        if len(valid) < len(values):
+            self.refused += len(values) - len(valid)
             self._report(instrument.name, f"{instrument.name} got values that are negative or not finite")
-            return good
+            return valid
         return values
 
     def _report(self, name: str, problem: str) -> None:
         if name not in self._reported:
             self._reported.add(name)
-            logger.warning("vgen: OpenTelemetry's metrics leave something out: %s", problem)
+            logger.warning("vgen: values are missing in OpenTelemetry's metrics: %s", problem)
 
 
 class _Gauge:
-    """What observes a gauge, and the last values recorded where nothing does, by their labels.
+    """The callbacks of a gauge, and for labels without a callback the last value that was recorded.
 
-    Not OpenTelemetry's gauge that is set: until its SDK 1.45 that one is gone after one collection.
+    OpenTelemetry's synchronous gauge does not do: until version 1.45 of its SDK, it is gone after one collection.
     """
 
     def __init__(self, instrument: Instrument, report: Callable[[str, str], None]) -> None:
@@ -173,8 +176,8 @@ class _Gauge:
         self._observed.add(str(labels))
         self.readers.append((labels, read))
 
-    def keep(self, labels: dict[str, Any], value: float) -> None:
-        if str(labels) not in self._observed:  # else it was read at a step's end, and collecting reads it anew
+    def set_last(self, labels: dict[str, Any], value: float) -> None:
+        if str(labels) not in self._observed:  # else the value came from a callback, which collecting calls again
             self._last[str(labels)] = labels, value
 
     def collect(self, _: CallbackOptions) -> Iterator[Observation]:
@@ -193,8 +196,8 @@ class _Gauge:
             yield metrics.Observation(value, labels)
 
 
-def _kept(labels: Iterable[str], attributes: Attributes) -> dict[str, Any]:
-    return {label: attributes[label] for label in labels if label in attributes}
+def _labels(names: Iterable[str], attributes: Attributes) -> dict[str, Any]:
+    return {name: attributes[name] for name in names if name in attributes}
 
 
 def _histogram(meter: Meter, instrument: Instrument) -> metrics.Histogram:
@@ -202,5 +205,5 @@ def _histogram(meter: Meter, instrument: Instrument) -> metrics.Histogram:
         instrument.name,
         instrument.unit,
         instrument.description,
-        explicit_bucket_boundaries_advisory=names.boundaries(instrument),
+        explicit_bucket_boundaries_advisory=semconv.boundaries(instrument),
     )

@@ -1,4 +1,4 @@
-"""A tracer provider of OpenTelemetry's SDK with ids that do not collide, and a count of what it could not deliver."""
+"""A tracer provider whose IDs do not collide across ranks, and that counts the spans it could not deliver."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 
 from ..ids import new_span_id, new_trace_id
 
-QUEUE = 2048
-"""Spans that may wait for the collector, where `OTEL_BSP_MAX_QUEUE_SIZE` says nothing. The newest are dropped."""
+MAX_QUEUE = 2048
+"""Spans that may wait for the collector if `OTEL_BSP_MAX_QUEUE_SIZE` is not set. Further ones are dropped."""
 
 
 class RandomIds(IdGenerator):
-    """Ids from the operating system's randomness.
+    """IDs from the operating system's randomness.
 
-    The SDK's own draws them from `random`, which trainers seed, often alike on every rank: then the
-    ranks' spans would have the same ids.
+    The SDK's generator uses `random`, which trainers often seed with the same seed on all ranks: the spans of all
+    ranks would have the same IDs.
     """
 
     def generate_span_id(self) -> int:
@@ -34,8 +34,8 @@ class RandomIds(IdGenerator):
         return True
 
 
-class Tracers(TracerProvider):
-    """A tracer provider that knows how many of its spans were `lost`; `OTelSink` passes that on."""
+class CountingTracerProvider(TracerProvider):
+    """A tracer provider that knows how many of its spans were `lost`. `OTelSink` adds them to its own losses."""
 
     closed = False
     _counts: _Counts | None = None
@@ -47,14 +47,14 @@ class Tracers(TracerProvider):
             return 0
         return counts.accepted - counts.delivered if self.closed else counts.failed + counts.refused
 
-    def deliver(self, exporter: SpanExporter) -> None:
-        """Have ended spans handed to `exporter` in batches."""
+    def export_to(self, exporter: SpanExporter) -> None:
+        """Pass ended spans to `exporter`, in batches."""
         self._counts = _Counts()
         self.add_span_processor(_CountingProcessor(_CountingExporter(exporter, self._counts), self._counts))
 
 
 class _Counts:
-    """Spans that were to be delivered, were, and were not."""
+    """Of spans: accepted for delivery, delivered, failed to be delivered, and refused because the queue was full."""
 
     accepted = delivered = failed = refused = 0
 
@@ -77,10 +77,11 @@ class _CountingExporter(SpanExporter):
 
 
 class _CountingProcessor(BatchSpanProcessor):
-    """Its queue never runs over: of that the SDK keeps no count, and it logs each span, at half the span's cost."""
+    """Refuses spans before the SDK's queue is full. The SDK would not count the spans that it drops, and would log
+    each of them, which takes half as long as the span itself."""
 
     def __init__(self, exporter: SpanExporter, counts: _Counts) -> None:
-        self._limit = int(os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE) or QUEUE)
+        self._limit = int(os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE) or MAX_QUEUE)
         super().__init__(exporter, max_queue_size=self._limit)
         self._counts, self._counting = counts, threading.Lock()
 
@@ -88,7 +89,7 @@ class _CountingProcessor(BatchSpanProcessor):
         if span.context is None or not span.context.trace_flags.sampled:
             return
         counts = self._counts
-        with self._counting:  # several threads end spans, but one exports
+        with self._counting:  # several threads end spans, but only one exports
             counts.accepted += 1
             if counts.accepted - counts.delivered - counts.failed - counts.refused > self._limit:
                 counts.refused += 1

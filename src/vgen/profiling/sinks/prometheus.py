@@ -1,6 +1,6 @@
-"""Prometheus is OpenTelemetry's own exporter: this sets it up so that one name means one series.
+"""Prometheus, through OpenTelemetry's own exporter, set up so that each name is one series.
 
-`vgen.generate.duration` in seconds is `vgen_generate_duration_seconds` there; `docs/telemetry.md` lists all.
+`vgen.generate.duration`, in seconds, becomes `vgen_generate_duration_seconds`; `docs/telemetry.md` lists all names.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...errors import MissingExtraError
+from ...errors import needs_extra
 from .otel_sdk import MeterProvider, resource
 
-try:
+with needs_extra("vgen.profiling.sinks.prometheus", "OpenTelemetry's Prometheus exporter", "otlp"):
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
-except ImportError as error:
-    raise MissingExtraError("vgen.profiling.sinks.prometheus", "OpenTelemetry's Prometheus exporter", "otlp") from error
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -27,21 +25,21 @@ def prometheus_provider(
     rank: int | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> MeterProvider:
-    """A meter provider whose metrics are to be scraped from `registry`. Who serves that is the caller's affair.
+    """Make a meter provider whose metrics Prometheus can scrape from `registry`. The caller serves the registry.
 
-    The resource (rank, host and what `attributes` add) is the metric `target_info`.
+    The resource (rank, host, and `attributes`) is the metric `target_info`.
 
         registry = CollectorRegistry()
         profiling = ProfilingContext([OTelSink(meter_provider=prometheus_provider(registry))])
         prometheus_client.start_http_server(9464, registry=registry)
     """
-    described = resource(service_name=service_name, rank=rank, attributes=attributes)
-    return MeterProvider([prometheus_reader(registry)], resource=described)
+    process = resource(service_name=service_name, rank=rank, attributes=attributes)
+    return MeterProvider([prometheus_reader(registry)], resource=process)
 
 
 def prometheus_reader(registry: CollectorRegistry) -> PrometheusMetricReader:
-    """The reader alone, to be passed to `otlp_providers(metric_readers=...)`, which then exports both ways.
+    """Make only the reader. With `otlp_providers(metric_readers=[...])`, metrics go to OTLP and Prometheus.
 
-    Without labels of the instrumentation scope: they would be on every series and split it at each new version.
+    The series have no labels for the instrumentation scope: its version would start new series at each release.
     """
     return PrometheusMetricReader(scope_info_enabled=False, registry=registry)

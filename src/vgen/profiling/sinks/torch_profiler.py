@@ -1,40 +1,39 @@
-"""torch.profiler: spans as ranges in its traces, around the operators that ran within them."""
+"""torch.profiler: shows spans as ranges in its traces, around the operators that ran within them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...errors import MissingExtraError
-from ..records import Attributes, Sink, Span
+from ...errors import needs_extra
+from ..measurement import Attributes
+from ..span_model import Sink, Span
 
 
 class TorchProfilerSink(Sink):
-    """Enters a `torch.profiler.record_function` for every span that is opened while a profiler runs.
+    """Enters a `torch.profiler.record_function` for each span that is opened while a profiler runs.
+
+    If no profiler runs on the span's thread, the sink only checks for one. A span that was opened before the profiler
+    started is not in its trace; a span that is open when the profiler stops ends there. Spans may end in any order.
+    Rebuilt spans are not shown.
 
         with ProfilingContext([TorchProfilerSink()]) as profiling, torch.profiler.profile() as profiler:
             ...
         profiler.export_chrome_trace("trace.json")
-
-    While none runs on the span's thread, it asks whether one does, and that is all. A span that is open
-    when the profiler starts is not in its trace; one still open when it stops ends there. Ends may come
-    in any order. Spans that were rebuilt after the fact have no place here.
     """
 
     inline = True
 
     def __init__(self) -> None:
-        try:
+        with needs_extra("TorchProfilerSink", "PyTorch", "vllm"):
             from torch.autograd import _profiler_enabled  # pyright: ignore
             from torch.profiler import record_function
-        except ImportError as error:
-            raise MissingExtraError("TorchProfilerSink", "PyTorch", "vllm") from error
-        self._running: Any = _profiler_enabled
-        self._range: Any = record_function
+        self._profiler_enabled: Any = _profiler_enabled
+        self._record_function: Any = record_function
         self._open: dict[str, Any] = {}
 
     def on_start(self, span: Span, attributes: Attributes) -> None:
-        if self._running() and span.current:
-            entered = self._range(span.name)
+        if self._profiler_enabled() and span.current:
+            entered = self._record_function(span.name)
             entered.__enter__()
             self._open[span.span_id] = entered
 

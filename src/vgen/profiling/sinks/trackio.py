@@ -1,22 +1,22 @@
-"""Trackio: the aggregates of each step as a row in the caller's run."""
+"""Trackio: logs the aggregates of each step to the caller's run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..records import Sink, Step
+from ..span_model import Sink, Step
 
 
 class TrackioSink(Sink):
-    """Logs every ended step to `run`, which the caller has opened with `trackio.init` and finishes itself.
+    """Logs each ended step to `run`. The caller opens the run with `trackio.init`, and finishes it.
+
+    Names are those of `row.summary()`; the step is the trainer's number. Trackio keeps all rows, so vgen overwrites
+    none of the trainer's. Rows that the trainer logs without `step=` continue to count from vgen's last step. Close or
+    flush the context before `run.finish()`.
 
         run = trackio.init(project="grpo")
         with ProfilingContext([TrackioSink(run)]) as profiling:
             ...
-
-    Names are `row.summary()`'s own; the step is the trainer's number. Trackio keeps every row that it is
-    given, so none of the trainer's is touched; rows that the trainer logs without `step=` go on counting
-    from vgen's last one. Close or flush the context before `run.finish()`.
     """
 
     inline = False

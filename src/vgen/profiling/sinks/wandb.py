@@ -1,4 +1,4 @@
-"""Weights & Biases: the aggregates of the steps as rows in the caller's run, on an axis of their own."""
+"""Weights & Biases: logs the aggregates of steps as rows of the caller's run, on an axis of their own."""
 
 from __future__ import annotations
 
@@ -6,42 +6,46 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from ...errors import MissingExtraError
-from .. import names
-from ..records import Sink, Step
-from ..sketch import Histogram, Row
+from ...errors import needs_extra
+from .. import semconv
+from ..aggregation import Histogram, Row
+from ..span_model import Sink, Step
 
 PREFIX = "vgen/"
 STEP_METRIC = "vgen/step"
-"""The number of the last step that a row covers: the horizontal axis of everything that begins with `vgen/`."""
+"""The number of the last step in a row: the horizontal axis of all keys that start with `vgen/`."""
 STEPS = "vgen/steps"
-"""How many steps a row covers: 1 where the trainer logs every step."""
+"""The number of steps in a row: 1 if the trainer logs each step."""
 HISTOGRAM = ".histogram"
 BINS = 32
 _POINTS = 64
-_MARK = PREFIX + names.STEP + ".duration.sum"
+_ROW_MARK = PREFIX + semconv.STEP + ".duration.sum"
+"""Its value tells a row from all others: the summed duration of its steps."""
 
 
 class WandbSink(Sink):
-    """Logs the rows of ended steps to `run`, which the caller has opened with `wandb.init` and finishes itself.
+    """Logs the rows of ended steps to `run`. The caller opens the run with `wandb.init`, and finishes it.
 
+    No row of the trainer's is lost or overwritten, whatever it passes as `step=`. W&B's own step belongs to the
+    trainer: vgen adds its keys to the trainer's next row and never finishes a row itself. Each step is in exactly one
+    row. If the trainer logs less often than it steps, a row has all steps since the last one; its percentiles are over
+    all their values. Close or flush the context before `run.finish()`: what comes later is counted in `lost`. In a
+    forked child the sink logs nothing.
+
+    W&B's calls block while its service hangs. Here they run on the sink's worker thread.
+
+    Args:
+        run: The W&B run.
+        commit: Write a separate row for each step. For runs to which nobody else logs with `step=`, and necessary for
+            `mode="shared"`, where W&B has no steps.
+        histograms: Also log the distribution of each histogram as `<name>.histogram`, except for span durations.
+
+    Example:
         with wandb.init(project="grpo") as run, ProfilingContext([WandbSink(run)]) as profiling:
             for n in range(steps):
                 with profiling.step(n):
                     ...
                 run.log({"loss": loss}, step=n)      # or without step=, or every tenth step
-
-    No row of the trainer's is lost or overwritten, whatever it passes as `step=`, because W&B's own step
-    stays the trainer's: vgen's keys travel with the trainer's next row, and nothing here ever finishes a
-    row. Each step is in exactly one of the run's rows. Where the trainer logs more seldom than it steps,
-    a row covers all steps since (percentiles over all their values, `vgen/steps` says how many). Into a
-    run that nobody else logs to with `step=`, `commit=True` writes a row of its own for every step; so
-    it must be with `mode="shared"`, where W&B keeps no steps.
-
-    `histograms` adds the distribution of each histogram instrument as `<name>.histogram`, span durations
-    apart. W&B's calls block for as long as its service stalls; here they do so on the sink's worker
-    thread. Close or flush the context before `run.finish()`: what comes later is counted in `lost`. A
-    forked child logs nothing.
     """
 
     inline = False
@@ -50,9 +54,11 @@ class WandbSink(Sink):
         self.run = run
         self._commit = commit
         self._histogram = _histogram_class() if histograms else None
-        self._waiting = _Steps()  # not yet given to W&B
-        self._open = _Steps()  # in the row that W&B holds open, at its step `_at`
-        self._at = -1
+        self._waiting = _Steps()
+        """Steps that are not logged yet."""
+        self._open = _Steps()
+        """Steps in the row that W&B holds open, at its step `_open_at`."""
+        self._open_at = -1
         self._unconfirmed = 0
         self._sending = self._closed = self._forked = False
         self._defined = {STEP_METRIC}
@@ -60,7 +66,7 @@ class WandbSink(Sink):
 
     @property
     def lost(self) -> int:
-        """Steps that W&B did not take, or took without saying so. Those that wait count once nothing follows."""
+        """Steps that W&B did not accept, or did not confirm. Waiting steps count once nothing more is sent."""
         return self._unconfirmed + (self._waiting.count if self._closed or self._sending else 0)
 
     def on_step(self, step: Step) -> None:
@@ -85,7 +91,7 @@ class WandbSink(Sink):
         self.on_idle()
 
     def after_fork(self) -> None:
-        """The run, and the row that it holds open, are the parent's."""
+        """Log nothing in a forked child: the run, and the row that it holds open, belong to the parent process."""
         self._forked, self._waiting, self._open = True, _Steps(), _Steps()
 
     def _send(self) -> None:
@@ -95,38 +101,38 @@ class WandbSink(Sink):
             self._log(self._waiting, commit=True)
             self._waiting = _Steps()
             return
-        if getattr(self.run, "_is_finished", False):  # whose step W&B waits for half a minute, in vain
-            raise RuntimeError("the W&B run was finished before its sink was closed")
-        now = self.run.step
-        if now != self._at:  # the trainer's log has finished the row that held the open steps
+        if getattr(self.run, "_is_finished", False):  # `run.step` would wait half a minute for nothing
+            raise RuntimeError("the W&B run was finished before its sink was closed: close the context first")
+        step_before = self.run.step
+        if step_before != self._open_at:  # the trainer's log has finished the row that held the open steps
             self._open = _Steps()
-        both = _Steps(self._open, self._waiting)
-        # What is open is logged again with more in it. Were its row finished right now, it would be in two:
-        # so its step is named, the one that W&B is at, and W&B refuses what comes too late.
+        steps = _Steps(self._open, self._waiting)
+        # Open steps are logged again, together with the waiting ones. If the trainer finished their row at this very
+        # moment, they would be in two rows. So the log names W&B's current step, and W&B refuses it if it is too late.
         refusable = self._open.count > 0
-        mark = self._log(both, step=now if refusable else None, commit=False)
+        mark = self._log(steps, step=step_before if refusable else None, commit=False)
         try:
-            after = self.run.step
-            finished = after != now and self.run.summary.get(_MARK) == mark
+            step_after = self.run.step
+            finished = step_after != step_before and self.run.summary.get(_ROW_MARK) == mark
         except Exception:
             self._unconfirmed += self._waiting.count
             self._waiting, self._open = _Steps(), _Steps()
             raise
-        if after != now and refusable and not finished:
-            self._send()  # `now` is not `_at` any more
+        if step_after != step_before and refusable and not finished:
+            self._send()  # W&B refused the row; the second time the open steps are known to be in a finished one
             return
-        self._waiting, self._open, self._at = _Steps(), _Steps() if finished else both, after
+        self._waiting, self._open, self._open_at = _Steps(), _Steps() if finished else steps, step_after
 
-    def _log(self, steps: _Steps, **how: Any) -> float | None:
-        """Log one row; its mark, a number that no other row has."""
+    def _log(self, steps: _Steps, **options: Any) -> float | None:
+        """Log one row, and return its mark."""
         row = self._row(steps)
         for key in row.keys() - self._defined:
-            # Each by its name: of two patterns that match a key W&B takes either, and Hugging Face's callback has `*`.
+            # By full names: if a key matches two patterns, W&B takes either, and Hugging Face's callback defines `*`.
             for leaf in ("", "._type", ".bins", ".values") if key.endswith(HISTOGRAM) else ("",):
                 self.run.define_metric(key + leaf, step_metric=STEP_METRIC)
             self._defined.add(key)
-        self.run.log(row, **how)
-        return row.get(_MARK)
+        self.run.log(row, **options)
+        return row.get(_ROW_MARK)
 
     def _row(self, steps: _Steps) -> dict[str, Any]:
         summary = steps.row.summary()
@@ -140,7 +146,7 @@ class WandbSink(Sink):
 
 
 class _Steps:
-    """Steps that one row stands for."""
+    """The steps of one row."""
 
     def __init__(self, *parts: _Steps) -> None:
         self.row, self.count, self.last = Row(), 0, 0
@@ -157,17 +163,17 @@ class _Steps:
 
 
 def key(name: str) -> str:
-    """What `name` of a step's summary is called in the run."""
+    """Return the key in the run for `name` of a step's summary."""
     return PREFIX + name.removeprefix("vgen.")
 
 
 def _bins(histogram: Histogram) -> tuple[Any, Any]:
-    """Counts in bins of equal width, and their edges: each value where it lies up to `_POINTS` of them, else to 2 %."""
+    """Counts in bins of equal width, and the edges. Up to `_POINTS` values, each is in its bin; beyond, to 2 %."""
     import numpy as np
 
     points = min(histogram.count, _POINTS)
     gaps = max(histogram.count - 1, 1)
-    # a hair more than the rank, which must not be rounded to the one below
+    # Slightly more than the rank, because rounding must not give the rank below.
     ranks = np.linspace(0, histogram.count - 1, points) + 1e-6
     values = [histogram.quantile(min(rank / gaps, 1.0)) for rank in ranks]
     shares, edges = np.histogram(values, bins=BINS, range=(histogram.minimum, histogram.maximum))
@@ -176,11 +182,9 @@ def _bins(histogram: Histogram) -> tuple[Any, Any]:
 
 
 def _histogram_class() -> Any:
-    try:
-        from wandb import Histogram as found
-    except ImportError as error:
-        raise MissingExtraError("WandbSink", "W&B", "wandb") from error
-    # W&B imports it with the first histogram that it is given: two seconds, in which a short run would be over.
+    with needs_extra("WandbSink", "W&B", "wandb"):
+        from wandb import Histogram as wandb_histogram
+    # W&B imports pandas with its first histogram. That takes two seconds; a short run could end before.
     with suppress(Exception):
         import_module("pandas")
-    return found
+    return wandb_histogram

@@ -1,1 +1,0 @@
-"""Reads recorded runs. Needs nothing but the files."""

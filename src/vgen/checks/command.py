@@ -1,0 +1,226 @@
+"""`vgen check`: run cases on vgen's engine in this process, on a server, or on another project's weight sync."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from .._output import output_redirected
+from ..errors import CheckError, VgenError
+from .session import Case, Outcome, Session
+
+COULD_NOT_CHECK = 2
+"""The exit status."""
+PRETRAINED_STRENGTH = 0.15
+"""How much of the weights of a real checkpoint a training step replaces: they should stay weights of usual size."""
+
+
+def run(
+    model: str | None,
+    *,
+    server: str | None = None,
+    adapter: str | None = None,
+    yes: bool = False,
+    api_key: str | None = None,
+    control_key: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    cases: Sequence[str] = (),
+    list_cases: bool = False,
+    as_json: bool = False,
+    timeout: float = 300.0,
+) -> int:
+    """Run the command. Returns the exit status: 0 all right, 1 a wrong engine, 2 it could not be checked."""
+    try:
+        if list_cases:
+            return _list(as_json)
+        if timeout <= 0:
+            raise CheckError(f"--timeout must be above 0, got {timeout:g}")
+        if model is None:
+            raise CheckError("name a MODEL: a folder, a hub name, or an architecture such as llama")
+        if server and adapter:
+            raise CheckError("--server and --adapter exclude each other: an adapter says itself where its engine is")
+        if server and dtype:
+            raise CheckError(
+                "--dtype and --server exclude each other: the server's weights are put back as MODEL has them"
+            )
+        if server and not yes:
+            raise CheckError(
+                f"the weights of {server} will be overwritten, and put back at the end: say --yes to go on, and stop "
+                "other trainers and clients of that server first"
+            )
+        chosen = _chosen(cases)
+        with tempfile.TemporaryDirectory(prefix="vgen-check-") as folder:
+            log = Path(folder, "engine.log")
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+            with output_redirected(log) as (terminal, _):
+                return _check(
+                    model, server, adapter, (api_key, control_key), dtype, device, chosen, as_json, timeout, terminal
+                )
+    except KeyboardInterrupt:
+        print("vgen check: interrupted", file=sys.stderr, flush=True)
+        return COULD_NOT_CHECK
+    except Exception as error:
+        what = str(error) if isinstance(error, VgenError) else f"{type(error).__name__}: {error}"
+        print(f"vgen check: {what}".replace("\n", " "), file=sys.stderr, flush=True)
+        return COULD_NOT_CHECK
+
+
+def _check(
+    name: str,
+    server: str | None,
+    adapter: str | None,
+    keys: tuple[str | None, str | None],
+    dtype: str | None,
+    device: str | None,
+    chosen: Sequence[Case],
+    as_json: bool,
+    timeout: float,
+    terminal: IO[str],
+) -> int:
+    from . import report
+
+    model, tiny = _model(name, dtype, device)
+    factory, abilities = _factory(server, adapter, keys, timeout)
+    if tiny and not server:
+        abilities |= {"more engines"}
+    if tiny and not server and not adapter:
+        abilities |= {"other architectures"}
+    session = Session(
+        model, factory, strength=0.6 if tiny else PRETRAINED_STRENGTH, abilities=abilities, timeout=timeout
+    )
+    outcomes: list[Outcome] = []
+    ended = ""
+    try:
+        for case in chosen:
+            outcome = session.run(case)
+            outcomes.append(outcome)
+            if not as_json:
+                print(report.line(outcome), file=terminal, flush=True)
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    except Exception as error:
+        ended = str(error) if isinstance(error, CheckError) else f"{type(error).__name__}: {error}"
+    left = _end(session, server)
+    status = COULD_NOT_CHECK if ended else report.exit_code(outcomes)
+    facts = {"model": name, "dtype": str(next(model.parameters()).dtype), "server": server, "adapter": adapter}
+    if as_json:
+        facts |= {"error": ended or None, "left": left, "exit_code": status}
+        print(json.dumps(report.as_json(facts, outcomes)), file=terminal, flush=True)
+    else:
+        parts = [report.summary(outcomes), report.advice(outcomes), f"vgen check: {ended}" if ended else "", left]
+        print("\n" + "\n\n".join(part for part in parts if part), file=terminal, flush=True)
+    if session.stuck:  # a thread that never returns would keep the process alive
+        for process in multiprocessing.active_children():
+            process.terminate()
+        os._exit(status)
+    return status
+
+
+def _end(session: Session, server: str | None) -> str:
+    """Put a server's weights back, and close everything. Returns what was left behind, or what was put back."""
+    left: list[str] = []
+    if server and session.started:
+        try:
+            session.restore()
+            left.append(f"{server} has the checkpoint's weights again")
+        except (Exception, KeyboardInterrupt) as error:
+            reason = str(error) or type(error).__name__
+            left.append(
+                f"{server} IS LEFT WITH WEIGHTS OF THE CHECK: {reason}; restart it, or sync it before it is used"
+            )
+    try:
+        session.close()
+    except (Exception, KeyboardInterrupt) as error:
+        left.append(f"the engine could not be closed: {str(error) or type(error).__name__}")
+    return "\n".join(left)
+
+
+def _model(name: str, dtype: str | None, device: str | None) -> tuple[Any, bool]:
+    """The trainer's model, and whether it was made on the spot."""
+    import torch
+    import transformers
+
+    from .architectures import architectures, tiny_model
+
+    transformers.logging.set_verbosity_error()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if Path(name, "config.json").is_file() or (name not in architectures() and _is_hub_name(name)):
+        try:
+            wanted = dtype or ("float32" if device == "cpu" else "auto")
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CheckError(f"the model {name} cannot be loaded: {reason}") from error
+        return model.eval().to(device), False
+    model: Any = tiny_model(name, seed=1)
+    return model.to(device=device, dtype=getattr(torch, dtype or "float32")), True
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether it has the form of a hub name with an organization, or is one that was downloaded before."""
+    if "/" in name:
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _factory(
+    server: str | None, adapter: str | None, keys: tuple[str | None, str | None], timeout: float
+) -> tuple[Any, frozenset[str]]:
+    if adapter is not None:
+        return _adapter(adapter), frozenset()
+    from . import vgen_subjects
+
+    if server is not None:
+        make = vgen_subjects.server(server, api_key=keys[0], control_key=keys[1], timeout=timeout)
+        return make, frozenset({"vgen", "server"})
+    return vgen_subjects.colocate, frozenset({"vgen", "in process"})
+
+
+def _adapter(name: str) -> Any:
+    """The factory that `MODULE:FUNCTION` names."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise CheckError(f"--adapter {name}: {said}; give MODULE:FUNCTION, which makes a subject") from error
+
+
+def all_cases() -> list[Case]:
+    """The portable cases, those about vgen's own engines, and those of other architectures."""
+    from .engine_cases import ENGINE_CASES
+    from .sync_cases import SYNC_CASES
+    from .vgen_cases import VGEN_CASES
+
+    return [*SYNC_CASES, *VGEN_CASES, *ENGINE_CASES]
+
+
+def _chosen(names: Sequence[str]) -> list[Case]:
+    cases = all_cases()
+    known = {case.name: case for case in cases}
+    if unknown := [name for name in names if name not in known]:
+        raise CheckError(f"there is no case {unknown[0]!r}: vgen check --list shows all")
+    return [known[name] for name in names] if names else cases
+
+
+def _list(as_json: bool) -> int:
+    cases = all_cases()
+    if as_json:
+        print(json.dumps([{"name": c.name, "summary": c.summary, "needs": sorted(c.needs)} for c in cases]))
+        return 0
+    for case in cases:
+        needs = f"  [{', '.join(sorted(case.needs))}]" if case.needs else ""
+        print(f"{case.name}{needs}\n    {case.summary}")
+    print(f"{len(cases)} cases")
+    return 0

@@ -1,0 +1,1 @@
+"""vLLM behind HTTP: the trainer's side."""

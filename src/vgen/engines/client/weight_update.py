@@ -1,0 +1,204 @@
+"""New weights for one or more servers: choose transports, pause, send, reset the caches, resume."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from ...engine_protocol import PauseMode, Source, SyncTrace, Transport, Verify
+from ...errors import ServerError, WeightSyncError, error_from_dict
+from ...profiling import semconv
+from ...weights.load.random_weights import RandomWeights
+from ...weights.source.module_source import metadata_of
+from ...weights.transports.buckets import FORMS, FORMS_NAME, TIES, forms_of
+from ...weights.transports.selection import choose, transports_of
+from ...weights.transports.weight_transport import TransportSettings, WeightTransport, WeightUpdate
+from ...weights.verification.logprob_check import obstacle
+from .. import server_api
+from ..audit_report import audit_attributes, joined
+from .endpoint import RESET_PREFIX_CACHE, Endpoint, held_version, was_restarted
+from .endpoint_group import ServerGroup, call_all
+from .http import EventLoopThread
+
+logger = logging.getLogger("vgen.engines.client.engine")
+
+_CACHES = (RESET_PREFIX_CACHE, "/reset_mm_cache", "/reset_encoder_cache")
+
+
+class WeightUpdater:
+    """Sends weights to several servers, all of them together. No call is ever repeated.
+
+    Args:
+        endpoints: The servers.
+        loop: Runs the HTTP calls.
+        transport: The transport that the user asked for; None for the first one that a server supports.
+        settings: For all transports.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        loop: EventLoopThread,
+        transport: Transport | None,
+        settings: TransportSettings,
+    ) -> None:
+        self._endpoints, self._loop, self._timeout = endpoints, loop, settings.timeout
+        self._transport: Transport | None = transport
+        self._transports = transports_of(settings)
+        self._call_all = partial(call_all, loop)
+
+    def sync(
+        self, source: Source, version: str, trace: SyncTrace, verify: Verify | None, *, mode: PauseMode, resume: bool
+    ) -> list[Endpoint]:
+        """Replace the weights of every server that can be reached, and return these. Raises `WeightSyncError`.
+
+        Without `verify`, if one of the servers was never verified, random weights are sent first: see
+        `weights.load.random_weights`. With `bits`, servers whose `load_report["way"]` is not `reload` afterwards have
+        compared every destination with its source.
+        """
+        endpoints = self._reachable(trace)
+        on_gpu = [each for each in endpoints if "resident" in each.features and each.device_type == "cuda"]
+        self._call_all([each for each in on_gpu if each.devices is None], "pause", _ask_devices)
+        choice = choose(self._transports, endpoints, source, self._transport, partial(ServerGroup, self._loop))
+        randomize = verify is None and not all(each.verified for each in endpoints)
+        random = _random_like(source, endpoints) if randomize else None
+        trace.set({semconv.TRANSPORT: choice.names, semconv.TRANSPORT_REASON: choice.reasons})
+        trace.set({semconv.SYNC_RECEIVERS: len(endpoints)})
+        self._audit(choice.served, source)
+        update = WeightUpdate(source, version, trace, random, verify == "bits")
+        with ExitStack() as prepared:
+            for transport in choice.served:
+                prepared.enter_context(transport.prepared(update))
+            paused_at = time.monotonic()
+            with trace.phase("pause"):
+                self._call_all(endpoints, "pause", lambda each: each.http.post(f"{_pause_path(each)}?mode={mode}"))
+            for transport in choice.served:
+                transport.send(update)
+        with trace.phase("reset_cache"):
+            reloading = [each for transport, served in choice.served.items() if transport.reloads for each in served]
+            self._call_all(endpoints, "reset_cache", lambda each: _reset_caches(each, reloaded=each in reloading))
+        if resume:
+            with trace.phase("resume"):
+                self._call_all(endpoints, "resume", lambda each: each.http.post("/resume"))
+        trace.set({semconv.PAUSED_SECONDS: time.monotonic() - paused_at, **_load_report(endpoints)})
+        for each in endpoints:
+            each.lost, each.weight_version = False, version
+        return endpoints
+
+    def close(self) -> None:
+        """Free the memory of the buckets, and leave process groups."""
+        for transport in self._transports:
+            transport.close()
+
+    def _audit(self, served: Mapping[WeightTransport, Sequence[Endpoint]], source: Source) -> None:
+        """Have workers audit what they will load by vLLM's own ways, if it has changed. Raises `WeightSyncError`."""
+        for transport, endpoints in served.items():
+            for each in endpoints:
+                each.audit = {"unaudited": "the server does not run vgen's plugin"} if transport.reloads else {}
+        with_plugin = [
+            each for transport, some in served.items() if transport.reloads for each in some if each.reports_load
+        ]
+        if not with_plugin:
+            return
+        forms = forms_of(metadata_of(source), source.ties())
+        call = {"method": "vgen_audit", "kwargs": {FORMS: forms[FORMS], TIES: forms[TIES]}}
+
+        async def audit(endpoint: Endpoint) -> None:
+            if endpoint.audited[0] == forms[FORMS_NAME]:
+                endpoint.audit = endpoint.audited[1]
+                return
+            answer = await endpoint.http.post("/collective_rpc", call)
+            workers = answer["results"]
+            for worker in workers:
+                if "error" in worker:
+                    raise error_from_dict(worker["error"])
+            endpoint.audit = joined(workers)
+            endpoint.audited = forms[FORMS_NAME], endpoint.audit
+
+        self._call_all(with_plugin, "audit", audit)
+
+    def _reachable(self, trace: SyncTrace) -> list[Endpoint]:
+        """All servers except those that were lost before and still are. Reports weights that another trainer sent.
+
+        Raises `WeightSyncError` if another server cannot be reached, or none can.
+        """
+
+        async def version(endpoint: Endpoint) -> str | ServerError | None:
+            try:
+                held = await held_version(endpoint.http)
+                if endpoint.lost or was_restarted(held, endpoint.weight_version):
+                    await endpoint.rejoin(self._timeout)
+                return held
+            except ServerError as error:
+                return error
+
+        reachable: list[Endpoint] = []
+        versions = self._loop.run_all([version(endpoint) for endpoint in self._endpoints])
+        for endpoint, held in zip(self._endpoints, versions, strict=True):
+            if isinstance(held, ServerError):
+                if not endpoint.lost:
+                    raise WeightSyncError(str(held), phase="pause", receiver=endpoint.name) from held
+                logger.warning("vgen: %s still cannot be reached, and is left out of this weight sync", endpoint.name)
+                continue
+            if not endpoint.lost and held != endpoint.weight_version:
+                trace.set({semconv.FOREIGN_VERSION: held})
+                message = "vgen: %s has weights %r, sent by another trainer; this trainer expected %r"
+                logger.warning(message, endpoint.name, held, endpoint.weight_version)
+            reachable.append(endpoint)
+        if not reachable:
+            names = ", ".join(endpoint.name for endpoint in self._endpoints)
+            raise WeightSyncError("no server can be reached", phase="pause", receiver=names)
+        return reachable
+
+
+def _random_like(source: Source, endpoints: Sequence[Endpoint]) -> RandomWeights | None:
+    """Random weights like those of `source`; None if a comparison of log-probabilities is impossible afterwards."""
+    model = source.model
+    if model is None or any(obstacle(model, endpoint) for endpoint in endpoints):
+        return None
+    return RandomWeights(metadata_of(source), next(model.parameters()).device, ties=source.ties())
+
+
+async def _ask_devices(endpoint: Endpoint) -> None:
+    answer = await endpoint.http.post("/collective_rpc", {"method": "vgen_device"})
+    endpoint.devices = frozenset(str(device) for device in answer["results"])
+
+
+def _pause_path(endpoint: Endpoint) -> str:
+    return server_api.PAUSE if server_api.Feature.PAUSE in endpoint.features else "/pause"
+
+
+async def _reset_caches(endpoint: Endpoint, *, reloaded: bool) -> None:
+    """Reset all caches, and at the same time ask how the weights were loaded, if the server has not `reloaded` them."""
+    await asyncio.gather(*(_reset(endpoint, path) for path in _CACHES), _ask_loaded(endpoint, reloaded=reloaded))
+
+
+async def _ask_loaded(endpoint: Endpoint, *, reloaded: bool) -> None:
+    endpoint.load_report = {"way": "reload", "reason": ""} if reloaded else {}
+    if not reloaded and endpoint.reports_load:
+        answer = await endpoint.http.post("/collective_rpc", {"method": "vgen_weights"})
+        workers = answer["results"]
+        # If one of several workers has reloaded, bits were not compared everywhere.
+        endpoint.load_report = next((each for each in workers if each.get("way") == "reload"), workers[0])
+
+
+def _load_report(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """How the servers have loaded their weights, as attributes."""
+    reasons = [each.load_report["reason"] for each in endpoints if each.load_report.get("reason")]
+    return {
+        semconv.PLAN_WAY: "+".join(sorted({each.load_report["way"] for each in endpoints if each.load_report})) or None,
+        semconv.PLAN_REASON: "; ".join(dict.fromkeys(reasons)) or None,
+        **audit_attributes([each.audit or each.load_report for each in endpoints]),
+    }
+
+
+async def _reset(endpoint: Endpoint, path: str) -> None:
+    answer = await endpoint.http.post(path)
+    if answer is not None and answer.get("success") is False:
+        cache = path.partition("?")[0].removeprefix("/reset_").replace("_", " ")
+        raise WeightSyncError(f"the {cache} could not be reset", phase="reset_cache", receiver=endpoint.name)

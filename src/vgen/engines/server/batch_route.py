@@ -1,0 +1,192 @@
+"""vgen's batch route, in the server: one call for many completions, each with its timing and weight versions.
+
+No endpoint of vLLM's reports everything about a completion (docs/servers.md has the table), and the endpoints that
+report the most take one call for each completion. This route asks the same engine, and answers as each is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ... import completion_codec as codec
+from ...completion_codec import Alive, BatchRequest, Done, End, Failed
+from ...engine_protocol import Request as EngineRequest
+from ...errors import PromptError
+from .. import vllm_prompts
+from ..vllm_outputs import completion_of
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+
+async def generate(request: Request) -> Response:
+    """Answer with one frame for each completion; with status 400 and JSON where the whole call is wrong."""
+    from starlette.responses import JSONResponse, StreamingResponse
+
+    try:
+        batch = codec.decode_request(await request.body())
+        answer = await BatchAnswer.of(batch, request.app.state)
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        return JSONResponse({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
+    return StreamingResponse(answer.frames(), media_type=codec.MEDIA_TYPE)
+
+
+ROUTES = {codec.PATH: generate}
+"""The function that answers a POST, by path."""
+
+
+class BatchAnswer:
+    """The completions of one call, while the engine samples them."""
+
+    def __init__(self, batch: BatchRequest, engine: Any, inputs: list[Any], parameters: list[Any], lora: Any) -> None:
+        self._batch, self._engine, self._inputs, self._parameters = batch, engine, inputs, parameters
+        self._lora, self._finished = lora, asyncio.Queue[Done | Failed]()
+
+    @classmethod
+    async def of(cls, batch: BatchRequest, state: Any) -> BatchAnswer:
+        """Raises `ValueError` where the engine refuses the sampling parameters, or does not have the adapter."""
+        from ...types import Sampling
+        from ..sampling import sampling_params
+
+        sampling = Sampling(**batch.sampling)
+        _verify(sampling, state)
+        parameters = [_final(sampling_params(sampling, wanted.seed)) for wanted in batch.wanted]
+        lora = None
+        if batch.lora_name is not None:
+            adapters: Mapping[str, Any] = state.openai_serving_models.lora_requests
+            if batch.lora_name not in adapters:
+                raise ValueError(f"there is no LoRA adapter named {batch.lora_name!r} here")
+            lora = adapters[batch.lora_name]
+        inputs = await asyncio.gather(*(_input(batch, i, state) for i in range(len(batch.prompts))))
+        return cls(batch, state.engine_client, list(inputs), parameters, lora)
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """The answer's frames. Leaving the iteration early aborts the unfinished completions."""
+        unfinished = len(self._batch.wanted)
+        tasks = [asyncio.create_task(self._sample(index)) for index in range(unfinished)]
+        try:
+            while unfinished:
+                try:
+                    async with asyncio.timeout(codec.HEARTBEAT_SECONDS):
+                        ready = [await self._finished.get()]
+                except TimeoutError:
+                    yield codec.frame_bytes(Alive(unfinished, self._tokens()))
+                    continue
+                while not self._finished.empty():  # what one scheduler step has finished goes out in one piece
+                    ready.append(self._finished.get_nowait())
+                unfinished -= len(ready)
+                yield b"".join(map(codec.frame_bytes, ready))
+            yield codec.frame_bytes(End())
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _tokens(self) -> int | None:
+        """How many tokens the unfinished completions have."""
+        prefix = f"{self._batch.id}-"
+        try:
+            states = self._engine.output_processor.request_states.values()
+            return sum(s.stats.num_generation_tokens for s in states if s.external_req_id.startswith(prefix))
+        except AttributeError:  # another version of vLLM, or one that runs without statistics
+            return None
+
+    async def _sample(self, index: int) -> None:
+        wanted, parameters = self._batch.wanted[index], self._parameters[index]
+        engine_input = self._inputs[wanted.prompt]
+        try:
+            if isinstance(engine_input, Exception):
+                raise engine_input
+            stream = self._engine.generate(
+                engine_input,
+                parameters,
+                f"{self._batch.id}-{index}",
+                lora_request=self._lora,
+                trace_headers={"traceparent": wanted.traceparent} if wanted.traceparent else None,
+                priority=self._batch.priority,
+            )
+            outputs = [output async for output in stream]  # a single one: the parameters ask for the final output
+            # The client numbers the completion itself, by `index`.
+            request = EngineRequest(wanted.prompt, 0, (), wanted.seed)
+            completion = completion_of(request, outputs[-1], top=bool(parameters.logprobs))
+            self._finished.put_nowait(Done(index, codec.pack(completion), time.monotonic_ns()))
+        except Exception as error:
+            self._finished.put_nowait(_failed(index, error))
+
+
+def _verify(sampling: Any, state: Any) -> None:
+    """Raise `ValueError` for parameters that the engine refuses with any prompt, and name the parameter."""
+    problem = _problem(sampling, state)
+    if problem is None:
+        return
+    if sampling.structured_outputs is not None and not _problem(replace(sampling, structured_outputs=None), state):
+        raise ValueError(f"Sampling.structured_outputs was refused by vLLM: {problem}")
+    raise ValueError(f"vLLM refused the sampling parameters: {problem}")
+
+
+def _problem(sampling: Any, state: Any) -> str | None:
+    from ..sampling import sampling_params
+
+    config, engine = state.vllm_config, state.engine_client
+    try:
+        parameters = sampling_params(sampling, None)
+        parameters.verify(
+            config.model_config, config.speculative_config, config.structured_outputs_config, engine.get_tokenizer()
+        )
+    except _refusals() as error:
+        return str(error)
+    return None
+
+
+async def _input(batch: BatchRequest, index: int, state: Any) -> Any:
+    """The prompt as the engine takes it, or the error with which it is refused."""
+    config, renderer = state.vllm_config.model_config, state.engine_client.renderer
+    try:
+        images = _opened(index, batch.images[index]) if batch.images else []
+        prompt = vllm_prompts.model_prompt(index, codec.to_ints(batch.prompts[index]), images, config)
+        if not images:
+            return (await renderer.render_cmpl_async([prompt]))[0]
+        try:
+            (rendered,) = await renderer.render_cmpl_async([prompt], skip_mm_cache=True)
+        except vllm_prompts.prompt_errors() as error:
+            return vllm_prompts.images_refused(index, error)
+        return vllm_prompts.checked_length(index, rendered, config)
+    except _refusals() as error:
+        return error
+
+
+def _opened(index: int, files: list[bytes]) -> list[Any]:
+    from PIL import Image
+
+    try:
+        return [Image.open(io.BytesIO(file)) for file in files]
+    except Exception as error:  # PIL raises many kinds
+        raise PromptError(index, f"has an image that PIL does not open ({type(error).__name__})") from error
+
+
+@functools.cache
+def _refusals() -> tuple[type[Exception], ...]:
+    """What the engine raises for a request that is not right."""
+    return (*vllm_prompts.request_errors(), TypeError)
+
+
+def _final(parameters: Any) -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    parameters.output_kind = RequestOutputKind.FINAL_ONLY
+    return parameters
+
+
+def _failed(index: int, error: Exception) -> Failed:
+    """The frame for `error`. It leaves out the prompt's place in this batch, which means nothing to the caller."""
+    if isinstance(error, PromptError):
+        return Failed(index, 400, error.problem, error.limit)
+    return Failed(index, 400 if isinstance(error, _refusals()) else 503, f"{type(error).__name__}: {error}")

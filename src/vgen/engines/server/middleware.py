@@ -1,0 +1,292 @@
+"""Access control of a `vgen serve` server: a control key for all but inference, a lease for changes.
+
+vLLM loads this ASGI middleware by `--middleware`. It reads the key from the file that `VGEN_CONTROL_KEY_FILE` names;
+the server does not start without one. It decides by path and method, and so depends on nothing of vLLM but the names of
+its routes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..._addresses import this_host
+from ..._version import __version__
+from .. import kv_stores, server_api
+from ..refusal_reasons import RefusalReason
+from ..server_api import CONTROL_HEADER, EXTENSION, INSTANCE, KEY_FILE_VARIABLE, LEASE_HEADER, SHAPE, Feature
+from .lease import LeaseBook, LeaseConflict, LeaseRequest
+
+FEATURES = (Feature.BATCH, Feature.CONTROL_KEY, Feature.LEASE, Feature.PAUSE, Feature.WEIGHTS_STATE)
+WEIGHT_FEATURES = (Feature.SHARED_MEMORY, Feature.GROUP, Feature.RESIDENT, Feature.RECORDED)
+"""The features of a server whose workers have vgen's weight-transfer engine."""
+
+INFERENCE = ("/v1", "/v2", "/inference", "/cohere")
+"""Prefixes of the routes that vLLM's own API key guards."""
+READABLE = frozenset({"/health", "/ping", "/version", "/metrics"})
+"""Routes that anyone may read, as `INSTANCE`: load balancers and Prometheus use them."""
+ADAPTERS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""Routes under an inference prefix that change what the server computes."""
+HARMLESS = frozenset({"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/invocations"})
+"""POST routes that change nothing. They need the control key, because vLLM's API key does not guard them."""
+_MODEL_FACTS = ("model", "max_model_len", "logprobs_mode", "quantization")
+_BODY_LIMIT = 1 << 16
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Refusal(Exception):
+    """The middleware answers the request with an HTTP status and a reason, and does not pass it on."""
+
+    def __init__(self, status: int, reason: RefusalReason, message: str) -> None:
+        super().__init__(message)
+        self.status, self.reason = status, reason
+
+
+class ControlMiddleware:
+    """Guards one server, and answers vgen's own routes under `/vgen/`.
+
+    While nobody holds the lease, every client with the control key may change the server, as a stock server. But a
+    request with the token of an ended lease is refused even then. After a failed weight update, inference is refused
+    until an update succeeds. During an update, `/resume` and `/wake_up` are refused.
+    """
+
+    def __init__(self, app: App, *, key: str | None = None, leases: LeaseBook | None = None) -> None:
+        self.app = app
+        self._key = _digest(key or _key_from_file())
+        self._leases = leases or LeaseBook()
+        self._instance = secrets.token_hex(8)
+        """Tells this server process from others behind the same address."""
+        self._weights = "ready"
+        """`ready`, `updating`, or `failed`: some weights are old and some new."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            if scope["type"] == "lifespan" and "app" in scope:
+                _add_routes(scope["app"])
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self._handle(scope, receive, send)
+        except Refusal as refusal:
+            await self._refuse(scope, send, refusal)
+        except LeaseConflict as conflict:
+            await self._refuse(scope, send, Refusal(409, RefusalReason.LEASE, str(conflict)))
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = _path(scope), scope.get("method", "")
+        reads = method in ("GET", "HEAD")
+        if path not in ADAPTERS and _under(path, INFERENCE):
+            if self._weights == "failed" and not reads and method != "OPTIONS":
+                message = "the last weight update failed: some weights are old and some new until an update succeeds"
+                raise Refusal(503, RefusalReason.WEIGHTS, message)
+            await self.app(scope, receive, send)
+        elif reads and (path in READABLE or _under(path, ("/metrics",))):
+            await self.app(scope, receive, send)
+        elif reads and path == INSTANCE:
+            await _answer(send, 200, {"instance": self._instance})
+        else:
+            self._authenticate(scope)
+            await self._handle_control(path, method, scope, receive, send)
+
+    async def _handle_control(self, path: str, method: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request with the right control key to a route that is not inference."""
+        if _under(path, ("/vgen",)) and path not in (server_api.PAUSE, server_api.WEIGHTS):
+            await _answer(send, 200, await self._own_route(path, method, scope, receive))
+        elif method in ("GET", "HEAD") or path in HARMLESS:
+            await self.app(scope, receive, send)
+        else:
+            token = _header(scope, LEASE_HEADER)
+            with nullcontext() if token is None and self._leases.free else self._leases.using(token):
+                await self._change(path, scope, receive, send)
+
+    def _authenticate(self, scope: Scope) -> None:
+        key = _header(scope, CONTROL_HEADER)
+        if key is None or not hmac.compare_digest(_digest(key), self._key):
+            problem = "no control key" if key is None else "a wrong control key"
+            fix = f"send this server's key in the header {CONTROL_HEADER} (`vgen serve` prints which file holds it)"
+            raise Refusal(401, RefusalReason.CONTROL_KEY, f"{problem}: {fix}")
+
+    async def _change(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on that changes the server, and keep track of the weights' state."""
+        if path in ("/resume", "/wake_up") and self._weights == "updating":
+            # During an update, layers are on the meta device. One scheduler step would end the engine.
+            raise Refusal(409, RefusalReason.WEIGHTS, "a weight update is in progress: finish it first")
+        if path in (server_api.START_UPDATE, server_api.WEIGHTS) and await _is_paused(scope) is False:
+            message = "pause the server first: its layers are unusable during a weight update"
+            raise Refusal(409, RefusalReason.WEIGHTS, message)
+        status = 500  # if the app raises, a middleware outside this one answers with 500
+        before = self._weights
+        if path == server_api.WEIGHTS:
+            self._weights = "updating"
+
+        async def send_and_note_status(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note_status)
+        finally:
+            if path == server_api.WEIGHTS:  # a status of 4xx means that nothing was changed
+                self._weights = "ready" if status < 400 else before if status < 500 else "failed"
+            else:
+                self._weights = _state_after(self._weights, path, ok=status < 400)
+
+    async def _own_route(self, path: str, method: str, scope: Scope, receive: Receive) -> dict[str, Any]:
+        """The answer of one of vgen's own routes."""
+        token = _header(scope, LEASE_HEADER)
+        if (method, path) == ("GET", server_api.INFO):
+            return self._info(scope)
+        if (method, path) == ("POST", server_api.LEASE):
+            try:
+                request = msgspec.json.decode(await _body(receive), type=LeaseRequest)
+            except msgspec.DecodeError as error:
+                raise Refusal(400, RefusalReason.BAD_REQUEST, f"this is no request for a lease: {error}") from None
+            return self._leases.take(request.holder, request.ttl_seconds, takeover=request.takeover)
+        if (method, path) == ("POST", server_api.LEASE_RENEW):
+            return self._leases.renew(token)
+        if (method, path) in (("POST", server_api.LEASE_RELEASE), ("DELETE", server_api.LEASE)):
+            self._leases.release(token)
+            return {}
+        raise Refusal(404, RefusalReason.NOT_FOUND, f"{method} {path} is not one of vgen's routes")
+
+    def _info(self, scope: Scope) -> dict[str, Any]:
+        config = _attribute(scope.get("app"), "state.vllm_config")
+        model, parallel = _attribute(config, "model_config"), _attribute(config, "parallel_config")
+        backend = _attribute(config, "weight_transfer_config.backend")
+        transports = WEIGHT_FEATURES if backend == "vgen_shm" else ()
+        extended = getattr(parallel, "worker_extension_cls", "") == EXTENSION
+        return {
+            "vgen": __version__,
+            "features": [*FEATURES, *transports, *([Feature.MEMORY] if extended else [])],
+            "lease": self._leases.describe(),
+            "weights": self._weights,
+            **{name: getattr(model, name, None) for name in _MODEL_FACTS},
+            "dtype": str(getattr(model, "dtype", "")).removeprefix("torch.") or None,
+            "device": _attribute(config, "device_config.device_type"),
+            "max_num_seqs": _attribute(config, "scheduler_config.max_num_seqs"),
+            "shape": _shape(model),
+            "world_size": getattr(parallel, "world_size_across_dp", None),
+            "enable_eplb": getattr(parallel, "enable_eplb", None),
+            "kv_store_refusal": kv_stores.refusal(config),
+            "weight_transfer": backend,
+            "shared_memory_directory": _shared_directory() if transports else None,
+            "host": this_host(),
+        }
+
+    async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": refusal.reason})
+            return
+        error: dict[str, Any] = {"message": str(refusal), "type": refusal.reason, "code": refusal.status}
+        if refusal.reason == RefusalReason.LEASE:
+            error["lease"] = self._leases.describe()
+        await _answer(send, refusal.status, {"error": error})
+
+
+def _attribute(value: Any, path: str) -> Any:
+    """The attribute at a dotted path; None if one of the attributes is missing."""
+    return functools.reduce(lambda parent, name: getattr(parent, name, None), path.split("."), value)
+
+
+def _shape(model: Any) -> dict[str, int]:
+    """The sizes of the model, by which a trainer recognizes its own."""
+    config = getattr(model, "hf_text_config", None)
+    sizes = {name: getattr(config, name, None) for name in SHAPE}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def _add_routes(app: Any) -> None:
+    """Add vgen's routes to vLLM's application, behind vLLM's own middleware. A second call has no effect."""
+    from starlette.routing import Route
+
+    from . import batch_route, weights_route
+
+    routes, present = app.router.routes, {getattr(route, "path", None) for route in app.router.routes}
+    added = {**batch_route.ROUTES, **weights_route.ROUTES}
+    routes[:0] = [Route(path, answer, methods=["POST"]) for path, answer in added.items() if path not in present]
+
+
+def _shared_directory() -> str:
+    from ...weights.transports.shared_memory import shared_directory
+
+    return str(shared_directory())
+
+
+def _state_after(weights: str, path: str, *, ok: bool) -> str:
+    """The state of the weights after the server has answered a request to `path`."""
+    if path == server_api.START_UPDATE:
+        return "updating" if ok else weights
+    if path in (server_api.UPDATE_WEIGHTS, server_api.FINISH_UPDATE) and weights == "updating":
+        return "failed" if not ok else "ready" if path == server_api.FINISH_UPDATE else weights
+    if path == server_api.SET_VERSION and ok:  # the weights came another way, and the caller has named their version
+        return "ready"
+    return weights
+
+
+def _key_from_file() -> str:
+    name = os.environ.get(KEY_FILE_VARIABLE)
+    key = Path(name).read_text().strip() if name else ""
+    if not key:
+        raise RuntimeError(f"{KEY_FILE_VARIABLE} must name a file that holds this server's control key")
+    return key
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _path(scope: Scope) -> str:
+    """The path that the application routes by: without the prefix (`root_path`) of a proxy."""
+    path, root = scope["path"], scope.get("root_path", "")
+    if root and path.startswith(root) and (path == root or path[len(root)] == "/"):
+        return path[len(root) :]
+    return path
+
+
+def _under(path: str, prefixes: tuple[str, ...]) -> bool:
+    return any(path == prefix or path.startswith(prefix + "/") for prefix in prefixes)
+
+
+def _header(scope: Scope, name: str) -> str | None:
+    encoded = name.lower().encode()
+    return next((value.decode("latin-1") for key, value in scope.get("headers", ()) if key.lower() == encoded), None)
+
+
+async def _is_paused(scope: Scope) -> bool | None:
+    """Whether the engine is paused; None if there is no engine to ask."""
+    engine = _attribute(scope.get("app"), "state.engine_client")
+    return None if engine is None else bool(await engine.is_paused())
+
+
+async def _body(receive: Receive) -> bytes:
+    raw = b""
+    while True:
+        message = await receive()
+        raw += message.get("body", b"")
+        if len(raw) > _BODY_LIMIT:
+            raise Refusal(413, RefusalReason.BAD_REQUEST, f"the body is longer than {_BODY_LIMIT} bytes")
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return raw
+
+
+async def _answer(send: Send, status: int, body: Any) -> None:
+    raw = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": raw})

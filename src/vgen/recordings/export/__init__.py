@@ -1,0 +1,1 @@
+"""A run as a picture or as another tool's format: `vgen trace`."""

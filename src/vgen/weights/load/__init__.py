@@ -1,0 +1,1 @@
+"""From named tensors to the parameters of an engine."""

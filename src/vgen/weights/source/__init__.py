@@ -1,0 +1,1 @@
+"""From the trainer's model to a stream of named tensors."""

@@ -1,0 +1,1 @@
+"""How weights travel to an engine in another process: one file for each way."""

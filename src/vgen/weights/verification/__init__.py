@@ -1,0 +1,1 @@
+"""Whether an engine's weights are the trainer's."""

@@ -1,0 +1,78 @@
+"""Cases in other processes: their outcomes are taken over, and what ends without one is an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from vgen.checks import engine_cases
+from vgen.checks.engine_cases import ENGINE_CASES, check_elsewhere
+from vgen.checks.session import WrongWeights
+from vgen.errors import CheckError
+
+CASES = {case.name: case for case in ENGINE_CASES}
+
+
+def outcome(status, ratio=0.5):
+    return {"case": "x", "status": status, "detail": "so it was", "measurement": {"ratio": ratio} if ratio else None}
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    def answer(*outcomes):
+        monkeypatch.setattr(engine_cases, "check_elsewhere", lambda *args: list(outcomes))
+        bench = SimpleNamespace(note="", session=SimpleNamespace(timeout=100))
+        CASES["a mixture of experts"].run(bench)
+        return bench.note
+
+    return answer
+
+
+def test_right_outcomes_elsewhere_are_right_here(elsewhere):
+    assert elsewhere(outcome("right"), outcome("skipped", None), outcome("right", 0.7)) == (
+        "2 cases, at most 0.7 times the noise"
+    )
+
+
+def test_others_are_not(elsewhere):
+    with pytest.raises(WrongWeights, match="x: so it was"):
+        elsewhere(outcome("right"), outcome("wrong"))
+    for status in ("refused", "error"):
+        with pytest.raises(CheckError, match=f"qwen3_moe: x: {status}: so it was"):
+            elsewhere(outcome("right"), outcome(status))
+
+
+@pytest.fixture
+def process(monkeypatch):
+    def ends(stdout="", stderr="", returncode=0, error=None):
+        def run(command, **options):
+            if error:
+                raise error
+            return SimpleNamespace(stdout=stdout, stderr=stderr, returncode=returncode)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return lambda: check_elsewhere("opt", "float32", ["fresh sync"], 5)
+
+    return ends
+
+
+def test_a_process_that_says_nothing_useful_is_an_error(process):
+    with pytest.raises(CheckError, match="did not end within 5 s"):
+        process(error=subprocess.TimeoutExpired("x", 5))()
+    with pytest.raises(CheckError, match="ended with 137 and said killed"):
+        process(stderr="a\nkilled", returncode=137)()
+    with pytest.raises(CheckError, match="said nothing"):
+        process(stdout="no json")()
+    with pytest.raises(CheckError, match="the engine could not be started"):
+        process(stdout=json.dumps({"error": "the engine could not be started", "cases": []}))()
+    assert process(stdout="noise\n" + json.dumps({"error": None, "cases": [1]}))() == [1]
+
+
+def test_the_table():
+    assert len(CASES) == len(ENGINE_CASES)
+    assert sum("CUDA" in case.needs for case in ENGINE_CASES) >= 15
+    for case in ENGINE_CASES:
+        assert case.summary.endswith(".")

@@ -1,0 +1,82 @@
+"""vgen's batch route from the client: what it asks for, what comes back, and what counts as progress meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from vgen import Completion, PromptError, Sampling, ServerError
+from vgen.engine_protocol import Batch, Request
+
+pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install 'vgen[server]'")
+
+from vgen import completion_codec as codec
+from vgen.completion_codec import Alive, Done, End, Failed, pack
+from vgen.engines.client import batch_client
+
+REQUESTS = [Request(0, 0, [1], 7), Request(0, 1, [1], 8), Request(0, 0, [2], None, rank=1)]
+
+
+class ScriptedServer:
+    """A server that answers with the given frames, and keeps the request."""
+
+    name = "http://scripted"
+
+    def __init__(self, *frames):
+        self.answers, self.request = frames, None
+
+    async def frames(self, path, body, *_):
+        self.request = codec.decode_request(body)
+        for frame in self.answers:
+            yield frame
+
+
+def done(index: int) -> Done:
+    completion = Completion(prompt_index=9, generation_index=9, token_ids=[index], request_id=f"x-{index}")
+    return Done(index, pack(completion), 0)
+
+
+async def ask(server, requests=REQUESTS, **batch):
+    asked = Batch(requests, **{"sampling": Sampling(), **batch})
+    return [answer async for answer in batch_client.complete(server, asked, requests, 1.0)]
+
+
+async def test_completions_come_back_under_the_numbers_of_their_requests():
+    answers = await ask(ScriptedServer(done(2), done(0), done(1), End()))
+    assert [(c.key, c.token_ids, c.request_id, c.server) for c in answers] == [
+        ((1, 0, 0), [2], "x-2", "http://scripted"),
+        ((0, 0, 0), [0], "x-0", "http://scripted"),
+        ((0, 0, 1), [1], "x-1", "http://scripted"),
+    ]
+
+
+async def test_a_prompt_is_sent_once_for_all_its_completions_but_never_for_another_ranks():
+    server = ScriptedServer(End())
+    await ask(server, sampling=Sampling(max_tokens=3), priority=2)
+    request = server.request
+    assert [codec.to_ints(prompt) for prompt in request.prompts] == [[1], [2]]
+    assert [(wanted.prompt, wanted.seed) for wanted in request.wanted] == [(0, 7), (0, 8), (1, None)]
+    assert (request.sampling, request.priority) == ({"max_tokens": 3}, 2)
+
+
+async def test_a_refusal_is_the_prompts_own_and_a_failure_is_for_another_try():
+    refused, broken, *_ = await ask(ScriptedServer(Failed(2, 400, "is too long", 16), Failed(1, 503, "no"), End()))
+    assert refused.key == (1, 0, 0)
+    assert (type(refused.error), refused.error.index, refused.error.limit) == (PromptError, 0, 16)
+    request, error = broken
+    assert request is REQUESTS[1]
+    assert (type(error), error.status, error.retryable) == (ServerError, 503, True)
+
+
+async def test_an_answer_without_its_end_was_cut_off():
+    with pytest.raises(ServerError, match="cut off") as caught:
+        await ask(ScriptedServer(done(0)))
+    assert caught.value.retryable
+
+
+async def test_new_tokens_are_progress_and_a_heartbeat_is_none():
+    counted = []
+    for frames in ((Alive(1, 0),), (Alive(1, 0), Alive(1, 3)), (Alive(1, 3), Alive(1, 3), Alive(1, 4)), (Alive(1),)):
+        moves = []
+        await ask(ScriptedServer(*frames, End()), on_progress=lambda moves=moves: moves.append(1))
+        counted.append(len(moves))
+    assert counted == [0, 1, 2, 1]  # the word of an engine that does not count tokens is taken

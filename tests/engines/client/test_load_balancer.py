@@ -1,0 +1,149 @@
+"""Requests spread over servers that go wrong: each is answered once, or ends in a typed error in time."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import pytest
+from helpers.server_generation import BATCH, COMPLETIONS, PROMPTS, calls, generation, tokens
+from helpers.waiting import wait_until
+
+from vgen import (
+    ProfilingContext,
+    PromptError,
+    RequestTracing,
+    Sampling,
+    ServerError,
+)
+from vgen.testing import FaultyServer, MemorySink
+
+
+@pytest.mark.parametrize("fault", ["reset", "truncated", "not json", 429, 500, 502, 503])
+def test_what_may_pass_is_sent_again_and_nothing_is_lost_or_doubled(server, fault):
+    server.faults[COMPLETIONS] = [fault]
+    with FaultyServer() as other, generation(server, other) as made:
+        assert tokens(made.generate(PROMPTS, Sampling(max_tokens=2))) == [prompt[:2] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("request_timing", [True, False])
+def test_a_server_that_dies_has_its_work_moved_to_the_others(request_timing):
+    with FaultyServer() as other, FaultyServer() as dying:
+        dying.faults[COMPLETIONS] = ["reset"] * 100
+        with generation(dying, other, request_timing=request_timing) as made:
+            assert tokens(made.generate(PROMPTS, Sampling(max_tokens=2))) == [prompt[:2] for prompt in PROMPTS]
+        assert len([1 for path, _, _ in other.seen if path == COMPLETIONS]) > 0
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_the_server_refuses_is_named_and_does_not_lose_the_others(server, status):
+    with generation(server) as made:
+        server.faults[COMPLETIONS] = [status]
+        with pytest.raises(PromptError, match="the server says no") as caught:
+            made.generate([[1]])
+        assert caught.value.__cause__.status == status
+        server.faults[COMPLETIONS] = [status]
+        rollouts = made.generate(PROMPTS, refused="mark")
+    (refused,) = [completion for completion in rollouts if completion.error is not None]
+    assert refused.error.index == refused.prompt_index
+    assert len(rollouts) == 20
+
+
+def test_a_batch_that_is_refused_is_sent_one_by_one(server):
+    with generation(server, request_timing=False) as made:
+        server.faults[COMPLETIONS] = [400, *[None] * 7, 400]
+        rollouts = made.generate(PROMPTS, Sampling(max_tokens=2), refused="mark")
+    assert [completion.prompt_index for completion in rollouts if completion.error is not None] != []
+    assert len([completion for completion in rollouts if completion.error is None]) == 19
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reset", "silent", "truncated", "not json", "not vllm", 500])
+def test_when_nobody_is_left_it_ends_within_the_deadline(server, fault):
+    with generation(server, timeout=0.75) as made:
+        server.faults[COMPLETIONS] = [fault] * 100
+        start = time.monotonic()
+        with pytest.raises(ServerError) as caught:
+            made.generate(PROMPTS)
+        assert time.monotonic() - start < 10.0
+        assert caught.value.url == server.url
+        server.faults.clear()
+
+        def recovered() -> bool:  # on a busy machine one call may miss the short deadline again
+            with suppress(ServerError):
+                return len(made.generate(PROMPTS)) == 20
+            return False
+
+        wait_until(recovered)  # it is back, with the weights that it should hold
+
+
+def test_one_call_brings_every_completion_with_its_timing(ours):
+    with generation(ours) as made:
+        rollouts = made.generate(PROMPTS, Sampling(max_tokens=2, seed=3), 2)
+    assert tokens(rollouts) == [prompt[:2] for prompt in PROMPTS for _ in range(2)]
+    assert len(calls(ours, BATCH)) == 1
+    for completion in rollouts:
+        timing = completion.timing
+        assert timing.e2e == pytest.approx(0.005)
+        assert abs(time.monotonic_ns() - timing.finished_ns) < 60e9
+        assert completion.weight_versions == [("0", 0, 2)]
+
+
+def test_each_request_of_a_batch_has_its_own_seed_and_trace_context(ours):
+    from vgen import completion_codec as codec
+
+    profiling = ProfilingContext([MemorySink()])
+    with (
+        generation(ours, profiling=profiling, request_tracing=RequestTracing(traced_requests=3)) as made,
+        profiling.step(1),
+    ):
+        made.generate(PROMPTS[:3], Sampling(seed=7), 2)
+    batch = codec.decode_request(calls(ours, BATCH)[0]["batch"])
+    assert [wanted.seed for wanted in batch.wanted] == list(range(7, 13))
+    assert [wanted.prompt for wanted in batch.wanted] == [0, 0, 1, 1, 2, 2]
+    assert len(batch.prompts) == 3
+    assert sorted(wanted.traceparent[-2:] for wanted in batch.wanted) == ["00"] * 3 + ["01"] * 3
+
+
+@pytest.mark.parametrize("fault", ["reset", "truncated", 429, 500, 503])
+def test_what_a_batch_has_not_answered_is_sent_again_and_nothing_is_doubled(ours, fault):
+    ours.faults[BATCH] = [fault]
+    seen = []
+    with generation(ours) as made:
+        rollouts = made.generate(PROMPTS, Sampling(max_tokens=2), on_completion=seen.append)
+    assert tokens(rollouts) == [prompt[:2] for prompt in PROMPTS]
+    assert len(seen) == 20
+    assert len(calls(ours, BATCH)) == 2
+
+
+def test_a_request_that_the_engine_refuses_or_loses_is_its_own_matter(ours):
+    from vgen import completion_codec as codec
+
+    def failing(status):
+        return lambda f: codec.Failed(3, status, "no") if getattr(f, "index", None) == 3 else f
+
+    with generation(ours) as made:
+        ours.faults[BATCH] = [failing(400)]
+        rollouts = made.generate(PROMPTS, refused="mark")
+        assert [c.prompt_index for c in rollouts if c.error is not None] == [3]
+        ours.faults[BATCH] = [failing(503)]
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+    assert len(calls(ours, BATCH)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["silent", "reset", "truncated", "not json", 500])
+def test_a_batch_that_nobody_answers_ends_within_the_deadline(ours, fault):
+    ours.faults[BATCH] = [fault] * 100
+    with generation(ours, timeout=0.75) as made:
+        start = time.monotonic()
+        with pytest.raises(ServerError):
+            made.generate(PROMPTS)
+        assert time.monotonic() - start < 10.0
+
+
+def test_a_batch_is_spread_over_servers(ours):
+    with FaultyServer(features=["batch"]) as other, generation(ours, other, frozen=True) as made:
+        assert tokens(made.generate(PROMPTS, num_generations=2)) == [p for p in PROMPTS for _ in range(2)]
+        assert calls(ours, BATCH)
+        assert calls(other, BATCH)

@@ -1,0 +1,380 @@
+"""The middleware by plain ASGI calls: who may do what, without a server."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("msgspec", reason="msgspec is not installed: pip install 'vgen[server]'")
+
+from vgen.engines.server.lease import LeaseBook
+from vgen.engines.server.middleware import KEY_FILE_VARIABLE, ControlMiddleware
+
+KEY = "the-control-key"
+HAS_KEY = {"x-vgen-control-key": KEY}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class App:
+    """Answers everything with 200, or with what `answers` has for the path; an exception there is raised."""
+
+    def __init__(self) -> None:
+        self.reached: list[str] = []
+        self.answers: dict[str, Any] = {}
+        self.paused = True
+        self.state = SimpleNamespace(engine_client=self)
+
+    async def is_paused(self) -> bool:
+        return self.paused
+
+    async def __call__(self, scope, receive, send) -> None:
+        self.reached.append(scope.get("path", scope["type"]))
+        answer = self.answers.get(scope.get("path", ""), 200)
+        if isinstance(answer, Exception):
+            raise answer
+        if callable(answer):
+            await answer()
+            answer = 200
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": answer, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+
+class Caller:
+    def __init__(self) -> None:
+        self.app, self.clock = App(), Clock()
+        self.middleware = ControlMiddleware(self.app, key=KEY, leases=LeaseBook(self.clock))
+
+    async def __call__(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **scope: Any
+    ) -> tuple[int, Any]:
+        sent: list[Any] = []
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
+
+        async def receive():
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        pairs = [(name.encode(), value.encode()) for name, value in (HAS_KEY if headers is None else headers).items()]
+        request = {"type": "http", "method": method, "path": path, "headers": pairs, "app": self.app, **scope}
+        await self.middleware(request, receive, send)
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+    async def lease(self, holder: str = "me", **wants: Any) -> dict[str, str]:
+        status, answer = await self("POST", "/vgen/lease", {"holder": holder, **wants})
+        assert status == 200, answer
+        return {**HAS_KEY, "x-vgen-lease": answer["token"]}
+
+
+@pytest.fixture
+def call() -> Caller:
+    return Caller()
+
+
+CHANGES = [
+    "/pause",
+    "/vgen/pause",
+    "/vgen/weights",
+    "/resume",
+    "/sleep",
+    "/wake_up",
+    "/update_weights",
+    "/collective_rpc",
+    "/reset_prefix_cache",
+]
+CHANGES += ["/abort_requests", "/v1/load_lora_adapter", "/anything/vllm/adds/next"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/metrics/", "/version", "/ping"])
+async def test_these_are_read_without_a_key(call, path):
+    assert (await call("GET", path, headers={}))[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/inference/v1/generate", "/v2/embed"])
+async def test_inference_is_left_to_vllms_own_key(call, path):
+    assert (await call("POST", path, headers={}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path", [*CHANGES, "/server_info", "/tokenize", "/docs", "/v1x", "/vgen/info", "", "//v1/models"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH"])
+async def test_all_else_needs_the_control_key(call, path, method):
+    for headers in (
+        {},
+        {"x-vgen-control-key": "wrong"},
+        {"x-vgen-control-key": ""},
+        {"authorization": f"Bearer {KEY}"},
+    ):
+        status, answer = await call(method, path, headers=headers)
+        assert status == 401
+        assert answer["error"]["type"] == "vgen_control_key"
+        assert "X-Vgen-Control-Key" in answer["error"]["message"]
+        assert KEY not in str(answer)
+    assert call.app.reached == []
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+async def test_what_may_be_read_may_not_be_written(call, path):
+    assert (await call("POST", path, headers={}))[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "status"),
+    [
+        ("/v1", "/v1/pause", 401),
+        ("/proxy", "/proxy/pause", 401),
+        ("/proxy", "/proxy/v1/models", 200),
+        ("/v", "/v1/pause", 200),
+    ],
+)
+async def test_a_proxys_prefix_is_taken_off_as_the_router_does(call, root, path, status):
+    assert (await call("POST", path, headers={}, root_path=root))[0] == status
+
+
+async def test_a_websocket_needs_the_key_outside_inference(call):
+    async def connect(path: str) -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        scope = {"type": "websocket", "path": path, "headers": []}
+        await call.middleware(scope, None, send)
+        return sent
+
+    assert (await connect("/control"))[0]["type"] == "websocket.close"
+    assert call.app.reached == []
+    await connect("/v1/realtime")
+    assert call.app.reached == ["/v1/realtime"]
+
+
+async def test_the_servers_own_start_passes(call):
+    await call.middleware({"type": "lifespan"}, None, None)
+    assert call.app.reached == ["lifespan"]
+
+
+async def test_vgens_routes_are_added_once(call):
+    pytest.importorskip("starlette", reason="starlette is not installed")
+    from starlette.applications import Starlette
+
+    app = Starlette()
+    for _ in range(2):
+        await call.middleware({"type": "lifespan", "app": app}, None, None)
+    assert [route.path for route in app.routes] == ["/inference/vgen/generate", "/vgen/pause", "/vgen/weights"]
+
+
+def test_without_a_key_it_does_not_start(monkeypatch, tmp_path):
+    monkeypatch.delenv(KEY_FILE_VARIABLE, raising=False)
+    with pytest.raises(RuntimeError, match=KEY_FILE_VARIABLE):
+        ControlMiddleware(App())
+    (tmp_path / "key").write_text("\n")
+    monkeypatch.setenv(KEY_FILE_VARIABLE, str(tmp_path / "key"))
+    with pytest.raises(RuntimeError, match=KEY_FILE_VARIABLE):
+        ControlMiddleware(App())
+
+
+# The lease
+
+
+@pytest.mark.parametrize("path", CHANGES)
+async def test_whoever_has_the_key_may_act_until_somebody_takes_the_lease(call, path):
+    assert (await call("POST", path))[0] == 200
+    mine = await call.lease()
+    status, answer = await call("POST", path)
+    assert (status, answer["error"]["type"], answer["error"]["lease"]["holder"]) == (409, "vgen_lease", "me")
+    assert (await call("POST", path, headers=mine))[0] == 200
+    assert (await call("POST", "/vgen/lease/release", headers=mine))[0] == 200
+    assert (await call("POST", path))[0] == 200
+    assert (await call("POST", path, headers=mine))[0] == 409  # a token of the past, though nobody holds it now
+
+
+async def test_reading_and_inference_need_no_lease(call):
+    await call.lease()
+    for method, path in (
+        ("GET", "/is_paused"),
+        ("POST", "/v1/completions"),
+        ("POST", "/tokenize"),
+        ("GET", "/vgen/info"),
+    ):
+        assert (await call(method, path))[0] == 200
+
+
+async def test_a_lease_is_refused_while_held_and_taken_over_at_once(call):
+    first = await call.lease("first")
+    status, answer = await call("POST", "/vgen/lease", {"holder": "second"})
+    assert status == 409
+    assert answer["error"]["lease"] == {"holder": "first", "epoch": 1, "held_seconds": 0.0, "expires_in_seconds": 60.0}
+    second = await call.lease("second", takeover=True)
+    assert (await call("POST", "/pause", headers=first))[0] == 409
+    assert (await call("POST", "/vgen/lease/renew", headers=first))[0] == 409
+    assert (await call("POST", "/vgen/lease/release", headers=first))[0] == 409
+    assert (await call("POST", "/vgen/lease/renew", headers=second)) == (200, {"epoch": 2, "ttl_seconds": 60.0})
+
+
+async def test_a_lease_expires_when_it_is_not_used_and_each_use_renews_it(call):
+    first = await call.lease(ttl_seconds=10)
+    for _ in range(3):
+        call.clock.now += 9
+        assert (await call("POST", "/pause", headers=first))[0] == 200
+    call.clock.now += 10
+    status, answer = await call("POST", "/pause", headers=first)
+    assert (status, answer["error"]["lease"]) == (409, None)
+    assert "expired" in answer["error"]["message"]
+    await call.lease("second")
+
+
+async def test_a_lease_does_not_expire_under_a_call_that_takes_long(call):
+    first = await call.lease(ttl_seconds=10)
+
+    async def long() -> None:
+        call.clock.now += 1000
+        assert (await call("POST", "/vgen/lease", {"holder": "second"}))[0] == 409
+
+    call.app.answers["/update_weights"] = long
+    assert (await call("POST", "/update_weights", headers=first))[0] == 200
+    assert (await call("POST", "/pause", headers=first))[0] == 200
+
+
+async def test_one_who_was_fenced_in_mid_call_does_not_get_the_lease_back(call):
+    first = await call.lease()
+
+    async def long() -> None:
+        await call.lease("second", takeover=True)
+
+    call.app.answers["/update_weights"] = long
+    await call("POST", "/update_weights", headers=first)
+    assert (await call("POST", "/pause", headers=first))[0] == 409
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        [],
+        b"{",
+        {"holder": ""},
+        {"holder": 3},
+        {"holder": "x" * 201},
+        {"holder": "x", "ttl_seconds": 0},
+        {"holder": "x", "ttl_seconds": "1"},
+        {"holder": "x", "ttl_seconds": True},
+        {"holder": "x", "ttl_seconds": float("nan")},
+        {"holder": "x", "takeover": "yes"},
+    ],
+)
+async def test_a_senseless_request_for_a_lease_is_refused(call, body):
+    status, answer = await call("POST", "/vgen/lease", body)
+    assert (status, answer["error"]["type"]) == (400, "vgen_bad_request")
+
+
+async def test_too_long_a_body_is_not_read_to_its_end(call):
+    assert (await call("POST", "/vgen/lease", b" " * 100_000))[0] == 413
+
+
+async def test_an_unknown_route_of_vgens_own_is_not_found(call):
+    assert (await call("GET", "/vgen/lease"))[0] == 404
+    assert call.app.reached == []
+
+
+# The weights' state
+
+
+async def test_info_says_what_there_is(call):
+    token = (await call.lease())["x-vgen-lease"]
+    _, info = await call("GET", "/vgen/info")
+    assert {"batch", "control_key", "lease", "pause", "weights_state"} == set(info["features"])
+    assert (info["lease"]["holder"], info["weights"], info["model"]) == ("me", "ready", None)
+    assert token not in str(info)
+
+
+async def test_info_says_why_no_weights_may_be_synced(call):
+    transfer = SimpleNamespace(kv_connector="LMCacheConnectorV1")
+    call.app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
+    assert "LMCacheConnectorV1" in (await call("GET", "/vgen/info"))[1]["kv_store_refusal"]
+    transfer.kv_connector = "OffloadingConnector"
+    assert (await call("GET", "/vgen/info"))[1]["kv_store_refusal"] is None
+
+
+@pytest.mark.parametrize("failure", [500, RuntimeError("an answer is made of it further out")])
+@pytest.mark.parametrize("path", ["/update_weights", "/finish_weight_update"])
+async def test_after_a_failed_update_nothing_is_inferred_until_one_succeeds(call, path, failure):
+    await call("POST", "/start_weight_update")
+    call.app.answers[path] = failure
+    if isinstance(failure, Exception):
+        with pytest.raises(RuntimeError, match="further out"):
+            await call("POST", path)
+    else:
+        await call("POST", path)
+    del call.app.answers[path]
+    await call("POST", "/finish_weight_update")  # of the update that has failed already
+    status, answer = await call("POST", "/v1/completions", headers={})
+    assert (status, answer["error"]["type"]) == (503, "vgen_weights")
+    assert (await call("GET", "/v1/models", headers={}))[0] == 200
+    for step in ("/start_weight_update", "/update_weights", "/finish_weight_update"):
+        await call("POST", step)
+    assert (await call("POST", "/v1/completions", headers={}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "after"),
+    [
+        ("ready", 200, "ready"),
+        ("ready", 409, "ready"),
+        ("ready", 500, "failed"),
+        ("failed", 200, "ready"),
+        ("failed", 409, "failed"),
+        ("failed", 500, "failed"),
+    ],
+)
+async def test_an_update_in_one_call_fails_as_a_whole_unless_it_was_refused(call, before, status, after):
+    call.app.answers["/vgen/weights"] = {"ready": 200, "failed": 500}[before]
+    await call("POST", "/vgen/weights")
+    call.app.answers["/vgen/weights"] = status
+    assert (await call("POST", "/vgen/weights"))[0] == status
+    assert (await call("GET", "/vgen/info"))[1]["weights"] == after
+    assert (await call("POST", "/v1/completions"))[0] == (200 if after == "ready" else 503)
+
+
+async def test_an_update_in_one_call_needs_a_paused_server_and_keeps_it_so(call):
+    call.app.paused = False
+    assert (await call("POST", "/vgen/weights"))[0] == 409
+    assert "/vgen/weights" not in call.app.reached
+    call.app.paused = True
+
+    async def long() -> None:
+        assert (await call("POST", "/resume"))[0] == 409
+
+    call.app.answers["/vgen/weights"] = long
+    assert (await call("POST", "/vgen/weights"))[0] == 200
+    assert (await call("POST", "/resume"))[0] == 200
+
+
+async def test_weights_that_came_another_way_are_vouched_for_by_their_version(call):
+    await call("POST", "/start_weight_update")
+    call.app.answers["/update_weights"] = 500
+    await call("POST", "/update_weights")
+    await call("POST", "/update_weight_version", {"new_version": "5"})
+    assert (await call("POST", "/v1/completions"))[0] == 200
+
+
+async def test_a_scheduler_step_during_an_update_is_prevented(call):
+    call.app.paused = False
+    assert (await call("POST", "/start_weight_update"))[0] == 409
+    call.app.paused = True
+    assert (await call("POST", "/start_weight_update"))[0] == 200
+    for path in ("/resume", "/wake_up"):
+        assert (await call("POST", path))[0] == 409
+    await call("POST", "/finish_weight_update")
+    assert (await call("POST", "/resume"))[0] == 200

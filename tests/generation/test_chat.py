@@ -1,0 +1,65 @@
+"""Conversations as prompts, through a chat template. Templates of real models are in tests/real."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.sources import SmallSource
+
+from vgen import Generation, PromptError
+
+jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed: it comes with the engine")
+
+
+class Tokenizer:
+    """One token for each character. Its template refuses the word `no`, and is wrong for the word `broken`."""
+
+    def __init__(self) -> None:
+        self.settings: list[dict] = []
+
+    def apply_chat_template(self, messages, **settings):
+        self.settings.append(settings)
+        text = " ".join(message["content"] for message in messages)
+        if text == "no":
+            raise jinja2.TemplateError("roles must alternate")
+        if text == "broken":
+            raise jinja2.TemplateSyntaxError("unexpected end of template", 1)
+        return text
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(letter) % 100 for letter in text]}
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer()
+
+
+@pytest.fixture
+def generation(engine, tokenizer):
+    return Generation(engine, SmallSource(), processing_class=tokenizer)
+
+
+def test_conversations_are_rendered_with_the_callers_settings(generation, tokenizer):
+    rollouts = generation.chat(
+        [said("ab"), said("c")], num_generations=2, tools=[print], chat_template_kwargs={"enable_thinking": False}
+    )
+    assert rollouts.prompt_ids == [[97, 98], [99]]
+    assert len(rollouts) == 4
+    expected = {"add_generation_prompt": True, "tools": [print], "enable_thinking": False, "tokenize": False}
+    assert tokenizer.settings == [expected, expected]
+
+
+def test_a_conversation_that_the_template_refuses_is_raised_or_marked(generation):
+    with pytest.raises(PromptError, match="prompt 1 was refused by the chat template: roles must alternate"):
+        generation.chat([said("a"), said("no")])
+    rollouts = generation.chat([said("a"), said("no")], refused="mark")
+    assert [completion.error is None for completion in rollouts] == [True, False]
+
+
+def test_a_template_that_is_wrong_itself_is_no_conversations_fault(generation):
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        generation.chat([said("broken")], refused="mark")

@@ -1,0 +1,62 @@
+"""Prompts that cannot be encoded, or that the engine could not take."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from helpers.sources import SmallSource
+
+from vgen import Generation, PromptError
+from vgen.testing import FakeEngine
+
+WORDS = {"one": 1, "two": 2, "three": 3}
+
+
+def tokenizer(text: str) -> dict[str, list[int]]:
+    return {"input_ids": [WORDS[word] for word in text.split()]}
+
+
+@pytest.fixture
+def reader(engine: FakeEngine) -> Generation:
+    """A generation object that takes text."""
+    return Generation(engine, SmallSource(), processing_class=tokenizer)
+
+
+def test_text_needs_a_tokenizer(generation):
+    with pytest.raises(TypeError, match="prompt 1 is text"):
+        generation.generate([[1], "two"])
+
+
+def test_text_and_token_ids_may_be_mixed(reader, engine):
+    rollouts = reader.generate(["one two three", [3, 2]])
+    assert rollouts.prompt_ids == [[1, 2, 3], [3, 2]]
+    assert [request.token_ids for request in engine.requests] == [[1, 2, 3], [3, 2]]
+
+
+def test_a_processor_encodes_with_its_own_tokenizer(engine):
+    processor = SimpleNamespace(tokenizer=tokenizer)
+    assert Generation(engine, SmallSource(), processing_class=processor).generate(["two"]).prompt_ids == [[2]]
+
+
+def test_prompt_errors_hold_no_prompt(generation):
+    with pytest.raises(PromptError) as caught:
+        generation.generate([[7777777]])
+    assert "7777777" not in str(caught.value)
+    assert caught.value.limit == 100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [([], "is empty"), ([1] * 1000, r"has 1000 tokens; at most \d+ leave room"), ([-1], "outside the vocabulary")],
+)
+def test_a_prompt_that_the_engine_could_not_take_is_named_and_the_others_are_generated(
+    generation, engine, prompt, problem
+):
+    with pytest.raises(PromptError, match=problem) as caught:
+        generation.generate([[1], prompt])
+    assert caught.value.index == 1
+    assert engine.calls == []
+    rollouts = generation.generate([[1], prompt, [2]], refused="mark")
+    assert [completion.error is None for completion in rollouts] == [True, False, True]
+    assert rollouts.prompt_ids == [[1], [], [2]]

@@ -1,0 +1,52 @@
+"""The report in a terminal: which sections it has and what they show."""
+
+from __future__ import annotations
+
+from helpers.handmade import Writer, usual_run, words
+
+from vgen.cli import main
+from vgen.profiling import semconv
+
+
+def test_many_steps_are_not_all_shown(tmp_path, capsys):
+    usual_run(tmp_path, steps=60, slow=5)
+    assert main(["report", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.split("where the time went")[1].split("the tail")[0].split("\n")
+    shown = [line.split()[0] for line in table if line.strip()[:1].isdigit() and "%" not in line]
+    assert "5" in shown
+    assert shown[-1] == "60"
+    assert len(shown) == 24
+    assert any("…" in line for line in table)
+
+
+def test_of_one_step_there_are_only_its_own_figures(tmp_path, capsys):
+    usual_run(tmp_path)
+    assert main(["report", str(tmp_path), "--step", "3"]) == 0
+    shown = words(capsys.readouterr().out)
+    assert "1 sync, 300.00 MB at 1.000 GB/s" in shown
+    assert "step 3 took 2.60 s" in shown
+    assert "stragglers" not in shown
+    assert "over the run" not in shown
+    assert "why step" not in shown
+
+
+def test_sections_without_content_are_left_out(tmp_path, capsys):
+    Writer(tmp_path).step(1, 0, 1)
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "where the time went" in shown
+    for section in ("the tail", "requests", "weight sync", "memory", "stragglers", "errors"):
+        assert section not in shown
+
+
+def test_what_servers_took_for_a_phase_and_how_many_syncs_failed(tmp_path, capsys):
+    writer = Writer(tmp_path)
+    step = writer.step(1, 0, 10)
+    sync = writer.span(semconv.WEIGHT_SYNC, 0, 4, under=step, vgen__weight_sync__paused=1.5)
+    receivers = {"vgen__weight_sync__receiver__median": 0.5, "vgen__weight_sync__receiver__max": 2.0}
+    writer.span(semconv.SYNC_LOAD, 0, 3, under=sync, **receivers)
+    writer.span(semconv.WEIGHT_SYNC, 5, 6, under=step, error="WeightSyncError")
+    assert main(["report", str(tmp_path)]) == 0
+    shown = words(capsys.readouterr().out)
+    assert "2 syncs, generation paused for 1.500 s, the slowest server took 2.000 s in load" in shown
+    assert "the median 0.500 s, 1 failed" in shown

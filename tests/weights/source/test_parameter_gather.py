@@ -1,0 +1,49 @@
+"""Sources of sharded models, two gloo ranks: bits, poisoned memory, receivers that fail; see `sharded_worker.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+CHEAP = ["fsdp2 peft"]
+FSDP1 = ["fsdp1", "fsdp1 flat", "fsdp1 moe", "fsdp1 peft", "fsdp1 flat peft", "fsdp1 checkpointed", "fsdp1 tied"]
+FSDP2 = ["fsdp2", "fsdp2 ignored", "fsdp2 moe", "fsdp2 peft everywhere", "fsdp2 checkpointed peft", "fsdp2 tied"]
+ZERO3 = ["zero3", "zero3 moe", "zero3 peft", "zero3 tied"]
+
+
+def on_two_ranks(folder: Path, cases: list[str]) -> None:
+    worker = Path(helpers.__file__).with_name("sharded_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    done = subprocess.run([*command, str(folder), *cases], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = json.loads((folder / f"rank-{rank}.json").read_text())
+        assert list(found) == cases
+        for case, result in found.items():
+            assert result.pop("tensors") >= 27, case
+            assert result == {"wrong": [], "left": []}, (rank, case, result)
+
+
+@pytest.mark.slow
+def test_shards_come_whole_and_no_rank_waits_for_one_that_failed(tmp_path):
+    on_two_ranks(tmp_path, CHEAP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [FSDP1, FSDP2], ids=["fsdp1", "fsdp2"])
+def test_every_way_of_fsdp(tmp_path, cases):
+    on_two_ranks(tmp_path, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install 'vgen[deepspeed]'"
+)
+def test_zero3(tmp_path):
+    on_two_ranks(tmp_path, ZERO3)
