@@ -31,7 +31,11 @@ def model(tmp_path_factory):
 def generation(model, sink):
     profiling = ProfilingContext([sink])
     with ColocateGeneration(
-        model, enable_sleep_mode=True, gpu_memory_utilization=0.3, max_model_length=512, profiling=profiling
+        model,
+        enable_sleep_mode=True,
+        max_model_length=512,
+        profiling=profiling,
+        engine_kwargs={"kv_cache_memory_bytes": 1 << 30},
     ) as made:
         yield made
 

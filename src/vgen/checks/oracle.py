@@ -86,6 +86,9 @@ class Oracle:
             if self._fp8 or self._dtype is not self._stored:
                 copied = _converted(self._model, self._dtype)
                 narrow = _completion_logprobs(_rounded_to_fp8(copied) if self._fp8 else copied, pairs)
+            elif self._dtype is torch.float32:
+                with _tf32():
+                    narrow = _completion_logprobs(self._model, pairs)
         return trainer, narrow - wide, engine
 
     def behind_the_likeliest(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sampled]) -> float:
@@ -158,6 +161,17 @@ def _rounded_to_fp8(model: Any) -> Any:
             scale = parameter.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448.0  # the largest e4m3 number
             parameter.copy_(((parameter.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(parameter.dtype))
     return model
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 matrices in TF32 on CUDA devices, as in vLLM's kernels; on a CPU as they are."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
