@@ -9,6 +9,7 @@ import pytest
 
 from vgen import errors
 from vgen.errors import (
+    ArgumentError,
     CheckError,
     EngineError,
     EngineStateError,
@@ -26,6 +27,7 @@ ERRORS = [
     VgenError("something"),
     MissingExtraError("OTelSink", "OpenTelemetry", "otel"),
     CheckError("the engine could not be started"),
+    ArgumentError("Sampling.max_tokens", "must be an integer"),
     PromptError(3, "is empty", 5),
     EngineStateError("sleep", "paused", "call resume() first"),
     EngineError("broke"),

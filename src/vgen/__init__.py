@@ -9,6 +9,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .engine_protocol import EngineState
     from .errors import (
+        ArgumentError,
         EngineError,
         EngineStateError,
         MissingExtraError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "ArgumentError": "errors",
     "ColocateGeneration": "generation",
     "Completion": "types",
     "Completions": "types",

@@ -2,6 +2,7 @@
 
     VgenError
     ├── MissingExtraError (ImportError)     an optional package is not installed; the message holds the pip command
+    ├── ArgumentError (ValueError, TypeError)  an argument is wrong; `argument`, and what to pass instead
     ├── PromptError (ValueError)            the engine cannot take one prompt; `index`, `limit`
     ├── EngineStateError (RuntimeError)     the call does not fit the engine's state; `state`
     ├── EngineError (RuntimeError)          the engine could not start, or broke while it worked
@@ -10,8 +11,7 @@
     ├── WeightSyncError (RuntimeError)      the weights did not arrive whole; `phase`, `parameter`, `receiver`
     └── RankError (RuntimeError)            another trainer rank failed, went away or came too late; `rank`
 
-A value of `Sampling` outside its range is a plain `ValueError` that names the field. No message ever
-holds the text or the tokens of a prompt or a completion.
+No message ever holds the text or the tokens of a prompt or a completion.
 
 Each class has a `code`, a name that never changes. `error_to_dict` and `error_from_dict` carry an error to another
 process as its code and its constructor's arguments: the receiver parses no text and unpickles nothing.
@@ -62,6 +62,19 @@ class CheckError(VgenError, RuntimeError):
     """A check could not be made. The message says what was tried and what to do."""
 
     code = "check"
+
+
+class ArgumentError(VgenError, ValueError, TypeError):
+    """A caller passed a wrong argument. Nothing has reached an engine; the next right call succeeds.
+
+    `argument` names it, as in `Sampling.max_tokens`. `problem` says what is wrong and what to pass instead.
+    """
+
+    code = "argument"
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument} {problem}")
+        self.argument, self.problem = argument, problem
 
 
 class PromptError(VgenError, ValueError):
@@ -161,7 +174,7 @@ class ServerError(EngineError):
 _CLASSES: Mapping[str, type[VgenError]] = {
     kind.code: kind
     for kind in (
-        *(VgenError, MissingExtraError, PromptError, EngineStateError, EngineError),
+        *(VgenError, MissingExtraError, ArgumentError, PromptError, EngineStateError, EngineError),
         *(WeightSyncError, RankError, ServerError, CheckError),
     )
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, overload
 
-from .errors import PromptError
+from . import arguments
+from .errors import ArgumentError, PromptError
 
 STRUCTURES = ("regex", "json", "json_object", "choice", "grammar", "structural_tag")
 """What `Sampling.structured_outputs` may ask for."""
@@ -22,6 +23,9 @@ class Sampling:
 
     There is no `n`: `num_generations` of `generate` is the one way to ask for several, because vLLM
     reports the timing of only one of `n` siblings. What vLLM has besides goes into `extra`.
+
+    Values are normalized: integers of NumPy and torch become `int`, one stop string becomes a tuple of it. Raises
+    `ArgumentError`, which names the field and what to pass instead.
     """
 
     temperature: float = 1.0
@@ -35,12 +39,14 @@ class Sampling:
     frequency_penalty: float = 0.0
     max_tokens: int = 256
     min_tokens: int = 0
-    stop: Sequence[str] = ()
-    """Needs a tokenizer in the engine."""
+    stop: str | Sequence[str] = ()
+    """Text that ends a completion, or several such texts. Needs a tokenizer in the engine."""
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     seed: int | None = None
-    """The first completion's seed; the others of the same call get the numbers that follow, so that a group differs."""
+    """The seed of the first completion of the first prompt. Each other completion of the call, on any rank, gets one
+    that is computed from this number, from its prompt's place among the prompts of all ranks, and from its own place
+    among that prompt's completions. So completions differ, and the next number has nothing in common with this one."""
     logprobs: int | None = 0
     """None: no log-probabilities. 0: only the sampled token's. N: also those of the N likeliest tokens."""
     prompt_logprobs: int | None = None
@@ -52,29 +58,117 @@ class Sampling:
     """Further `SamplingParams`, passed on as they are."""
 
     def __post_init__(self) -> None:
-        finite = all(math.isfinite(v) for f in fields(self) if isinstance(v := getattr(self, f.name), float))
-        for name, right, rule in (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= -1, "at least -1 (0 and -1 consider all tokens)"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
-            ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "None or at least 0"),
-            ("seed", self.seed is None or self.seed >= 0, "None or at least 0"),
-            ("structured_outputs", _one_of(self.structured_outputs), f"one of {', '.join(STRUCTURES)}, and no more"),
-            ("extra", "n" not in self.extra, "without 'n': pass num_generations to generate()"),
-        ):
-            if not right or (not finite and isinstance(getattr(self, name), float)):
-                raise ValueError(f"Sampling.{name} must be {rule}, got {getattr(self, name)!r}")
+        for name, valid, rule in _NUMBERS:
+            self._set(name, arguments.number(f"Sampling.{name}", getattr(self, name), valid, rule))
+        for name, least, most, rule in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                self._set(name, arguments.integer(f"Sampling.{name}", value, least=least, most=most, rule=rule))
+        if self.min_tokens > self.max_tokens:
+            raise ArgumentError("Sampling.min_tokens", f"must be at most max_tokens, {self.max_tokens}")
+        self._set("stop", arguments.texts("Sampling.stop", self.stop))
+        self._set("stop_token_ids", arguments.integers("Sampling.stop_token_ids", self.stop_token_ids))
+        self._set("ignore_eos", arguments.flag("Sampling.ignore_eos", self.ignore_eos))
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", _structured_outputs(self.structured_outputs))
+        self._set("extra", _extra(self.extra))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, value: Any) -> Sampling:
+        """`value` itself, or the `Sampling` that means the same as a `SamplingParams` of vLLM.
+
+        Raises `ArgumentError` for anything else, and says what to pass.
+        """
+        if isinstance(value, Sampling):
+            return value
+        if type(value).__name__ == "SamplingParams" and type(value).__module__.startswith("vllm."):
+            return _from_vllm(value)
+        fix = "sampling=Sampling(max_tokens=...)"
+        if isinstance(value, Mapping):
+            fix = "sampling=Sampling(**them)"
+        elif type(value).__name__ == "GenerationConfig":
+            fix = "its fields as sampling=Sampling(temperature=..., max_tokens=...)"
+        raise ArgumentError("sampling", f"must be a vgen.Sampling, got a {type(value).__name__}: pass {fix}")
 
 
-def _one_of(structured_outputs: Mapping[str, Any] | None) -> bool:
-    return structured_outputs is None or len(structured_outputs.keys() & STRUCTURES) == 1
+_init = arguments.checked_call(Sampling.__init__)
+
+
+def _named_init(self: Sampling, *args: Any, n: Any = 1, **fields: Any) -> None:
+    if n != 1:
+        raise ArgumentError("Sampling(n=)", "is not an argument: pass num_generations to generate()")
+    _init(self, *args, **fields)
+
+
+Sampling.__init__ = _named_init
+
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("temperature", lambda value: value >= 0, "at least 0"),
+    ("top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
+    ("min_p", lambda value: 0 <= value <= 1, "in [0, 1]"),
+    ("repetition_penalty", lambda value: value > 0, "above 0"),
+    ("presence_penalty", lambda value: -2 <= value <= 2, "in [-2, 2]"),
+    ("frequency_penalty", lambda value: -2 <= value <= 2, "in [-2, 2]"),
+)
+_INTEGERS = (
+    ("top_k", -1, arguments.INT32, "an integer of at least -1 (0 and -1 consider all tokens)"),
+    ("max_tokens", 1, arguments.INT32, "an integer of at least 1"),
+    ("min_tokens", 0, arguments.INT32, "an integer of at least 0"),
+    ("logprobs", 0, arguments.INT32, "None or an integer of at least 0"),
+    ("prompt_logprobs", 0, arguments.INT32, "None or an integer of at least 0"),
+    ("seed", 0, arguments.INT63, "None or an integer of at least 0"),
+)
+_OPTIONAL = ("logprobs", "prompt_logprobs", "seed")
+_SET_BY_VGEN = (
+    *("skip_clone", "output_kind", "stream_interval", "detokenize", "flat_logprobs", "output_text_buffer_length"),
+    *("prompt_logprob_token_ids", "prompt_logprob_start", "trace_decode_token_ids"),
+)
+"""Parameters of vLLM on which it depends that completions can be read and that the engine survives."""
+
+
+def _structured_outputs(value: Any) -> dict[str, Any]:
+    rule = f"must be a mapping with one of {', '.join(STRUCTURES)}, and no more"
+    if not isinstance(value, Mapping) or len(value.keys() & STRUCTURES) != 1:
+        raise ArgumentError("Sampling.structured_outputs", f"{rule}, got {arguments.shown(value)}")
+    return arguments.mapping("Sampling.structured_outputs", value)
+
+
+def _extra(value: Any) -> dict[str, Any]:
+    extra = arguments.mapping("Sampling.extra", value)
+    if "n" in extra and extra.pop("n") != 1:
+        raise ArgumentError("Sampling.extra", "must be without 'n': pass num_generations to generate()")
+    for name in extra:
+        if name in _FIELDS:
+            raise ArgumentError("Sampling.extra", f"must be without {name!r}: pass Sampling({name}=...)")
+        if name in _SET_BY_VGEN or name.startswith("_"):
+            raise ArgumentError("Sampling.extra", f"must be without {name!r}, which vgen sets itself")
+    return extra
+
+
+def _from_vllm(params: Any) -> Sampling:
+    """The same sampling. vLLM's classes are structs, whose fields and defaults they tell."""
+    if params.max_tokens is None:
+        raise ArgumentError("SamplingParams.max_tokens", "must be an integer of at least 1, got None")
+    if params.n != 1:
+        raise ArgumentError("SamplingParams.n", f"must be 1, got {params.n}: pass num_generations to generate()")
+    plain = type(params)()
+    own = {name: getattr(params, name) for name in _FIELDS - {"extra", "structured_outputs"}}
+    extra = {
+        name: getattr(params, name)
+        for name in params.__struct_fields__
+        if name not in _FIELDS and name not in _SET_BY_VGEN and not name.startswith("_") and name != "n"
+        if getattr(params, name) != getattr(plain, name)
+    }
+    structured = params.structured_outputs
+    if structured is not None:
+        structured = {name: each for name in STRUCTURES if (each := getattr(structured, name)) is not None}
+    return Sampling(**own, structured_outputs=structured, extra=extra)
+
+
+_FIELDS = {each.name for each in fields(Sampling)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

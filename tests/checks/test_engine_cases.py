@@ -7,10 +7,12 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from vgen.checks import engine_cases
-from vgen.checks.engine_cases import ENGINE_CASES, check_elsewhere
-from vgen.checks.session import WrongWeights
+from vgen.checks import elsewhere as other_process
+from vgen.checks.elsewhere import check_elsewhere, own_engine
+from vgen.checks.engine_cases import ENGINE_CASES
+from vgen.checks.session import Case, WrongWeights
 from vgen.errors import CheckError
 
 CASES = {case.name: case for case in ENGINE_CASES}
@@ -23,7 +25,7 @@ def outcome(status, ratio=0.5):
 @pytest.fixture
 def elsewhere(monkeypatch):
     def answer(*outcomes):
-        monkeypatch.setattr(engine_cases, "check_elsewhere", lambda *args: list(outcomes))
+        monkeypatch.setattr(other_process, "check_elsewhere", lambda *args: list(outcomes))
         bench = SimpleNamespace(note="", session=SimpleNamespace(timeout=100))
         CASES["a mixture of experts"].run(bench)
         return bench.note
@@ -43,6 +45,25 @@ def test_others_are_not(elsewhere):
     for status in ("refused", "error"):
         with pytest.raises(CheckError, match=f"qwen3_moe: x: {status}: so it was"):
             elsewhere(outcome("right"), outcome(status))
+
+
+@pytest.mark.parametrize(
+    ("started", "abilities", "where"),
+    [
+        (True, {"CUDA"}, "elsewhere"),
+        (False, {"CUDA"}, "here"),
+        (True, set(), "here"),
+    ],
+)
+def test_an_engine_that_sleeps_has_a_cuda_process_to_itself(monkeypatch, started, abilities, where):
+    ran = []
+    monkeypatch.setattr(other_process, "check_elsewhere", lambda *args: ran.append(args) or [outcome("right")])
+    model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), parameters=lambda: iter([torch.ones(1)]))
+    session = SimpleNamespace(started=started, abilities=abilities, timeout=100)
+    own_engine(Case("x", "X.", lambda bench: ran.append("here"), "", "")).run(
+        SimpleNamespace(session=session, model=model, note="")
+    )
+    assert ran == (["here"] if where == "here" else [("opt", "float32", ("x",), 90)])
 
 
 @pytest.fixture

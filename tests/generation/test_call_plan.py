@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vgen import Completion, PromptError, Sampling
 from vgen.distributed.ranks import RankPrompt
-from vgen.generation.call_plan import CallPlan, CallRequest, make_requests
+from vgen.generation.call_plan import CallPlan, CallRequest, make_requests, request_seed
 from vgen.types import LoRARequest
 
 PROMPTS = [RankPrompt(0, [1]), RankPrompt(2, [3], ("image",)), RankPrompt(1, [4], rank=1)]
@@ -19,10 +19,14 @@ def plan(count: int = 2, errors=(), prompts=([1], [2], [3])) -> CallPlan:
     return CallPlan(list(prompts), dict(errors), make_requests(PROMPTS, count, None), call)
 
 
-def test_requests_carry_the_callers_numbers_and_seeds_count_over_all_ranks():
+def test_requests_carry_the_callers_numbers_and_seeds_of_their_places_among_all_ranks_prompts():
     requests = make_requests(PROMPTS, 2, 40)
     assert [request.key for request in requests] == [(r, p, g) for r, p in ((0, 0), (0, 2), (1, 1)) for g in (0, 1)]
-    assert [request.seed for request in requests] == [40, 41, 42, 43, 44, 45]
+    seeds = [request.seed for request in requests]
+    assert seeds == [request_seed(40, place, generation) for place in range(3) for generation in range(2)]
+    assert seeds[0] == 40
+    assert len({*seeds, *(request_seed(41, place, generation) for place in range(3) for generation in range(2))}) == 12
+    assert all(0 <= seed < 2**63 for seed in seeds)
     assert [list(request.token_ids) for request in requests] == [[1], [1], [3], [3], [4], [4]]
     assert [request.images for request in requests[1:3]] == [(), ("image",)]
     assert {request.seed for request in make_requests(PROMPTS, 2, None)} == {None}

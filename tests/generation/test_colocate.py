@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from vgen import ColocateGeneration, EngineError, EngineStateError, WeightSyncError
+from vgen import ArgumentError, ColocateGeneration, EngineError, EngineStateError, WeightSyncError
 from vgen.engines.inprocess import engine as inprocess
 from vgen.profiling import ProfilingContext, semconv
 from vgen.testing import FakeEngine, MemorySink
@@ -203,7 +203,7 @@ def test_sleep_mode_is_off_unless_it_is_asked_for(engines):
     assert ColocateGeneration(Model(), enable_sleep_mode=True).sleep().seconds > 0
 
 
-def test_an_unknown_keyword_is_pythons_own_error_before_an_engine_starts(engines):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'request_spans'"):
+def test_an_unknown_keyword_is_refused_before_an_engine_starts(engines):
+    with pytest.raises(ArgumentError, match=r"ColocateGeneration\(request_spans=\) is not an argument: it takes"):
         ColocateGeneration(Model(), request_spans=3)  # pyright: ignore[reportCallIssue]
     assert engines == []

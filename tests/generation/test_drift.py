@@ -211,11 +211,13 @@ def test_renormalized_log_probabilities_are_said_once(trainer, profiling, caplog
 
 def test_what_renormalizes():
     assert renormalized_by(Sampling()) is None
-    assert renormalized_by(Sampling(temperature=0.3, top_k=-1, stop=["a"], extra={"detokenize": False})) is None
+    assert (
+        renormalized_by(Sampling(temperature=0.3, top_k=-1, stop=["a"], extra={"skip_special_tokens": False})) is None
+    )
     assert renormalized_by(Sampling(extra={"bad_words": ["a"]})) == "extra"
 
 
 @pytest.mark.parametrize("every", [0, -1])
 def test_a_wrong_interval_is_refused(trainer, every):
-    with pytest.raises(ValueError, match="drift_every must be at least 1"):
+    with pytest.raises(ValueError, match="drift_every must be None or an integer of at least 1"):
         Generation(Engine(), trainer, drift_every=every)

@@ -6,6 +6,7 @@ import pytest
 from helpers.sources import SmallSource
 
 from vgen import (
+    ArgumentError,
     EngineStateError,
     Generation,
     ProfilingContext,
@@ -51,7 +52,7 @@ def test_a_trainers_step_is_the_parent_although_the_contexts_are_copies(engine, 
 
 
 def test_score_wants_a_completion_for_each_prompt(generation):
-    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
+    with pytest.raises(ArgumentError, match="one for each of 2 prompts, got 1"):
         generation.score([[1], [2]], [[3]])
 
 

@@ -39,7 +39,7 @@ def test_one_address_may_be_given_as_text_and_its_span_names_the_model(server):
 
 
 def test_no_address_at_all_is_an_error_that_names_the_argument():
-    with pytest.raises(ValueError, match="base_urls must name at least one server"):
+    with pytest.raises(ValueError, match="base_urls must hold the address of a server"):
         ServerGeneration(Model(), base_urls=[])
 
 

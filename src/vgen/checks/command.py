@@ -183,7 +183,7 @@ def _factory(
     if server is not None:
         make = vgen_subjects.server(server, api_key=keys[0], control_key=keys[1], timeout=timeout)
         return make, frozenset({"vgen", "server"})
-    return vgen_subjects.colocate, frozenset({"vgen", "in process"})
+    return vgen_subjects.colocate, frozenset({"vgen", "in process", "sleep mode"})
 
 
 def _adapter(name: str) -> Any:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..errors import CheckError
-from .session import Bench, Case, WrongWeights
+from .elsewhere import own_engine, run_elsewhere
+from .session import Bench, Case
 
 _CYCLE = ("fresh sync", "the check sees a stale layer", "second and third sync", "warm prefix cache", "greedy tokens")
 _SLEEPS = ("sleep level 1", "sleep level 2 and three syncs")
-SECONDS = 240.0
-"""For the checks of one other architecture."""
 
 
 def _with_options(dtype: str | None = None, **options: Any) -> Callable[[Bench], None]:
@@ -46,38 +41,9 @@ def _elsewhere(architecture: str, dtype: str = "float32", cases: tuple[str, ...]
     """The same cases on another architecture, in a process of its own."""
 
     def run(bench: Bench) -> None:
-        # Less than the case itself has, so that the other process ends with it.
-        outcomes = check_elsewhere(architecture, dtype, cases, min(SECONDS, 0.9 * bench.session.timeout))
-        ratios = [outcome["measurement"]["ratio"] for outcome in outcomes if outcome["measurement"]]
-        for outcome in outcomes:
-            if outcome["status"] == "wrong":
-                raise WrongWeights(f"{outcome['case']}: {outcome['detail']}")
-            if outcome["status"] not in ("right", "skipped"):
-                raise CheckError(f"{architecture}: {outcome['case']}: {outcome['status']}: {outcome['detail']}")
-        bench.note = f"{len(ratios)} cases, at most {max(ratios):.2g} times the noise"
+        run_elsewhere(bench, architecture, dtype, cases)
 
     return run
-
-
-def check_elsewhere(model: str, dtype: str, cases: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """Run cases on another architecture in a process of its own; returns their outcomes as JSON has them.
-
-    vLLM cannot start every kind of model in a process that had another kind. Raises `CheckError`.
-    """
-    command = [sys.executable, "-m", "vgen.cli", "check", model, "--dtype", dtype, "--json"]
-    command += [word for case in cases for word in ("--case", case)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        raise CheckError(f"vgen check {model} did not end within {seconds:g} s") from error
-    try:
-        result = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise CheckError(f"vgen check {model} ended with {done.returncode} and said {said[0]}") from error
-    if result["error"]:
-        raise CheckError(result["error"])
-    return result["cases"]
 
 
 def _decode_graphs(bench: Bench) -> None:
@@ -134,7 +100,8 @@ _TABLE: list[tuple[str, str, Callable[[Bench], None], tuple[str, ...]]] = [
      _with_options(engine_kwargs={"enable_prefix_caching": False}), _NEW),
     ("prefill in chunks", "`enable_chunked_prefill` with 64 tokens a step.",
      _with_options(engine_kwargs={"enable_chunked_prefill": True, "max_num_batched_tokens": 64}), _NEW),
-    ("one sequence at a time", "`max_num_seqs=1`.", _with_options(max_num_seqs=1), _NEW),
+    ("one sequence at a time", "`max_num_seqs=1`.",
+     _with_options(max_num_seqs=1), _NEW),
     ("a mixture of experts", "Qwen3-MoE.", _elsewhere("qwen3_moe"), _ELSEWHERE),
     ("a hybrid of attention and state space", "Falcon-H1.", _elsewhere("falcon_h1"), _ELSEWHERE),
     ("a state-space model", "Mamba-2.", _elsewhere("mamba2"), _ELSEWHERE),
@@ -145,8 +112,10 @@ _TABLE: list[tuple[str, str, Callable[[Bench], None], tuple[str, ...]]] = [
     ("a tensor moved behind the engine's back", _summary(_moved_tensor), _moved_tensor,
      (*_NEW, "CUDA")),
     ("KV offloading", _summary(_offloading), _offloading, (*_NEW, "CUDA")),
-    ("an engine in float16", "Trainer and engine in float16.", _with_options("float16"), (*_NEW, "CUDA")),
-    ("without graphs", "`enforce_eager=True`.", _with_options(engine_kwargs={"enforce_eager": True}), (*_NEW, "CUDA")),
+    ("an engine in float16", "Trainer and engine in float16.",
+     _with_options("float16"), (*_NEW, "CUDA")),
+    ("without graphs", "`enforce_eager=True`.",
+     _with_options(engine_kwargs={"enforce_eager": True}), (*_NEW, "CUDA")),
     ("online fp8", "`quantization='fp8'`: every sync quantizes anew.",
      _with_options("bfloat16", engine_kwargs={"quantization": "fp8"}), (*_NEW, "CUDA")),
     ("an fp8 KV cache", "`kv_cache_dtype='fp8'`, whose scales a wake-up may reset.",
@@ -165,4 +134,9 @@ _TABLE: list[tuple[str, str, Callable[[Bench], None], tuple[str, ...]]] = [
     ("Jamba", "Attention, state space and experts.", _elsewhere("jamba", "bfloat16"), (*_ELSEWHERE, "CUDA")),
     ("sliding windows", "Gemma-3.", _elsewhere("gemma3_text", "bfloat16"), (*_ELSEWHERE, "CUDA")),
 ]  # fmt: skip
-ENGINE_CASES = [Case(name, summary, run, _MOVED, _KEEP, frozenset(needs)) for name, summary, run, needs in _TABLE]
+ENGINE_CASES = [
+    own_engine(Case(name, summary, run, _MOVED, _KEEP, frozenset(needs)))
+    if "more engines" in needs
+    else Case(name, summary, run, _MOVED, _KEEP, frozenset(needs))
+    for name, summary, run, needs in _TABLE
+]

@@ -48,6 +48,8 @@ class Case:
     fix: str
     needs: frozenset[str] = frozenset()
     """What of `Session.abilities` the case needs; without it, the case is skipped."""
+    own_engine: bool = False
+    """Whether it works with an engine of its own alone, so that the session's is not made for it."""
 
     def __str__(self) -> str:
         return self.name
@@ -218,7 +220,8 @@ class Session:
         timeout: float = TIMEOUT,
     ) -> None:
         self.model, self.strength = model, strength
-        self.abilities = frozenset(abilities)
+        device = next(model.parameters()).device.type
+        self.abilities = frozenset(abilities) | ({"CUDA"} if device == "cuda" else set[str]())
         self._factory, self.timeout, self._seed = factory, timeout, 1000
         self.original = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
         self.prompts = prompts_for(model)
@@ -257,7 +260,8 @@ class Session:
     def run(self, case: Case) -> Outcome:
         """Run one case. Raises `CheckError` if the subject cannot be made, or does not return in time."""
         start = time.monotonic()
-        self._within(self._start, "making the engine")
+        if not case.own_engine or case.needs - self.abilities:
+            self._within(self._start, "making the engine")
         if missing := sorted(case.needs - self.abilities):
             return Outcome(case.name, "skipped", f"needs {', '.join(missing)}")
         bench = Bench(self, self.model, self._subject)
@@ -321,8 +325,6 @@ class Session:
                 self.abilities |= {"sleep mode"}
             if getattr(self._subject, "concurrent", False):
                 self.abilities |= {"updates in flight"}
-            if next(self.model.parameters()).device.type == "cuda":
-                self.abilities |= {"CUDA"}
 
     def _stop(self) -> None:
         self._subject = None

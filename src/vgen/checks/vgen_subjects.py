@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,12 @@ class VgenSubject:
         self.generation.wake_up()
 
     def close(self) -> None:
+        _ALIVE.discard(self)
         self.generation.close()
+
+
+_ALIVE = weakref.WeakSet[VgenSubject]()
+"""The engines of this process."""
 
 
 class ServerSubject(VgenSubject):
@@ -83,8 +89,16 @@ def server_arguments(model: Any) -> list[str]:
 def colocate(model: Any, folder: str, **options: Any) -> VgenSubject:
     """A `SubjectFactory`. `options` go to `ColocateGeneration`."""
     engine_kwargs = engine_options(model) | options.pop("engine_kwargs", {})
-    settings: dict[str, Any] = {"max_model_length": MAX_MODEL_LENGTH, "max_num_seqs": 16, "enable_sleep_mode": True}
-    return VgenSubject(model, ColocateGeneration(model, **(settings | options), engine_kwargs=engine_kwargs))
+    settings: dict[str, Any] = {
+        "max_model_length": MAX_MODEL_LENGTH,
+        "max_num_seqs": 16,
+        "gpu_memory_utilization": 0.3,
+        # On a CUDA device one engine of a process may sleep.
+        "enable_sleep_mode": not (_ALIVE and next(model.parameters()).device.type == "cuda"),
+    }
+    subject = VgenSubject(model, ColocateGeneration(model, **(settings | options), engine_kwargs=engine_kwargs))
+    _ALIVE.add(subject)
+    return subject
 
 
 def server(url: str, *, api_key: str | None, control_key: str | None, timeout: float) -> Any:

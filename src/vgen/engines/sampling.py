@@ -35,3 +35,17 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
         except (TypeError, ValueError) as error:
             raise ValueError(f"vLLM refused Sampling.structured_outputs: {error}") from error
     return SamplingParams(**kwargs)
+
+
+def require_readable(parameters: Any) -> None:
+    """Raise `ValueError` for values that the engine's core could not read, which would end it.
+
+    `SamplingParams` checks few types when it is made. Its message format checks all, but only in the core.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    try:
+        MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(parameters))
+    except Exception as error:  # msgspec's, and those of the hooks of vLLM for other types
+        raise ValueError(f"vLLM cannot read Sampling.extra: {error}") from error

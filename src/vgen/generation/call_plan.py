@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
+from .. import arguments
 from ..distributed.ranks import RankPrompt
 from ..engine_protocol import Batch, Cancellation, Request
-from ..errors import PromptError
+from ..errors import ArgumentError, PromptError
 from ..profiling import semconv
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling
 
@@ -40,6 +42,31 @@ class CallRequest:
     refused: Refused = "raise"
     cancellation: Cancellation = field(default_factory=Cancellation)
     """Another thread may stop the call through it."""
+
+    @classmethod
+    def of(cls, prompts: Any, sampling: Any, num_generations: Any, **options: Any) -> CallRequest:
+        """The request of a call with these arguments, all checked. Raises `ArgumentError`."""
+        arguments.refuse_unknown("generate", options, CallOptions.__annotations__)
+        listed = prompt_list(prompts)
+        images = options.get("images")
+        if images is not None:
+            if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+                raise ArgumentError("images", f"must be a list of images for each prompt, got {type(images).__name__}")
+            if len(images) != len(listed):
+                raise ArgumentError("images", f"must hold a list for each of {len(listed)} prompts, got {len(images)}")
+            if any(each is not None and not isinstance(each, list | tuple) for each in images):
+                raise ArgumentError(
+                    "images", "must hold a list for each prompt, also for a single image: [[image], ...]"
+                )
+        return cls(
+            listed,
+            Sampling.of(sampling),
+            arguments.integer("num_generations", num_generations, least=1),
+            images,
+            _lora_request(options.get("lora_request")),
+            arguments.integer("priority", options.get("priority", 0), least=-arguments.INT32, rule="an integer"),
+            arguments.one_of("refused", options.get("refused", "raise"), ("raise", "mark")),
+        )
 
     def attributes(self) -> dict[str, int]:
         """The attributes that the call's span has from its start."""
@@ -90,17 +117,63 @@ class CallPlan:
         return Completions(prompt_ids, [by_place[place] for place in sorted(by_place)], count, version)
 
 
+def prompt_list(prompts: Any) -> list[Any]:
+    """`prompts` as a list with an item for each. Raises `ArgumentError` for one prompt, or what is not prompts."""
+    if isinstance(prompts, str | bytes):
+        raise ArgumentError("prompts", "must be a list of prompts, got one text: pass [text]")
+    if hasattr(prompts, "keys"):  # a dict, or what a tokenizer returns
+        fix = "pass its ['input_ids'], without padding" if "input_ids" in prompts else "pass a list of prompts"
+        raise ArgumentError("prompts", f"must be a list of prompts, got a {type(prompts).__name__}: {fix}")
+    if hasattr(prompts, "tolist"):
+        if getattr(prompts, "ndim", 0) == 1:
+            raise ArgumentError("prompts", "must be a list of prompts, got the token ids of one: pass [token_ids]")
+        kind = type(prompts).__name__
+        raise ArgumentError(
+            "prompts", f"must be a list, got a {kind}: pass a list of token ids without padding for each"
+        )
+    if not isinstance(prompts, Iterable):
+        raise ArgumentError("prompts", f"must be a list of prompts, got {arguments.shown(prompts)}")
+    listed: list[Any] = list(prompts)
+    first = listed[0] if listed else None
+    if isinstance(first, Mapping):
+        raise ArgumentError("prompts", "must be texts or token ids, got the messages of a conversation: use chat()")
+    if isinstance(first, list | tuple) and first and isinstance(first[0], Mapping):
+        raise ArgumentError("prompts", "must be texts or token ids, got conversations: use chat()")
+    if isinstance(first, int) or (hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0):
+        raise ArgumentError("prompts", "must be a list of prompts, got the token ids of one: pass [token_ids]")
+    return listed
+
+
+def _lora_request(value: Any) -> LoRARequest | None:
+    if value is None or isinstance(value, LoRARequest):
+        return value
+    if type(value).__name__ == "LoRARequest":  # vLLM's
+        return LoRARequest(lora_name=value.lora_name, lora_path=value.lora_path)
+    raise ArgumentError("lora_request", f"must be a vgen.LoRARequest, got a {type(value).__name__}")
+
+
 def make_requests(prompts: Iterable[RankPrompt], num_generations: int, seed: int | None) -> list[Request]:
-    """A request for each completion of each prompt. Seeds count up from `seed` over the prompts of all ranks."""
+    """A request for each completion of each prompt. `prompts` are those of all ranks, whose places make the seeds."""
     return [
         Request(
             prompt.prompt_index,
             generation,
             prompt.token_ids,
-            None if seed is None else seed + place * num_generations + generation,
+            None if seed is None else request_seed(seed, place, generation),
             prompt.images,
             rank=prompt.rank,
         )
         for place, prompt in enumerate(prompts)
         for generation in range(num_generations)
     ]
+
+
+def request_seed(seed: int, place: int, generation: int) -> int:
+    """The seed of one request: the call's own for the first, and for others 63 bits of a hash (BLAKE2b).
+
+    Sums would repeat: `seed + 1`, as the next step may pass, would sample nearly the same completions again.
+    """
+    if place == generation == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{place}/{generation}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

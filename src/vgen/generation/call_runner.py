@@ -119,11 +119,6 @@ class CallRunner:
     def _prepare(self, call: Call, request: CallRequest) -> CallPlan:
         """Check the call, gather the prompts of all ranks that share the engine, and bring missing weights."""
         prompts, sampling, count = request.prompts, request.sampling, request.num_generations
-        if count < 1:
-            raise ValueError(f"num_generations must be at least 1, got {count}")
-        if request.images is not None and len(request.images) != len(prompts):
-            given = len(request.images)
-            raise ValueError(f"{len(prompts)} prompts and images for {given}: there must be a list for each")
         if sampling.structured_outputs is None and self.regex is not None:
             sampling = replace(sampling, structured_outputs={"regex": self.regex})
         self.drift.say_once(sampling)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import PromptError
+from ..errors import ArgumentError, PromptError
 from .images import take_images
 
 
 class Chat:
     """The chat template of a tokenizer or processor, with the settings that it gets besides the messages.
 
-    A processor's own template goes before its tokenizer's. The rendered text is tokenized without adding special
-    tokens. Image placeholders stay as the template writes them: one for each image.
+    A processor's own template goes before its tokenizer's. `encode` gets the rendered text, and adds no special tokens.
+    Image placeholders stay as the template writes them: one for each image.
     """
 
-    def __init__(self, processor: Any, settings: Mapping[str, Any]) -> None:
-        self._tokenizer = getattr(processor, "tokenizer", processor)
+    def __init__(self, processor: Any, settings: Mapping[str, Any], encode: Callable[[int, str], list[int]]) -> None:
         template = settings.get("chat_template") or getattr(processor, "chat_template", None)
-        self._template_owner = processor if template else self._tokenizer
+        self._template_owner = processor if template else getattr(processor, "tokenizer", processor)
+        if not template and not getattr(self._template_owner, "chat_template", "?"):
+            raise ArgumentError("chat_template", "must be given: the tokenizer has none of its own")
+        self._encode = encode
         self._settings = {"add_generation_prompt": True, **settings, "tokenize": False}
 
     def render_all(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[Any], list[list[Any]]]:
@@ -29,7 +32,7 @@ class Chat:
         the error or marks the completions with it.
         """
         prompts, all_images = list[Any](), list[list[Any]]()
-        for index, conversation in enumerate(conversations):
+        for index, conversation in enumerate(_listed(conversations)):
             try:
                 ids, images = self.render(index, conversation)
             except PromptError as error:
@@ -42,11 +45,48 @@ class Chat:
         """Token ids and images of the conversation with that index. Raises `PromptError` if the template refuses it."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        messages, images = take_images(index, conversation)
+        if not isinstance(conversation, Sequence) or not all(isinstance(each, Mapping) for each in conversation):
+            raise PromptError(index, "must be a list of messages: {'role': ..., 'content': ...}")
+        messages, images = take_images(index, [_with_parsed_arguments(message) for message in conversation])
         try:
             text = self._template_owner.apply_chat_template(messages, **self._settings)
         except TemplateSyntaxError:
             raise  # The template itself is wrong, not this conversation.
         except TemplateError as error:
             raise PromptError(index, f"was refused by the chat template: {error.message}") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]), images
+        return self._encode(index, text), images
+
+
+def _listed(conversations: Any) -> list[Any]:
+    if isinstance(conversations, str | bytes | Mapping):
+        kind = type(conversations).__name__
+        raise ArgumentError("conversations", f"must be a list of lists of messages, got a {kind}")
+    listed: list[Any] = list(conversations)
+    if listed and isinstance(listed[0], Mapping):
+        raise ArgumentError("conversations", "must be a list of conversations, got one: pass [messages]")
+    return listed
+
+
+def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`message` with the arguments of its tool calls as objects.
+
+    OpenAI's format has them as JSON text, which templates would encode a second time.
+    """
+    calls: Any = message.get("tool_calls")
+    if not isinstance(calls, Sequence):
+        return message
+    return {**message, "tool_calls": [_with_parsed(call) for call in calls]}
+
+
+def _with_parsed(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_parsed(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    try:
+        parsed = json.loads(call["arguments"])
+    except ValueError:
+        return call  # what a model wrote may be no JSON; the template writes it as it is
+    return {**call, "arguments": parsed} if isinstance(parsed, dict) else call

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack
 
+from ..arguments import checked_call, flag, integer, mapping, number, refuse_unknown
 from ..distributed.placement import Placement, all_ranks
 from ..engine_protocol import InProcess, Source
 from ..errors import EngineError
@@ -16,7 +18,8 @@ from ..weights.source.module_source import ModuleSource, engine_dtype, source_of
 from ..weights.source.unwrap_model import unwrapped
 from ..weights.verification.checkpoint_rows import equal_checkpoint
 from .generation import Generation
-from .options import GenerationOptions, refuse_unknown_options
+from .options import GenerationOptions, profiling_context
+from .weight_sync import version_name
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +77,7 @@ class ColocateGeneration(Generation):
         ValueError: `tensor_parallel_size` does not divide the number of ranks.
     """
 
+    @checked_call
     def __init__(
         self,
         model: torch.nn.Module | ModuleSource | str | os.PathLike[str],
@@ -87,17 +91,27 @@ class ColocateGeneration(Generation):
         enable_sleep_mode: bool = False,
         initial_weights: InitialWeights = "model",
         weight_transport: InProcess | None = None,
-        weight_version: str = "0",
+        weight_version: str | int = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
         engine_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> None:
         from ..engines.inprocess.engine import ColocateEngine
 
-        refuse_unknown_options("ColocateGeneration", options)
+        own = inspect.signature(ColocateGeneration).parameters.keys() - {"options"}
+        refuse_unknown("ColocateGeneration", options, own | GenerationOptions.__annotations__.keys())
+        profiling, weight_version = profiling_context(profiling), version_name(weight_version)
+        if max_model_length is not None:
+            max_model_length = integer("max_model_length", max_model_length, least=2)
+        if max_num_seqs is not None:
+            max_num_seqs = integer("max_num_seqs", max_num_seqs, least=1)
+        enable_sleep_mode = flag("enable_sleep_mode", enable_sleep_mode)
+        share = "gpu_memory_utilization"
+        gpu_memory_utilization = number(share, gpu_memory_utilization, lambda value: 0 < value <= 1, "in (0, 1]")
+        tensor_parallel_size = integer("tensor_parallel_size", tensor_parallel_size, least=1)
         placement = Placement.of(accelerator)
         placement.check(tensor_parallel_size)
-        engine_kwargs = dict(engine_kwargs or {})
+        engine_kwargs = mapping("engine_kwargs", engine_kwargs or {})
         start = (
             _frozen(os.fspath(model))
             if isinstance(model, str | os.PathLike)

@@ -8,8 +8,10 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, Self, Unpack
 
+from ..arguments import checked_call, integer
 from ..distributed.ranks import Ranks, SingleRank
 from ..engine_protocol import Engine, EngineState, HowVerified, PauseMode, Source, Verify
+from ..errors import ArgumentError
 from ..profiling import ProfilingContext, semconv
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport, WeightVerification
 from ..weights.source.module_source import NamedTensors, source_of
@@ -19,10 +21,11 @@ from .chat import Chat
 from .drift import DriftMonitor
 from .lifecycle import Lifecycle
 from .nan_logprobs import NanLogprobs
-from .options import RequestTracing
+from .options import RequestTracing, profiling_context
 from .prompts import Encoder
+from .scoring import score
 from .stalls import STALL_SECONDS
-from .weight_sync import Frozen, WeightSync
+from .weight_sync import Frozen, WeightSync, version_name
 
 AGENERATE_THREADS = 1024
 """How many calls of `agenerate` run at a time. A thread starts only when a call needs it."""
@@ -58,6 +61,7 @@ class Generation:
         profiling: Receives spans and measurements. By default nothing is recorded.
     """
 
+    @checked_call
     def __init__(
         self,
         engine: Engine,
@@ -72,19 +76,22 @@ class Generation:
         stall_seconds: float | None = STALL_SECONDS,
         show_progress: bool = False,
         drift_every: int | None = None,
-        weight_version: str = "0",
+        weight_version: str | int = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
-        ranks = ranks or SingleRank()
+        ranks, profiling = ranks or SingleRank(), profiling_context(profiling)
+        self._alone = isinstance(ranks, SingleRank)
         profiling = profiling.bind({semconv.ENGINE: engine.kind})
         self._engine, self._processor, self._encoder = engine, processing_class, Encoder(engine, processing_class)
         self._executor: ThreadPoolExecutor | None = None
         self._lifecycle = Lifecycle(engine, profiling, stale=stale, sleep_mode=sleep_mode, stall_seconds=stall_seconds)
         weights = Frozen() if source is None else source_of(source)
-        self._weights = WeightSync(engine, weights, self._lifecycle, profiling, ranks.leading, weight_version)
+        self._weights = WeightSync(
+            engine, weights, self._lifecycle, profiling, ranks.leading, version_name(weight_version)
+        )
         parts = engine, self._encoder, ranks, self._lifecycle, self._weights, profiling
-        if drift_every is not None and drift_every < 1:
-            raise ValueError(f"drift_every must be at least 1 or None, got {drift_every}")
+        if drift_every is not None:
+            drift_every = integer("drift_every", drift_every, least=1, rule="None or an integer of at least 1")
         self._drift = DriftMonitor(profiling, self._weights, drift_every)
         observers = NanLogprobs(profiling), self._drift
         self._calls = CallRunner(*parts, request_tracing, structured_outputs_regex, show_progress, *observers)
@@ -127,6 +134,7 @@ class Generation:
         """Longest prompt and completion together, in tokens."""
         return self._engine.max_model_length
 
+    @checked_call
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -162,9 +170,16 @@ class Generation:
             EngineError: The engine broke, and is `failed` now.
             RankError: Another rank is gone, or did not make the call in time.
         """
-        request = CallRequest(prompts, sampling, num_generations, images, lora_request, priority, refused)
+        request = CallRequest.of(
+            *(prompts, sampling, num_generations),
+            images=images,
+            lora_request=lora_request,
+            priority=priority,
+            refused=refused,
+        )
         return self._calls.generate(request, on_completion)
 
+    @checked_call
     async def agenerate(
         self,
         prompts: Sequence[Prompt],
@@ -181,7 +196,7 @@ class Generation:
         """
         import asyncio
 
-        request = CallRequest(prompts, sampling, num_generations, **options)
+        request = CallRequest.of(prompts, sampling, num_generations, **options)
         call = partial(self._calls.generate, request, on_completion)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads(), copy_context().run, call)
@@ -195,6 +210,7 @@ class Generation:
             self._executor = ThreadPoolExecutor(AGENERATE_THREADS, "vgen-generate")
         return self._executor
 
+    @checked_call
     def stream(
         self,
         prompts: Sequence[Prompt],
@@ -209,8 +225,9 @@ class Generation:
         calls of this thread raise `EngineStateError`. The span is recorded at the end; it includes the time that the
         caller spent between two completions. Ranks that share an engine cannot stream: `ValueError`.
         """
-        return self._calls.stream(CallRequest(prompts, sampling, num_generations, **options))
+        return self._calls.stream(CallRequest.of(prompts, sampling, num_generations, **options))
 
+    @checked_call
     def chat(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
@@ -229,41 +246,40 @@ class Generation:
         `data:` URI; or pass the images in `images`, one for each part of type `image`.
         """
         if self._processor is None:
-            raise TypeError("conversations need a tokenizer: construct with processing_class")
+            raise ArgumentError("conversations", "need a tokenizer: pass processing_class to the constructor")
         settings: dict[str, Any] = {"chat_template": chat_template, "tools": tools, **(chat_template_kwargs or {})}
-        chat = Chat(self._processor, {name: value for name, value in settings.items() if value is not None})
+        settings = {name: value for name, value in settings.items() if value is not None}
+        chat = Chat(self._processor, settings, self._encoder.rendered)
         prompts, images = chat.render_all(conversations)
         if any(images):
             if options.get("images") is not None:
-                raise ValueError("images are in the conversations and in images=: pass them one way")
+                raise ArgumentError("images", "must be None: the conversations hold images")
             options["images"] = images
         return self.generate(prompts, sampling, num_generations, **options)
 
+    @checked_call
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]], **options: Any
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]] | Completions, **options: Any
     ) -> list[list[float | None]]:
         """The log-probability that the engine's model gives to each token of each completion, after its prompt.
 
-        The values are the model's own, at temperature 1; None stands for NaN. Use it for reference models and
-        distillation. `options` go to `generate`: `images`, `lora_request`, `priority`.
+        `completions` are token ids, one list for each prompt, or what `generate` returned for as many prompts. The
+        values are the model's own, at temperature 1; None stands for NaN. Use it for reference models and distillation.
+        `options` go to `generate`: `images`, `lora_request`, `priority`.
         """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: there must be one for each")
-        whole = [[*self._encoder.ids(i, prompt), *completions[i]] for i, prompt in enumerate(prompts)]
-        scored = self.generate(whole, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0), **options)
-        logprobs = [completion.prompt_logprobs or [] for completion in scored]
-        # Counted from the end, because images make the prompt longer.
-        return [each[len(each) - len(ids) :] for each, ids in zip(logprobs, completions, strict=True)]
+        context = self.max_model_length if self._alone else None
+        return score(self.generate, self._encoder, context, prompts, completions, options)
 
-    def sync_weights(self, version: str | None = None, *, verify: Verify | None = None) -> SyncReport:
+    @checked_call
+    def sync_weights(self, version: str | int | None = None, *, verify: Verify | None = None) -> SyncReport:
         """Replace the engine's weights by those of the trainer's model.
 
         If anything fails, the engine's weights are unknown: it is `failed`, and refuses to generate until a later sync
         succeeds.
 
         Args:
-            version: The name of the new weights; completions carry it. By default the number after the last version,
-                or the count of syncs if that was no number.
+            version: The name of the new weights, or a number; completions carry it. By default the number after the
+                last version, or the count of syncs if that was no number.
             verify: `logprobs` compares the log-probabilities that engine and trainer's model give to the tokens of one
                 prompt; if the engine is asleep or paused, as soon as it is awake. `bits` compares every element in the
                 engine with its source if the engine copies by a record of its loader, else it is `logprobs`. `none`
@@ -276,7 +292,7 @@ class Generation:
             ValueError: This engine does not support that `verify`: stock servers do not support `bits`.
             EngineStateError: The engine is closed, in use or frozen, or its weights are asleep.
         """
-        return self._weights.sync(version, verify)
+        return self._weights.sync(None if version is None else version_name(version), verify)
 
     def record_drift(self, logprobs: Sequence[float | None], model_logprobs: Sequence[float]) -> None:
         """Record how far the engine's log-probabilities are from those that the trainer computed anyway.

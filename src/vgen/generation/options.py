@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from ..engine_protocol import BUCKET_BYTES, PauseMode
+from ..errors import ArgumentError
+from ..profiling import ProfilingContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +36,14 @@ class GenerationOptions(TypedDict, total=False):
     drift_every: int | None
 
 
-def refuse_unknown_options(call: str, options: Mapping[str, Any]) -> None:
-    """Raise `TypeError`, as Python does, before an engine starts."""
-    for name in options.keys() - GenerationOptions.__annotations__.keys():
-        raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+def profiling_context(profiling: Any) -> ProfilingContext:
+    """The caller's context; the disabled one for None. Raises `ArgumentError` for anything else."""
+    if profiling is None:
+        return ProfilingContext.disabled()
+    if not isinstance(profiling, ProfilingContext):
+        kind = type(profiling).__name__
+        raise ArgumentError("profiling", f"must be a ProfilingContext, got a {kind}: pass ProfilingContext([sink])")
+    return profiling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import marshal
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from ..engine_protocol import Engine
 from ..errors import PromptError
 from ..types import Prompt
 from .images import Placeholders, check_images
+from .private_tokenizer import PrivateTokenizer
 
 
 class Encoder:
@@ -21,21 +24,21 @@ class Encoder:
 
     def __init__(self, engine: Engine, processing_class: Any) -> None:
         self._engine, self._processor = engine, processing_class
-        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._tokenizer = PrivateTokenizer(getattr(processing_class, "tokenizer", processing_class))
 
     def decode(self, ids: list[int]) -> str:
         """The text of these tokens; without a tokenizer, their ids."""
-        return str(ids) if self._tokenizer is None else self._tokenizer.decode(ids)
+        return self._tokenizer.decode(ids)
 
     def ids(self, index: int, prompt: Prompt | PromptError) -> list[int]:
-        """The token ids of the prompt with that index, not checked. A `PromptError` in its place is raised."""
+        """The token ids of the prompt with that index. Raises `PromptError` if it is neither text nor token ids."""
         if isinstance(prompt, PromptError):
             raise prompt
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self._tokenizer is None:
-            raise TypeError(f"prompt {index} is text: construct with processing_class to pass text")
-        return list(self._tokenizer(prompt)["input_ids"])
+        return self._tokenizer.encode(index, prompt) if isinstance(prompt, str) else token_ids(index, prompt)
+
+    def rendered(self, index: int, text: str) -> list[int]:
+        """The token ids of text that a chat template has rendered, with the special tokens that it holds."""
+        return self._tokenizer.encode(index, text, special=False)
 
     def encode(
         self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]]
@@ -66,5 +69,29 @@ class Encoder:
             raise PromptError(index, "is empty")
         if len(ids) > limit:
             raise PromptError(index, f"has {len(ids)} tokens; at most {limit} leave room for a completion", limit)
-        if min(ids) < 0 or max(ids) >= vocabulary:
+        if max(ids) >= vocabulary:
             raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
+
+
+def token_ids(index: int, prompt: Any) -> list[int]:
+    """The token ids of one prompt, of Python's, NumPy's or torch's integers, as a list of `int` of its own.
+
+    Raises `PromptError` for anything else, and for negative ids.
+    """
+    if hasattr(prompt, "tolist") and not isinstance(prompt, array):
+        if getattr(prompt, "ndim", 1) != 1:
+            raise PromptError(index, f"has {prompt.ndim} dimensions; token ids have one")
+        prompt = prompt.tolist()
+    if prompt is None or hasattr(prompt, "keys") or isinstance(prompt, bytes | bytearray):
+        raise PromptError(index, f"must be text or token ids, got {type(prompt).__name__}")
+    try:
+        values = array("I", prompt)  # takes what has __index__, so neither floats nor text; and nothing below 0
+    except OverflowError:
+        raise PromptError(index, "holds a token id outside the vocabulary") from None
+    except (TypeError, ValueError):
+        raise PromptError(index, "must hold integers: token ids") from None
+    try:
+        marshal.dumps(prompt)  # the fastest way to see that these are Python's own integers
+    except ValueError:
+        return values.tolist()
+    return list(prompt)

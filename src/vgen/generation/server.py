@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from ..arguments import checked_call, texts
 from ..distributed.placement import Placement
 from ..engine_protocol import Transport
+from ..errors import ArgumentError
 from ..profiling import ProfilingContext, semconv
 from ..weights.source.module_source import ModuleSource, source_of
 from ..weights.source.unwrap_model import unwrapped
 from .generation import Generation
-from .options import RequestTracing, ServerConnection, WeightSyncOptions
+from .options import RequestTracing, ServerConnection, WeightSyncOptions, profiling_context
 from .stalls import STALL_SECONDS
+from .weight_sync import version_name
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +70,7 @@ class ServerGeneration(Generation):
         RankError: Another rank did not construct the object in time.
     """
 
+    @checked_call
     def __init__(
         self,
         model: torch.nn.Module | ModuleSource | None,
@@ -83,7 +88,7 @@ class ServerGeneration(Generation):
         stall_seconds: float | None = STALL_SECONDS,
         show_progress: bool = False,
         drift_every: int | None = None,
-        weight_version: str = "0",
+        weight_version: str | int = "0",
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
         from ..distributed.leader_ranks import LeaderRanks
@@ -91,10 +96,13 @@ class ServerGeneration(Generation):
         from ..engines.client.http import HttpClient
         from ..engines.leader_engine import LeaderEngine
 
+        profiling, weight_version = profiling_context(profiling), version_name(weight_version)
+        urls = tuple(base_address(url) for url in texts("base_urls", base_urls))
+        if not urls:
+            raise ArgumentError("base_urls", "must hold the address of a server: base_urls=['http://host:port']")
         source = None if model is None else source_of(model)
 
         def connect() -> ServerEngine:
-            urls = [base_urls] if isinstance(base_urls, str) else base_urls
             servers = [
                 HttpClient(
                     url,
@@ -162,3 +170,19 @@ def _shape(model: Any, config: Any) -> dict[str, int]:
         # The attribute of the module, because on a rank with a shard the weight's own shape is smaller.
         sizes["embedding_dim"] = model.get_input_embeddings().embedding_dim
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def base_address(url: str) -> str:
+    """The address of a server, without the `/v1` at its end that OpenAI's clients want.
+
+    Raises `ArgumentError` for what is no http(s) address, such as an IPv6 address without brackets.
+    """
+    rule = "must be an address such as http://host:8000 or http://[::1]:8000"
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
+    except ValueError:  # a port that is no number, or an IPv6 address without brackets
+        valid = False
+    if not valid:
+        raise ArgumentError("base_urls", f"{rule}, got {url.rpartition('@')[2]!r}")
+    return url.rstrip("/").removesuffix("/v1")

@@ -6,9 +6,11 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..arguments import INT63, integer, shown, text
 from ..engine_protocol import Engine, EngineState, HowVerified, Source, Verify
-from ..errors import EngineStateError
+from ..errors import ArgumentError, EngineStateError
 from ..profiling import Link, ProfilingContext, Span, semconv
 from ..types import Completions, SyncReport, WeightVerification
 from .lifecycle import Lifecycle
@@ -81,7 +83,7 @@ class WeightSync:
         """See `Generation.sync_weights`."""
         self.require_trainer("sync_weights")
         if verify is not None and verify not in (known := self.engine.verifications):
-            raise ValueError(f"verify must be one of {', '.join(known)} with this engine, got {verify!r}")
+            raise ArgumentError("verify", f"must be one of {', '.join(known)} with this engine, got {shown(verify)}")
         with self.lifecycle.exclusive("sync_weights"):
             self.lifecycle.require_weights_awake("sync_weights")
             self.count += 1
@@ -92,7 +94,7 @@ class WeightSync:
         """See `Generation.verify`."""
         self.require_trainer("verify")
         if how not in (known := [each for each in self.engine.verifications if each != "none"]) and how != "bits":
-            raise ValueError(f"how must be one of {', '.join(known)} with this engine, got {how!r}")
+            raise ArgumentError("how", f"must be one of {', '.join(known)} with this engine, got {shown(how)}")
         lifecycle, version = self.lifecycle, {semconv.WEIGHT_VERSION: self.version}
         with lifecycle.exclusive("verify"):
             lifecycle.states.require("verify", EngineState.AWAKE)
@@ -140,3 +142,16 @@ class WeightSync:
             profiling.record(semconv.SYNCED_BYTES, report.bytes, **transport)
             profiling.record(semconv.SYNC_BANDWIDTH, report.bandwidth, **transport)
         return report
+
+
+def version_name(version: Any) -> str:
+    """A version as completions, spans and servers carry it: text of at most 200 characters. A number becomes text.
+
+    Raises `ArgumentError`.
+    """
+    rule = "text of 1 to 200 printable characters, or a number"
+    if not isinstance(version, str):
+        return str(integer("version", version, most=INT63, rule=rule))
+    if not 1 <= len(text("version", version, rule)) <= 200 or not version.isprintable():
+        raise ArgumentError("version", f"must be {rule}, got {shown(version)}")
+    return version

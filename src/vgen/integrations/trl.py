@@ -105,7 +105,8 @@ class TRLGeneration:
         )
         self.generation: Generation
         if mode == "server":
-            url = server_base_url or f"http://{server_host}:{server_port}"
+            host = f"[{server_host}]" if ":" in server_host and not server_host.startswith("[") else server_host
+            url = server_base_url or f"http://{host}:{server_port}"
             options = shared | dict(server_kwargs or {})
             self.generation = _retry_until_up(
                 lambda: ServerGeneration(model, accelerator=accelerator, base_urls=[url], **options), server_timeout

@@ -16,6 +16,7 @@ from vgen import (
     Sampling,
     ServerError,
 )
+from vgen.generation.call_plan import request_seed
 from vgen.testing import FaultyServer, MemorySink
 
 
@@ -99,7 +100,8 @@ def test_each_request_of_a_batch_has_its_own_seed_and_trace_context(ours):
     ):
         made.generate(PROMPTS[:3], Sampling(seed=7), 2)
     batch = codec.decode_request(calls(ours, BATCH)[0]["batch"])
-    assert [wanted.seed for wanted in batch.wanted] == list(range(7, 13))
+    seeds = [request_seed(7, place, generation) for place in range(3) for generation in range(2)]
+    assert [wanted.seed for wanted in batch.wanted] == seeds
     assert [wanted.prompt for wanted in batch.wanted] == [0, 0, 1, 1, 2, 2]
     assert len(batch.prompts) == 3
     assert sorted(wanted.traceparent[-2:] for wanted in batch.wanted) == ["00"] * 3 + ["01"] * 3

@@ -9,6 +9,7 @@ from vgen import (
     ProfilingContext,
     Sampling,
 )
+from vgen.generation.call_plan import request_seed
 from vgen.profiling import semconv
 from vgen.testing import MemorySink
 
@@ -32,7 +33,9 @@ def test_completions_come_in_prompt_order(server, request_timing):
 def test_each_completion_of_a_group_has_a_seed_of_its_own(server):
     with generation(server, request_timing=False) as made:
         made.generate(PROMPTS[:3], Sampling(seed=7), 2)
-    assert sorted(body["seed"] for path, _, body in server.seen if path == COMPLETIONS) == list(range(7, 13))
+    seeds = {request_seed(7, place, generation) for place in range(3) for generation in range(2)}
+    assert {body["seed"] for path, _, body in server.seen if path == COMPLETIONS} == seeds
+    assert len(seeds) == 6
 
 
 def test_the_open_spans_context_travels_with_every_request(server):

@@ -9,7 +9,7 @@ from ...engine_protocol import Batch, Request, refusal
 from ...errors import PromptError
 from ...types import Completion, Sampling
 from .. import vllm_prompts
-from ..sampling import sampling_params
+from ..sampling import require_readable, sampling_params
 
 PROBE_ID = "vgen-probe"
 
@@ -33,6 +33,8 @@ class PromptAdmission:
         prompts: dict[tuple[int, int], Any] = {}
         """By rank and prompt index: the prompt as vLLM takes it, or its `PromptError`."""
         refusals: list[Completion] = []
+        if batch.sampling.extra:
+            require_readable(sampling_params(batch.sampling, None))
         for request in batch.requests:
             key = request.prompt_key
             parameters = sampling_params(batch.sampling, request.seed)

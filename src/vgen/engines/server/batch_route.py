@@ -133,11 +133,12 @@ def _verify(sampling: Any, state: Any) -> None:
 
 
 def _problem(sampling: Any, state: Any) -> str | None:
-    from ..sampling import sampling_params
+    from ..sampling import require_readable, sampling_params
 
     config, engine = state.vllm_config, state.engine_client
     try:
         parameters = sampling_params(sampling, None)
+        require_readable(parameters)
         parameters.verify(
             config.model_config, config.speculative_config, config.structured_outputs_config, engine.get_tokenizer()
         )

@@ -1,0 +1,55 @@
+"""Log-probabilities of given completions, by a generation of one token after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ArgumentError, EngineError
+from ..types import Completion, Completions, Sampling
+from .call_plan import prompt_list
+from .prompts import Encoder, token_ids
+
+
+def score(
+    generate: Callable[..., Completions],
+    encoder: Encoder,
+    context: int | None,
+    prompts: Any,
+    completions: Any,
+    options: Mapping[str, Any],
+) -> list[list[float | None]]:
+    """See `Generation.score`. `context` is how many tokens fill the engine's context; None if that stays refused."""
+    listed, given = prompt_list(prompts), _token_lists(completions)
+    if len(listed) != len(given):
+        raise ArgumentError("completions", f"must be one for each of {len(listed)} prompts, got {len(given)}")
+    whole = [[*encoder.ids(index, prompt), *given[index]] for index, prompt in enumerate(listed)]
+    # vLLM takes no prompt that fills its context, as completions do that ran out of room.
+    full = {index for index, ids in enumerate(whole) if len(ids) == context and given[index]}
+    asked = [ids[:-1] if index in full else ids for index, ids in enumerate(whole)]
+    scored = generate(asked, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0), **options)
+    found: list[list[float | None]] = []
+    for index, completion in enumerate(scored):
+        logprobs = completion.prompt_logprobs or []
+        # Counted from the end, because images make the prompt longer.
+        found.append(logprobs[len(logprobs) - len(given[index]) + (index in full) :])
+        if index in full:
+            found[index].append(_last_logprob(generate, whole[index], {**options, "images": None}))
+    return found
+
+
+def _token_lists(completions: Any) -> list[list[int]]:
+    listed: Sequence[Any] = list(completions)
+    return [
+        token_ids(index, each.token_ids if isinstance(each, Completion) else each) for index, each in enumerate(listed)
+    ]
+
+
+def _last_logprob(generate: Callable[..., Completions], ids: Sequence[int], options: Mapping[str, Any]) -> float | None:
+    """The log-probability of the last token, as that of the next token after the others."""
+    sampling = Sampling(max_tokens=1, ignore_eos=True, logprobs=1, extra={"logprob_token_ids": [ids[-1]]})
+    (completion,) = generate([ids[:-1]], sampling, **options)
+    pairs = dict((completion.top_logprobs or [[]])[0])
+    if ids[-1] not in pairs:
+        raise EngineError("this engine does not tell the log-probability of a token that fills its context")
+    return pairs[ids[-1]]
