@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import logging
 import math
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,6 +78,7 @@ def test_what_means_the_same_is_accepted(field, value, normal):
         ({"extra": {"temperature": 0.0}}, r"pass Sampling\(temperature=...\)"),
         ({"extra": {1: 2}}, "names for keys"),
         ({"n": 4}, r"pass num_generations to generate\(\)"),
+        ({"extra": {"n": 4}}, r"pass num_generations to generate\(\)"),
         ({"max_new_tokens": 4}, "it is named max_tokens"),
         ({"do_sample": False}, "temperature=0 is greedy"),
         ({"nucleus": 1}, "is not an argument: it takes"),
@@ -202,8 +204,10 @@ def test_vllms_adapter_requests_are_accepted():
 
 @pytest.mark.parametrize(
     "prompt",
-    [IDS, tuple(IDS), np.array(IDS), np.array(IDS, np.uint8), torch.tensor(IDS), array.array("q", IDS), map(int, IDS)]
-    + [[np.int64(1), 2, torch.tensor(3)], range(1, 4)],
+    [
+        *(IDS, tuple(IDS), np.array(IDS), np.array(IDS, np.uint8), torch.tensor(IDS), array.array("q", IDS)),
+        *(map(int, IDS), [np.int64(1), 2, torch.tensor(3)], range(1, 4)),
+    ],
     ids=lambda prompt: type(prompt).__name__,
 )
 def test_token_ids_of_every_kind_become_ints(prompt):
@@ -215,8 +219,10 @@ def test_token_ids_of_every_kind_become_ints(prompt):
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, [1.0, 2.5], np.array([1.5]), torch.tensor([1.0]), torch.tensor([IDS]), ["a"], b"abc", {1: 2}, 3, [None]]
-    + [[-1], [2**40], [[1]]],
+    [
+        *(None, [1.0, 2.5], np.array([1.5]), torch.tensor([1.0]), torch.tensor([IDS]), ["a"], b"abc", {1: 2}, 3),
+        *([None], [-1], [2**40], [[1]]),
+    ],
 )
 def test_what_is_no_token_ids_is_a_prompt_error_and_the_others_are_generated(generation, prompt):
     rollouts = generation.generate([IDS, prompt, IDS], refused="mark")
@@ -304,7 +310,8 @@ VALUES = st.one_of(
     st.lists(st.integers(0, 90), max_size=3).map(torch.tensor),
     st.just(object()),
 )
-FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty") + (
+FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "seed", "logprobs", "prompt_logprobs",
     "structured_outputs", "extra", "n", "what",
 )  # fmt: skip
@@ -313,11 +320,8 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "prese
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
 def test_any_sampling_is_right_or_refused(fields):
-    try:
+    with suppress(ArgumentError):
         sampling = Sampling(**fields)
-    except ArgumentError as error:
-        assert "Sampling" in str(error)
-    else:
         assert type(sampling.max_tokens) is int
         assert {type(each) for each in sampling.stop} <= {str}
         assert math.isfinite(sampling.temperature)
@@ -332,8 +336,6 @@ OPTIONS = ("num_generations", "images", "lora_request", "priority", "refused", "
 def test_any_call_succeeds_or_raises_a_typed_error_and_the_next_succeeds(prompts, options):
     if isinstance(options.get("num_generations"), int) and options["num_generations"] > 50:
         options["num_generations"] = 2  # as many as asked for would be made
-    try:
+    with suppress(ArgumentError, PromptError):
         ENGINE.generate(prompts, **options)
-    except (ArgumentError, PromptError):
-        pass
     assert ENGINE.generate([IDS])[0].error is None

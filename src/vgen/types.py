@@ -98,8 +98,7 @@ _init = arguments.checked_call(Sampling.__init__)
 
 
 def _named_init(self: Sampling, *args: Any, n: Any = 1, **fields: Any) -> None:
-    if n != 1:
-        raise ArgumentError("Sampling(n=)", "is not an argument: pass num_generations to generate()")
+    _require_one("Sampling(n=)", n)
     _init(self, *args, **fields)
 
 
@@ -129,6 +128,12 @@ _SET_BY_VGEN = (
 """Parameters of vLLM on which it depends that completions can be read and that the engine survives."""
 
 
+def _require_one(argument: str, value: Any) -> None:
+    rule = "1: pass num_generations to generate()"
+    if value is not None:
+        arguments.integer(argument, value, least=1, most=1, rule=rule)
+
+
 def _structured_outputs(value: Any) -> dict[str, Any]:
     rule = f"must be a mapping with one of {', '.join(STRUCTURES)}, and no more"
     if not isinstance(value, Mapping) or len(value.keys() & STRUCTURES) != 1:
@@ -138,8 +143,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
 
 def _extra(value: Any) -> dict[str, Any]:
     extra = arguments.mapping("Sampling.extra", value)
-    if "n" in extra and extra.pop("n") != 1:
-        raise ArgumentError("Sampling.extra", "must be without 'n': pass num_generations to generate()")
+    _require_one("Sampling.extra['n']", extra.pop("n", 1))
     for name in extra:
         if name in _FIELDS:
             raise ArgumentError("Sampling.extra", f"must be without {name!r}: pass Sampling({name}=...)")
@@ -152,8 +156,7 @@ def _from_vllm(params: Any) -> Sampling:
     """The same sampling. vLLM's classes are structs, whose fields and defaults they tell."""
     if params.max_tokens is None:
         raise ArgumentError("SamplingParams.max_tokens", "must be an integer of at least 1, got None")
-    if params.n != 1:
-        raise ArgumentError("SamplingParams.n", f"must be 1, got {params.n}: pass num_generations to generate()")
+    _require_one("SamplingParams.n", params.n)
     plain = type(params)()
     own = {name: getattr(params, name) for name in _FIELDS - {"extra", "structured_outputs"}}
     extra = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..engines.inprocess.initial_checkpoint import InitialCheckpoint
+
+logger = logging.getLogger(__name__)
 
 InitialWeights: TypeAlias = Literal["model", "checkpoint"]
 """Where an engine's first weights come from: the trainer's model, or the checkpoint if that has the same weights."""
@@ -192,7 +195,7 @@ def _from_model(
     source: Source, processing_class: Any, initial: InitialWeights, engine_kwargs: dict[str, Any], rank: int
 ) -> _Start:
     from ..engines import kv_stores
-    from ..engines.inprocess.initial_checkpoint import checkpoint_of, name_of
+    from ..engines.inprocess.initial_checkpoint import DUMMY_TARGET, checkpoint_of, name_of
 
     if engine_kwargs.get("enable_eplb"):
         raise EngineError(
@@ -219,5 +222,11 @@ def _from_model(
         speculative = engine_kwargs.get("speculative_config") or {}
         if speculative.get("model"):  # no sync brings the draft model's weights
             engine_kwargs["speculative_config"] = {"draft_load_config": {"load_format": "auto"}, **speculative}
+            settings["load_format"] = DUMMY_TARGET
+        elif speculative.get("method") in ("mtp", "dspark"):
+            logger.warning(
+                "vgen: the draft layers of speculative_config have random weights: a sync brings none, and there is no "
+                "checkpoint. Name their folder as its 'model', or none of their tokens will be accepted"
+            )
     stale = weights is None or "load_format" in engine_kwargs
     return _Start(name or type(module).__name__, checkpoint, source, stale, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,6 +30,8 @@ from .adapter_loading import AdapterLoader
 from .class_guard import unchanged_classes
 from .process_state_guard import EngineRandomState, process_group, unchanged_process, without_cudnn_attention
 from .prompt_admission import PromptAdmission
+
+logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM's default for the KV cache is `gpu_memory_utilization` of the machine's memory."""
@@ -79,6 +82,8 @@ class ColocateEngine:
                 from vllm import LLM
                 from vllm.platforms import current_platform
 
+                from . import draft_loader  # registers its load format  # noqa: F401
+
                 self.device_type: str = current_platform.device_type
                 kwargs = _defaults(self.device_type, ranks().size) | vllm_kwargs
                 if kwargs.get("speculative_config"):
@@ -89,6 +94,8 @@ class ColocateEngine:
                 elif str(kwargs.get("dtype", "auto")).endswith(("bfloat16", "auto")):
                     # Otherwise the first bf16 matrix product ends the process with an illegal instruction.
                     torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
+                if self.device_type == "cpu" and kwargs.get("speculative_config"):
+                    logger.warning("vLLM's speculative decoding on a CPU samples wrong tokens at temperatures above 0")
                 self._eager = self.device_type == "cpu" and bool(kwargs["enforce_eager"])
                 modules = () if protected is None else protected.modules()
                 with process_group.joined(), self._vllm_context(), unchanged_classes(modules):

@@ -17,6 +17,8 @@ from .model_folder import ModelFolder
 
 logger = logging.getLogger(__name__)
 
+DUMMY_TARGET = "vgen_dummy_target"
+"""The load format of an engine whose draft model is loaded while its own weights come by a sync."""
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".distcp")
 _TOKENIZER_STARTS = ("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "spiece", "sentencepiece")

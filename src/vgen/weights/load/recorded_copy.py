@@ -263,11 +263,13 @@ class RecordedCopy:
             metadata = [(name, *layout) for name, layout in (self._layouts or {}).items()]
             unchanged = unchanged_by_reload(runner, metadata, self.audit)
         except WeightSyncError:
+            self.discard_record()
             raise
         except Exception as error:  # if it comes again with the true weights, it names the tensor
             self.audit.skipped = f"the engine does not reload random weights: {type(error).__name__}"
             return
         if unchanged:
+            self.discard_record()  # the next sync must find out again
             problem = f"the engine's reload leaves old values in it ({', '.join(unchanged[:10])})"
             raise self._error(f"{problem}; generation would go on with them", "load", unchanged[0])
 

@@ -42,7 +42,30 @@ def unchanged_by_reload(runner: Any, metadata: TensorMetadata, audit: LoadAudit)
         reload(runner, NamedStream(_scaled(RandomWeights(names, device, seeds), factor)))
         checksums.append({name: _block_sums(tensor) for name, tensor in model.named_parameters() if _loadable(name)})
     first, second = checksums
-    return [name for name in first if name in second and _is_stale(name, first[name], second[name], audit)]
+    loaded = _loaded_shares(model, audit)
+    return [
+        name
+        for name in first
+        if name in second and _is_stale(first[name], second[name], loaded.get(name, 1.0), audit.skipped)
+    ]
+
+
+def _loaded_shares(model: torch.nn.Module, audit: LoadAudit) -> dict[str, float]:
+    """The shares of parameters that a loader writes, of the tensors as kernels keep them.
+
+    A kernel may pad them, as CUTLASS pads the rows of fp8 matrices to a multiple of 16: zeros after every reload.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    shares: dict[str, float] = {}
+    for path, module in model.named_modules():
+        info: Any = LAYERWISE_INFO.get(module)
+        for name, tensor in module.named_parameters(recurse=False):
+            constructed = info.restore_metadata[0].get(name) if info else None
+            padded = tensor.numel() / constructed.numel() if constructed is not None and constructed.numel() else 1.0
+            whole = f"{path}.{name}" if path else name
+            shares[whole] = audit.loaded.get(whole, 1.0) / max(1.0, padded)  # packed formats have fewer elements
+    return shares
 
 
 def _scaled(weights: RandomWeights, factor: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,10 +74,10 @@ def _scaled(weights: RandomWeights, factor: float) -> Iterator[tuple[str, torch.
         yield name, tensor * factor if scalable else tensor
 
 
-def _is_stale(name: str, first: torch.Tensor, second: torch.Tensor, audit: LoadAudit) -> bool:
+def _is_stale(first: torch.Tensor, second: torch.Tensor, loaded: float, unaudited: str) -> bool:
     """Whether more stayed unchanged than the constants, which no audit counts if there was none."""
     unchanged = _share_unchanged(first, second)
-    return unchanged == 1 if audit.skipped else unchanged > 1 - audit.loaded.get(name, 1.0) + MOST_UNCHANGED
+    return unchanged == 1 if unaudited else unchanged > 1 - loaded + MOST_UNCHANGED
 
 
 def _loadable(name: str) -> bool:
