@@ -48,21 +48,16 @@ def test_others_are_not(elsewhere):
 
 
 @pytest.mark.parametrize(
-    ("started", "abilities", "where"),
-    [
-        (True, {"CUDA"}, "elsewhere"),
-        (False, {"CUDA"}, "here"),
-        (True, set(), "here"),
-    ],
+    ("abilities", "child", "where"), [({"CUDA"}, False, "elsewhere"), ({"CUDA"}, True, "here"), (set(), False, "here")]
 )
-def test_an_engine_that_sleeps_has_a_cuda_process_to_itself(monkeypatch, started, abilities, where):
+def test_an_engine_that_sleeps_has_a_cuda_process_to_itself(monkeypatch, abilities, child, where):
     ran = []
     monkeypatch.setattr(other_process, "check_elsewhere", lambda *args: ran.append(args) or [outcome("right")])
+    if child:
+        monkeypatch.setenv(other_process.ELSEWHERE, "1")
     model = SimpleNamespace(config=SimpleNamespace(model_type="opt"), parameters=lambda: iter([torch.ones(1)]))
-    session = SimpleNamespace(started=started, abilities=abilities, timeout=100)
-    own_engine(Case("x", "X.", lambda bench: ran.append("here"), "", "")).run(
-        SimpleNamespace(session=session, model=model, note="")
-    )
+    bench = SimpleNamespace(session=SimpleNamespace(abilities=abilities, timeout=100), model=model, note="")
+    own_engine(Case("x", "X.", lambda bench: ran.append("here"), "", "")).run(bench)
     assert ran == (["here"] if where == "here" else [("opt", "float32", ("x",), 90)])
 
 

@@ -26,7 +26,7 @@ PROMPTS = [[1, 2, 3], list(range(100)), [7] * 30]
 TOLERANCE = 5e-3
 """In float32 vLLM's attention kernels multiply in TF32, which keeps ten bits of the mantissa."""
 ARGUMENTS = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30)]
-ARGUMENTS += ["--enforce-eager", "--enable-sleep-mode"]
+ARGUMENTS += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--enable-sleep-mode"]
 
 
 def randomize(model: torch.nn.Module) -> None:

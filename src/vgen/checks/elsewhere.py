@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from ..errors import CheckError
 from .session import Bench, Case, WrongWeights
 
+ELSEWHERE = "VGEN_CHECK_ELSEWHERE"
+"""The environment variable that such a process has."""
 SECONDS = 240.0
 """For all the cases of one such process."""
 
@@ -19,12 +22,12 @@ SECONDS = 240.0
 def own_engine(case: Case) -> Case:
     """The same case, for one whose engine sleeps and is not the session's.
 
-    vLLM keeps the device memory of engines that sleep in one pool for each process, and lets one engine have it. So if
-    the session has an engine on a CUDA device, the case runs in another process, where the session makes none.
+    vLLM keeps the device memory of engines that sleep in one pool for each process, and lets one engine have it, ever.
+    So on a CUDA device the case runs in another process, where the session makes no engine.
     """
 
     def run(bench: Bench) -> None:
-        if bench.session.started and "CUDA" in bench.session.abilities:
+        if "CUDA" in bench.session.abilities and ELSEWHERE not in os.environ:
             dtype = str(next(bench.model.parameters()).dtype).removeprefix("torch.")
             run_elsewhere(bench, bench.model.config.model_type, dtype, (case.name,))
         else:
@@ -55,7 +58,9 @@ def check_elsewhere(model: str, dtype: str, cases: Sequence[str], seconds: float
     command = [sys.executable, "-m", "vgen.cli", "check", model, "--dtype", dtype, "--json"]
     command += [word for case in cases for word in ("--case", case)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=os.environ | {ELSEWHERE: "1"}
+        )
     except subprocess.TimeoutExpired as error:
         raise CheckError(f"vgen check {model} did not end within {seconds:g} s") from error
     try:

@@ -123,8 +123,9 @@ def _(bench: Bench) -> None:
     teacher = bench.variant(seed=8)
     with tempfile.TemporaryDirectory() as folder:
         save(teacher, folder)
-        options = engine_options(teacher)
-        with ColocateGeneration(folder, max_model_length=MAX_MODEL_LENGTH, engine_kwargs=options) as frozen:
+        options = {"max_model_length": MAX_MODEL_LENGTH, "gpu_memory_utilization": 0.3}
+        options["engine_kwargs"] = engine_options(teacher)
+        with ColocateGeneration(folder, **options) as frozen:
             bench.train()
             bench.sync()
             sampling = Sampling(max_tokens=16, ignore_eos=True)

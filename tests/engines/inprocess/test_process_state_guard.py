@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import random
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from vgen.engines.inprocess.process_state_guard import EngineRandomState, unchanged_process, without_cudnn_attention
+from vgen.engines.inprocess import process_state_guard
+from vgen.engines.inprocess.process_state_guard import (
+    EngineRandomState,
+    ProcessGroup,
+    unchanged_process,
+    without_cudnn_attention,
+)
 
 
 def numbers() -> tuple:
@@ -88,3 +95,16 @@ def test_an_error_in_the_engine_leaves_the_trainer_its_state():
             torch.rand(())
             raise RuntimeError
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_group_that_an_llm_of_the_users_own_has_destroyed_is_forgotten(monkeypatch):
+    """vLLM destroys all groups of the process when an engine of it ends; the next engine of vgen makes new ones."""
+    pytest.importorskip("vllm")
+    destroyed = SimpleNamespace(_WORLD=None, destroy_model_parallel=lambda: None)
+    destroyed.destroy_distributed_environment = lambda: None
+    monkeypatch.setattr(process_state_guard, "_parallel_state", lambda: destroyed)
+    groups = ProcessGroup()
+    groups._group = object()  # none that torch knows
+    with groups.joined(), groups.installed():
+        assert not torch.distributed.is_initialized()
+    groups.release()

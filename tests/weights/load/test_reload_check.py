@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.loader_models import runner_of
@@ -106,3 +108,40 @@ def test_gaps_are_not_judged_and_odd_addresses_are(monkeypatch):
     model.empty = nn.Parameter(torch.zeros(0))
     sent = [*SENT, ("odd", (512,), torch.bfloat16)]
     assert unchanged(monkeypatch, model, sent=sent) == []
+
+
+@pytest.mark.parametrize(("stale", "found"), [(0, []), (4, ["weight"]), (8, ["weight"])])
+def test_rows_that_a_kernel_pads_are_no_old_values(stale, found):
+    """As CUTLASS pads the rows of fp8 matrices to a multiple of 16."""
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.utils import replace_parameter
+
+    class Padding(QuantizeMethodBase):
+        def create_weights(self, *args, **kwargs): ...
+
+        def apply(self, *args, **kwargs): ...
+
+        def process_weights_after_loading(self, layer):
+            padded = torch.zeros(16, 128)
+            padded[stale:8] = layer.weight.data[stale:]
+            replace_parameter(layer, "weight", padded)
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 128), requires_grad=False)
+            record_metadata_for_reloading(self)
+            self.quant_method = Padding()
+            self.quant_method.process_weights_after_loading(self)
+
+        def load_weights(self, weights):
+            for _, tensor in weights:
+                self.weight.weight_loader(self.weight, tensor)
+
+    model, sent = Padded(), [("weight", (8, 128), torch.float32)]
+    model.weight.weight_loader = lambda parameter, tensor: parameter.data.copy_(tensor)
+    runner = runner_of(model)
+    runner.model_config = SimpleNamespace(enforce_eager=True, dtype=torch.float32)
+    assert unchanged_by_reload(runner, sent, LoadAudit({}, loaded={"weight": 1.0})) == found

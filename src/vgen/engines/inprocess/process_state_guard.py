@@ -142,8 +142,10 @@ class ProcessGroup:
 
     def _forget_destroyed_groups(self) -> dict[str, Any]:
         """Remove vLLM's groups from its variables if the trainer has destroyed all groups; returns those variables."""
-        module = _parallel_state()
-        if module._WORLD is None or module._WORLD.device_group in dist.distributed_c10d._world.pg_map:
+        module, existing = _parallel_state(), dist.distributed_c10d._world.pg_map
+        if self._group not in existing:  # so does an `LLM` that is not vgen's, when it ends
+            self._group = None
+        if module._WORLD is None or module._WORLD.device_group in existing:
             return {}
         self._group = None
         groups = {name: value for name, value in vars(module).items() if isinstance(value, module.GroupCoordinator)}

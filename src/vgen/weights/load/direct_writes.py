@@ -26,27 +26,25 @@ from .tensor_accounting import Spans
 
 
 @contextmanager
-def parameter_loaders_apart() -> Generator[None]:
-    """A block in which vLLM wraps the loaders of parameters such that `DirectWrites` does not see what they do."""
+def _unseen_loaders() -> Generator[None]:
+    """A block in which `DirectWrites` does not see what the loaders of parameters write: vLLM counts that itself."""
     from vllm.model_executor.model_loader.reload import layerwise
 
-    make = layerwise.make_online_process_loader
-
-    def make_apart(layer: torch.nn.Module, name: str) -> Any:
-        loader = make(layer, name)
-
-        @wraps(loader)  # with its name, by which vLLM finds and unwraps it
-        def apart(*args: Any, **kwargs: Any) -> Any:
-            with _disable_current_modes():
-                return loader(*args, **kwargs)
-
-        return apart
-
-    layerwise.make_online_process_loader = make_apart
+    before = layerwise.get_numel_loaded, layerwise._layerwise_process
+    layerwise.get_numel_loaded, layerwise._layerwise_process = map(_without_modes, before)
     try:
         yield
     finally:
-        layerwise.make_online_process_loader = make
+        layerwise.get_numel_loaded, layerwise._layerwise_process = before
+
+
+def _without_modes(function: Any) -> Any:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class DirectWrites(TorchDispatchMode):
@@ -68,6 +66,12 @@ class DirectWrites(TorchDispatchMode):
         for layer in model.modules():
             if layerwise.get_layerwise_info(layer).can_load() and not is_deferred_attention_layer(layer):
                 self._note(layer)
+
+    @contextmanager
+    def seen(self) -> Generator[None]:
+        """A block in which the model's loader runs."""
+        with _unseen_loaders(), self:
+            yield
 
     def _note(self, layer: torch.nn.Module) -> None:
         from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS

@@ -15,7 +15,7 @@ import torch
 
 from ...errors import WeightSyncError
 from ..verification.bit_check import NotFinite
-from .direct_writes import DirectWrites, parameter_loaders_apart
+from .direct_writes import DirectWrites
 from .kernel_tensors import KernelTensors, follow_tied
 
 Layouts: TypeAlias = "Mapping[str, tuple[tuple[int, ...], torch.dtype]]"
@@ -124,15 +124,14 @@ class Reload:
             graphs = next(self._model.parameters()).is_cuda and not self._config.enforce_eager
             self._before = KernelTensors(self._model) if graphs else None
             self._forget_packed_experts()
-            with parameter_loaders_apart():
-                initialize_layerwise_reload(self._model)
+            initialize_layerwise_reload(self._model)
             self._direct_writes = DirectWrites(self._model)
 
     @torch.no_grad()
     def load(self, stream: NamedStream) -> None:
         """Run the model's own loader over the stream."""
         self.stream = stream
-        with self._all_or_nothing(), self._direct_writes:
+        with self._all_or_nothing(), self._direct_writes.seen():
             self._model.load_weights(stream)  # pyright: ignore[reportCallIssue]
 
     def load_part(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
