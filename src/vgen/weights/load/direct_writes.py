@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ from .tensor_accounting import Spans
 @contextmanager
 def _unseen_loaders() -> Generator[None]:
     """A block in which `DirectWrites` does not see what the loaders of parameters write: vLLM counts that itself."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
+    layerwise: Any = import_module("vllm.model_executor.model_loader.reload.layerwise")
     before = layerwise.get_numel_loaded, layerwise._layerwise_process
     layerwise.get_numel_loaded, layerwise._layerwise_process = map(_without_modes, before)
     try:
