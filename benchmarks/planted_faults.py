@@ -28,6 +28,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 RIGHT, COUNTING, DRAWN_AT_MOST = 300, 60, 4
@@ -177,9 +178,12 @@ def measure(architecture: str, dtype: str, device: str, scale: float) -> dict[st
     torch_dtype = torch.bfloat16 if fp8 else getattr(torch, dtype)
     fields: dict[str, Any] = {} if architecture in ("opt",) else {"tie_word_embeddings": False}
     model: Any = tiny_model(architecture, **fields).to(device=device, dtype=torch_dtype)
-    engine_kwargs: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 30} if device == "cuda" else {}
+    engine_kwargs: dict[str, Any] = (
+        {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True} if device == "cuda" else {}
+    )
     engine_kwargs |= {"quantization": "fp8"} if fp8 else {}
-    generation = ColocateGeneration(model, max_model_length=384, max_num_seqs=4, engine_kwargs=engine_kwargs)
+    options: dict[str, Any] = dict(max_model_length=384, max_num_seqs=4, gpu_memory_utilization=0.1)
+    generation = ColocateGeneration(model, **options, engine_kwargs=engine_kwargs)
     engine = generation.engine
     generation.sync_weights(verify="none")
     token_ids = probe_of([engine], model)
@@ -314,21 +318,22 @@ def main() -> int:
     parser.add_argument("--device", choices=sorted(DTYPES), default="cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of trials, for a quick look")
     parser.add_argument("--only", action="append", help="of the architectures; may be given several times")
-    parser.add_argument("--from", dest="earlier", help="show this result, and measure nothing")
+    parser.add_argument("--dtype", action="append", help="of those of the device; may be given several times")
+    parser.add_argument("--from", dest="earlier", nargs="+", help="show these results as one, and measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*json.loads(options.one))))
         return 0
     if options.earlier:
-        with open(options.earlier) as file:
-            result = json.load(file)
+        results = [json.loads(Path(path).read_text()) for path in options.earlier]
+        result = results[0] | {"cases": [case for each in results for case in each["cases"]]}
     else:
         from importlib.metadata import version
 
         cases = [
             {"architecture": name, "dtype": dtype} | in_a_process(name, dtype, options.device, options.scale)
-            for dtype in DTYPES[options.device]
+            for dtype in options.dtype or DTYPES[options.device]
             for name in options.only or ARCHITECTURES
         ]
         versions = {name: version(name) for name in ("torch", "transformers")}
