@@ -13,7 +13,16 @@ from vgen import Completion, WeightSyncError
 from vgen.engine_protocol import CannotProbe, ProbeLogprobs
 from vgen.weights.source.probe_forward import probe_logprobs
 from vgen.weights.source.rounding_noise import rounding_noise
-from vgen.weights.verification.logprob_check import BOUND, DECODED, compare, judge, noise_ratio, probe_of, unit_of
+from vgen.weights.verification.logprob_check import (
+    BOUND,
+    DECODED,
+    SHORT,
+    compare,
+    judge,
+    noise_ratio,
+    probe_of,
+    unit_of,
+)
 
 
 @dataclass
@@ -24,6 +33,8 @@ class Computing:
     unit: float = 0.0
     stale_decoding: Any = None
     """The model that decodes, if that is another one."""
+    stale_below: int = 1000
+    """It decodes in contexts that are shorter than that."""
     dtype: str = "float32"
     quantization: str | None = None
     device_type: str = "cpu"
@@ -41,7 +52,8 @@ class Computing:
         assert batch.sampling.temperature == 1.0
         written = list(range(2, 2 + batch.sampling.max_tokens))
         prompt = self._logprobs(self.model, ids, seed=self.seed + 1)
-        decoded = self._logprobs(self.stale_decoding or self.model, ids + written, seed=self.seed + 2)[-len(written) :]
+        decoding = self.stale_decoding if self.stale_decoding and len(ids) < self.stale_below else self.model
+        decoded = self._logprobs(decoding, ids + written, seed=self.seed + 2)[-len(written) :]
         answer = dict(prompt_logprobs=[None, *prompt], logprobs=decoded)
         answer.pop(self.omits, None)
         yield Completion(prompt_index=0, generation_index=0, token_ids=written, finish_reason="length", **answer)
@@ -139,12 +151,14 @@ def test_nan_and_infinity_are_wrong_and_the_same_infinity_on_both_sides_is_right
 def test_old_weights_in_decoding_alone_are_found_and_named(model):
     stale = fill(tiny("qwen2"), seed=8).eval()
     for dtype in ("float32", "bfloat16"):
-        engine = Computing(model, stale_decoding=stale, dtype=dtype)
-        with pytest.raises(WeightSyncError, match=r"8 decoded tokens differ .* CUDA graphs"):
-            judged(model, engine)
-    first, second = engine.prompts
+        for below in (1000, SHORT + 1):  # in every context, and in a short one alone
+            engine = Computing(model, stale_decoding=stale, stale_below=below, dtype=dtype)
+            with pytest.raises(WeightSyncError, match=r"8 decoded tokens differ .* CUDA graphs"):
+                judged(model, engine)
+    first, second, short, again = engine.prompts
     assert second[: len(first)] == first
     assert len(second) == len(first) + DECODED + 1
+    assert (short, len(again)) == (first[:SHORT], SHORT + DECODED + 1)
 
 
 def test_a_quantized_engine_is_measured_by_its_own_noise(model):

@@ -71,7 +71,7 @@ def change(model):
 def test_every_engine_is_compared_and_the_largest_figures_are_attributes(model):
     trace, engines = Trace(), [Engine(model), Engine(model, off=1e-4)]
     assert Verifier().verify_sync(engines, source_of(model), trace, awake=True, asked=False)
-    assert [engine.asked for engine in engines] == [2, 2]
+    assert [engine.asked for engine in engines] == [4, 4]
     assert trace.attributes[semconv.VERIFY] == "logprobs"
     assert trace.attributes[semconv.VERIFY_DIFFERENCE] == pytest.approx(1e-4, rel=0.2)
     assert 0 < trace.attributes[semconv.VERIFY_RATIO] < BOUND
@@ -132,7 +132,7 @@ def test_a_wake_up_is_compared_with_what_the_last_verification_expected(model):
     verifier.before_sleep([engine], 2, keeps_weights=False)
     assert not verifier.deferred
     verifier.before_sleep([engine], 1, keeps_weights=True)
-    assert engine.asked == 2  # for the first verification
+    assert engine.asked == 4  # for the first verification
     assert list(verifier.resume(Trace())) == [engine]
     verifier.before_sleep([engine], 1, keeps_weights=True)
     change(engine.model)
@@ -187,7 +187,7 @@ def test_verification_on_request_reports_its_figures(model):
     engines = [Engine(model, "a"), Engine(model, "b", off=1e-4)]
     report = Verifier().verify_now(engines, source_of(model), Trace(), reason="reloaded")
     assert (report.how, report.reason, report.bound, report.unit) == ("logprobs", "reloaded", BOUND, 2**-9)
-    assert (report.tokens, report.decoded_tokens) == (32 - DECODED - 3, DECODED)
+    assert (report.tokens, report.decoded_tokens) == (32 - DECODED - 3, 2 * DECODED)
     assert [each.engine for each in report.engines] == ["a", "b"]
     assert report.ratio == report.engines[1].ratio > report.engines[0].ratio
     assert report.largest >= report.mean == pytest.approx(1e-4, rel=0.2)

@@ -128,7 +128,7 @@ class Verifier:
             bound=BOUND,
             unit=expected.unit,
             tokens=len(expected.logprobs),
-            decoded_tokens=DECODED,
+            decoded_tokens=2 * DECODED,
         )
 
     def _keep(self, expected: ProbeLogprobs, source: Source) -> None:
