@@ -40,11 +40,11 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "fp8")
 COVERED_BY = {
     "one layer stale": "bits",
     "head stale": "bits",
-    "embedding stale": "bits: the probe meets few of its rows",
-    "experts swapped": "accounting and bits",
+    "embedding stale": "bits",
+    "experts swapped": "accounting, bits",
     "bias lost": "accounting",
-    "matrix transposed": "accounting, by shapes and strides; bits",
-    "rope base changed": "the live configuration that the engine starts from",
+    "matrix transposed": "accounting by shapes and strides, bits",
+    "rope base changed": "the engine starts from the live configuration",
     "one norm stale": "bits",
     "weight scaled": "bits",
 }
@@ -272,26 +272,31 @@ def totals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def verdict(drawn: int, counting: int, caught: int, needed: int) -> str:
     """The rate of those that count with its interval; below the aim, or with too few to say, it is not detectable."""
     if not counting:
-        return "*not detectable*"
+        return f"*not detectable*: none of {drawn} counts"
     low, high = wilson(caught, counting)
-    rate = f"{100 * caught / counting:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    rate = f"{caught} of {counting} of {drawn}: {100 * caught / counting:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
     return rate if counting >= needed and caught >= CAUGHT * counting else f"*not detectable*: {rate}"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: for each dtype the rate of right engines that pass, and the rate of faults that are found."""
-    needed = math.ceil(COUNTING * result["scale"])
-    lines = ["| fault | dtype | drawn | count | found | if not, what finds it |", "|---|---|---:|---:|---|---|"]
-    for dtype, found in totals(result).items():
-        trials, passed = found["right"]
-        low, high = wilson(passed, trials)
-        rate = f"{100 * passed / trials:.1f} % pass ({100 * low:.1f} to {100 * high:.1f})"
-        lines.append(f"| *none: a right engine* | {dtype} | {trials} | | {rate} | |")
-        for name, counts in found["faults"].items():
-            lines.append(
-                f"| {name} | {dtype} | {counts[0]} | {counts[1]} | {verdict(*counts, needed)} | {COVERED_BY[name]} |"
-            )
+    """Markdown: for each fault and dtype how many were found, of how many that count, of how many that were drawn."""
+    needed, by_dtype = math.ceil(COUNTING * result["scale"]), totals(result)
+    passed = " | ".join(_passed(*found["right"]) for found in by_dtype.values())
+    lines = [
+        f"| fault | {' | '.join(by_dtype)} | what finds it besides |",
+        f"|---|{'---|' * len(by_dtype)}---|",
+        f"| *none: right engines that pass* | {passed} | |",
+    ]
+    for name in FAULTS:
+        counts = [found["faults"].get(name) for found in by_dtype.values()]
+        cells = ["" if each is None else verdict(*each, needed) for each in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} | {COVERED_BY[name]} |")
     return "\n".join(lines)
+
+
+def _passed(trials: int, passed: int) -> str:
+    low, high = wilson(passed, trials)
+    return f"{passed} of {trials}: {100 * passed / trials:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def short(result: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 Both sides round, so they never agree exactly, and how much rounding matters depends on the model: on its depth, on how
 sharp its distribution is, on whether it routes to experts. So no tolerance is fixed. The trainer's model runs again
 with random rounding errors (`source/rounding_noise.py`), and the differences between the two sides are measured in
-units of the differences that those errors cause. `benchmarks/verification_power.py` measures right engines and planted
+units of the differences that those errors cause. `benchmarks/planted_faults.py` measures right engines and planted
 faults.
 """
 
