@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import logging
 import math
 from contextlib import suppress
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from vgen import ArgumentError, ColocateGeneration, Generation, LoRARequest, PromptError, Sampling, ServerGeneration
 from vgen.arguments import checked_call
 from vgen.generation.call_plan import CallRequest
-from vgen.generation.private_tokenizer import PrivateTokenizer
 from vgen.generation.prompts import token_ids
 from vgen.testing import FakeEngine
 
@@ -166,6 +164,7 @@ def test_what_is_no_list_of_prompts_is_refused(generation, prompts, fix):
         (lambda g: g.generate([IDS], images=[]), "a list for each of 1 prompts, got 0"),
         (lambda g: g.generate([IDS], images=["a.png"]), r"\[\[image\], ...\]"),
         (lambda g: g.generate([IDS], lora_request="x"), "lora_request must be a vgen.LoRARequest"),
+        (lambda g: g.generate([IDS], Sampling(stop_token_ids=[3, 100])), "outside the vocabulary of 100"),
         (lambda g: g.stream([IDS], n=2), "pass num_generations"),
         (lambda g: g.chat([{"role": "user", "content": "x"}]), "processing_class"),
         (lambda g: g.score([IDS], [IDS, IDS]), "completions must be one for each of 1 prompts"),
@@ -254,38 +253,6 @@ def test_a_lone_surrogate_loses_its_own_prompt_alone():
     generation = Generation(FakeEngine(), SmallSource(), processing_class=Tokenizer())
     rollouts = generation.generate(["a b", "\ud800", "c"], refused="mark")
     assert [completion.error is not None for completion in rollouts] == [False, True, False]
-
-
-def test_a_rendered_text_gets_one_beginning_of_sequence_token_which_is_said_once(caplog):
-    tokenizer = PrivateTokenizer(Tokenizer())
-    with caplog.at_level(logging.WARNING):
-        assert [tokenizer.encode(0, "<s>ab c") for _ in range(2)] == [[1, 3, 2]] * 2
-    assert [record.message.count("beginning-of-sequence") for record in caplog.records] == [1]
-    assert tokenizer.encode(0, "ab c") == [1, 3, 2]
-
-
-def test_the_trainers_tokenizer_is_copied_and_again_when_it_grows():
-    original = Tokenizer()
-    tokenizer = PrivateTokenizer(original)
-    first = tokenizer._own()
-    assert first is not original
-    assert tokenizer._own() is first
-    original.words += 1
-    assert tokenizer._own() is not first
-
-
-def test_truncation_in_another_thread_does_not_cut_prompts():
-    transformers = pytest.importorskip("transformers")
-    from vgen.testing.tiny_models import byte_tokenizer
-
-    original = byte_tokenizer()
-    assert isinstance(original, transformers.PreTrainedTokenizerFast)
-    original("abcdef", truncation=True, max_length=2)  # as a data loader does: the state stays in the tokenizer
-    tokenizer = PrivateTokenizer(original)
-    whole = tokenizer.encode(0, "abcdef")
-    original.backend_tokenizer.enable_truncation(2)
-    assert tokenizer.encode(0, "abcdef") == whole
-    assert len(whole) >= 6
 
 
 @checked_call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -97,6 +98,7 @@ class Sampling:
 _init = arguments.checked_call(Sampling.__init__)
 
 
+@functools.wraps(_init)
 def _named_init(self: Sampling, *args: Any, n: Any = 1, **fields: Any) -> None:
     _require_one("Sampling(n=)", n)
     _init(self, *args, **fields)
@@ -128,10 +130,9 @@ _SET_BY_VGEN = (
 """Parameters of vLLM on which it depends that completions can be read and that the engine survives."""
 
 
-def _require_one(argument: str, value: Any) -> None:
-    rule = "1: pass num_generations to generate()"
+def _require_one(argument: str, value: Any, rule: str = "1") -> None:
     if value is not None:
-        arguments.integer(argument, value, least=1, most=1, rule=rule)
+        arguments.integer(argument, value, least=1, most=1, rule=f"{rule}: pass num_generations to generate()")
 
 
 def _structured_outputs(value: Any) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
 
 def _extra(value: Any) -> dict[str, Any]:
     extra = arguments.mapping("Sampling.extra", value)
-    _require_one("Sampling.extra['n']", extra.pop("n", 1))
+    _require_one("Sampling.extra", extra.pop("n", 1), "without 'n'")
     for name in extra:
         if name in _FIELDS:
             raise ArgumentError("Sampling.extra", f"must be without {name!r}: pass Sampling({name}=...)")

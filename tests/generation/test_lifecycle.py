@@ -105,11 +105,46 @@ def test_a_call_that_the_engine_refuses_leaves_the_state_as_it_was(generation, e
     assert generation.state == EngineState.AWAKE
 
 
-@pytest.mark.parametrize("call", ["sleep", "wake_up", "sync_weights"])
+@pytest.mark.parametrize("error", [OSError("no memory"), KeyboardInterrupt()])
+def test_a_wake_up_that_fails_can_be_tried_again(generation, engine, sink, error):
+    generation.sleep(2)
+    engine.raises["wake_up"] = error
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else EngineError) as raised:
+            generation.wake_up()
+        assert generation.state is EngineState.ASLEEP
+        assert sink.named(semconv.WAKE_UP)[-1].error == type(raised.value).__name__
+    with pytest.raises(EngineStateError, match="wake_up"):
+        generation.sync_weights()
+    del engine.raises["wake_up"]
+    generation.wake_up()
+    assert generation.state is EngineState.AWAKE
+    assert generation.generate([[1]])[0].token_ids
+    assert "load" in engine.calls  # the sleep discarded the weights
+
+
+def test_a_wake_up_that_fails_half_way_goes_on_with_the_rest(generation, engine):
+    generation.sleep()
+    wake, woken = engine.wake_up, []
+
+    def one_tag(tags):
+        woken.append(*tags)
+        if tags == ["kv_cache"] and woken.count("kv_cache") == 1:
+            raise EngineError("3 bytes are still to be allocated, and 2 are free")
+        return wake(tags)
+
+    engine.wake_up = one_tag
+    with pytest.raises(EngineError, match=r"kv_cache could not be woken .*3 bytes .* still asleep: kv_cache\. Free"):
+        generation.wake_up()
+    generation.sync_weights()  # the weights are awake
+    generation.wake_up(["kv_cache"])
+    assert woken == ["weights", "kv_cache", "kv_cache"]
+    assert generation.state is EngineState.AWAKE
+
+
+@pytest.mark.parametrize("call", ["sleep", "sync_weights"])
 @pytest.mark.parametrize("error", [OSError("x"), KeyboardInterrupt()])
 def test_an_engine_call_that_raises_leaves_it_failed_with_a_red_span(generation, engine, sink, call, error):
-    if call == "wake_up":
-        generation.sleep()
     engine.raises["load" if call == "sync_weights" else call] = error
     kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else (EngineError, OSError)
     with pytest.raises(kind):
@@ -229,7 +264,7 @@ def test_waking_from_level_2_restores_the_weights_before_the_first_token(generat
     assert "load" not in engine.calls
     generation.generate([[1]])
     generation.generate([[1]])
-    assert engine.calls == ["sleep", "wake_up", "load", "reset_cache", "stream", "stream"]
+    assert engine.calls == ["sleep", "wake_up", "wake_up", "load", "reset_cache", "stream", "stream"]
     (sync,) = sink.named(semconv.WEIGHT_SYNC)
     assert sync.parent.name == semconv.GENERATE
     assert sink.named(semconv.WAKE_UP)[0].attributes[semconv.RESTORED] is True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +41,22 @@ def generation(model, sink):
         engine_kwargs={"kv_cache_memory_bytes": 1 << 30},
     ) as made:
         yield made
+
+
+def test_generation_leaves_the_trainers_random_states_alone(generation):
+    def states():
+        numpy_state = np.random.get_state()
+        return (
+            random.getstate(),
+            numpy_state[1].tolist(),
+            torch.get_rng_state().tolist(),
+            torch.cuda.get_rng_state().tolist(),
+        )
+
+    before = states()
+    for seed in (None, 3):
+        generation.generate(PROMPTS, Sampling(max_tokens=4, seed=seed), 2)
+    assert states() == before
 
 
 def randomize(model: torch.nn.Module) -> None:

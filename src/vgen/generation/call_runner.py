@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from ..distributed.ranks import Call, RankPrompt, Ranks, SingleRank
 from ..engine_protocol import Engine
+from ..errors import ArgumentError
 from ..profiling import ProfilingContext, Span, semconv
 from ..types import Completion, Completions, Sampling
 from ..weights.source.unwrap_model import unwrapped
@@ -122,7 +123,10 @@ class CallRunner:
         if sampling.structured_outputs is None and self.regex is not None:
             sampling = replace(sampling, structured_outputs={"regex": self.regex})
         self.drift.say_once(sampling)
-        request = replace(request, sampling=_ending(sampling, self.weights.source.model))
+        vocabulary = self.engine.vocabulary_size
+        if any(token >= vocabulary for token in sampling.stop_token_ids):
+            raise ArgumentError("Sampling.stop_token_ids", f"holds an id outside the vocabulary of {vocabulary}")
+        request = replace(request, sampling=_ending(sampling, self.weights.source.model, vocabulary))
         images = [tuple(each or ()) for each in request.images or [()] * len(prompts)]
         prompt_ids, engine_ids, errors = self.encoder.encode(prompts, images)
         if errors and request.refused == "raise":
@@ -201,15 +205,17 @@ class CallRunner:
         measure(self.profiling, engine_span, completions, slowest, traced_places, decode)
 
 
-def _ending(sampling: Sampling, model: Any) -> Sampling:
+def _ending(sampling: Sampling, model: Any, vocabulary: int) -> Sampling:
     """`sampling` that also stops at each end-of-sequence token of the trainer's model as it is now.
 
-    An engine knows only those of its own checkpoint, and perhaps none at all.
+    An engine knows only those of its own checkpoint, and perhaps none at all. Tokens that it cannot sample are left
+    out: with `min_tokens` they would end it.
     """
     generation = getattr(unwrapped(model), "generation_config", None)
     ends = getattr(generation, "eos_token_id", None)
     if sampling.ignore_eos or ends is None:
         return sampling
     ends = ends.tolist() if hasattr(ends, "tolist") else ends
-    stops = dict.fromkeys([*sampling.stop_token_ids, *(ends if isinstance(ends, list | tuple) else [ends])])
+    known = [end for end in (ends if isinstance(ends, list | tuple) else [ends]) if end < vocabulary]
+    stops = dict.fromkeys([*sampling.stop_token_ids, *known])
     return replace(sampling, stop_token_ids=tuple(stops))

@@ -201,10 +201,8 @@ class Lifecycle:
             woken = [tag for tag in TAGS if tag in (tags or TAGS)]
             attributes = {semconv.WAKE_TAGS: woken, semconv.SLEEP_LEVEL: self._level}
             with self.watched_span("wake_up", semconv.WAKE_UP, attributes) as (span, watched):
+                report = self._wake(woken)
                 with self._failing("wake_up"):
-                    self.states.move("wake_up", EngineState.WAKING, f"level {self._level}")
-                    report = self._engine.wake_up(woken)
-                    self._asleep -= set(woken)
                     if not self._asleep:
                         self._engine.verify_deferred(self.phase_trace(span, watched))
                 self.states.move("wake_up", *self._resting_state())
@@ -212,6 +210,28 @@ class Lifecycle:
                 restored = {semconv.RESTORED: self.weights_stale or None}
                 span.set({**memory_attributes(report), **restored, **record_memory(self._profiling)})
                 self._profiling.record(semconv.WAKE_TAKEN, max(report.device_bytes or 0, 0))
+        return report
+
+    def _wake(self, tags: Sequence[str]) -> SleepReport:
+        """Wake tag by tag. After an error the tags that have not woken are asleep, and waking may be tried again.
+
+        vLLM goes on where it stopped: it knows of each allocation whether it is asleep.
+        """
+        report = SleepReport()
+        self.states.move("wake_up", EngineState.WAKING, f"level {self._level}")
+        for tag in tags:
+            try:
+                report = _joined(report, self._engine.wake_up([tag]))
+            except BaseException as error:
+                self.states.restore(EngineState.ASLEEP, f"level {self._level}")
+                if isinstance(error, EngineStateError) or not isinstance(error, Exception):
+                    raise
+                raise EngineError(
+                    f"{tag} could not be woken ({type(error).__name__}: {error}); still asleep: "
+                    f"{', '.join(sorted(self._asleep))}. Free memory and call wake_up() again. If the same error comes "
+                    "with enough memory, close() the engine and construct another"
+                ) from error
+            self._asleep.discard(tag)
         return report
 
     def pause(self, mode: PauseMode) -> None:
@@ -261,6 +281,22 @@ class Lifecycle:
             if isinstance(error, VgenError) or not isinstance(error, Exception):
                 raise
             raise EngineError(f"the engine failed in {call}: {type(error).__name__}") from error
+
+
+def _joined(one: SleepReport, other: SleepReport) -> SleepReport:
+    """What two wake-ups did together."""
+
+    def total(first: int | None, second: int | None) -> int | None:
+        return second if first is None else first if second is None else first + second
+
+    return replace(
+        other,
+        memory_freed=one.memory_freed or other.memory_freed,
+        device_bytes=total(one.device_bytes, other.device_bytes),
+        host_bytes=total(one.host_bytes, other.host_bytes),
+        expected={**one.expected, **other.expected},
+        taken={**one.taken, **other.taken},
+    )
 
 
 def _observe(states: StateMachine, profiling: ProfilingContext) -> ProfilingContext:

@@ -49,7 +49,8 @@ class LLM:
         self.steps = 0
 
     def collective_rpc(self, function: Any) -> list[Any]:
-        return [function(SimpleNamespace(model_runner=SimpleNamespace(get_model=torch.nn.Module)))]
+        runner = SimpleNamespace(get_model=torch.nn.Module, _sample=None, _bookkeeping_sync=None)
+        return [function(SimpleNamespace(model_runner=runner))]
 
     def set_weight_version(self, version: str) -> None:
         self.calls.append(version)

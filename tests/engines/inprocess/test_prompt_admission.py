@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -103,3 +104,15 @@ def test_a_prompt_that_is_too_long_with_its_images_is_refused_with_the_limit(eng
 def test_the_text_of_an_error_that_may_quote_the_prompt_is_not_repeated(engine):
     (refused,) = PromptAdmission(engine).admit(batch([1, 7], images=["broken"]), None, {})
     assert str(refused.error) == "prompt 0 has images that vLLM could not put in their places (AssertionError)"
+
+
+def test_requests_without_a_seed_get_one_where_the_engine_would_take_it_from_the_trainers_random_state(
+    engine, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(prompt_admission, "sampling_params", lambda sampling, seed: asked.append(seed))
+    for seeds in (None, random.Random(0), random.Random(0)):
+        PromptAdmission(engine, seeds).admit(batch([1], [2], generations=2), None, {})
+    assert asked[:4] == [None] * 4
+    assert len({*asked[4:8]}) == 4
+    assert asked[4:8] == asked[8:]  # as the ranks of one tensor-parallel engine need

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +25,12 @@ from ...weights.load.unloaded_tensors import UnloadedTensors
 from ...weights.source.module_source import one_pass
 from ...weights.verification.verification_phase import Verifier
 from ..audit_report import audit_attributes
+from ..cpu_seeds import keep_seeds
 from ..memory import MemoryReading, sleep_report, wake_report
 from ..vllm_outputs import completion_of
 from .adapter_loading import AdapterLoader
 from .class_guard import unchanged_classes
+from .initial_checkpoint import DUMMY_TARGET
 from .process_state_guard import EngineRandomState, process_group, unchanged_process, without_cudnn_attention
 from .prompt_admission import PromptAdmission
 
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM's default for the KV cache is `gpu_memory_utilization` of the machine's memory."""
+NEWER_RUNNER = "vllm.v1.worker.gpu."
+"""Where vLLM's second model runner is defined, its default on CUDA devices."""
 DRAFT = "draft.*"
 """The draft model's weights: no sync brings them back after a level-2 sleep, so vLLM keeps them in host memory."""
 PROGRESS_SECONDS = 0.1
@@ -82,7 +87,8 @@ class ColocateEngine:
                 from vllm import LLM
                 from vllm.platforms import current_platform
 
-                from . import draft_loader  # registers its load format  # noqa: F401
+                if vllm_kwargs.get("load_format") == DUMMY_TARGET:
+                    from . import draft_loader  # registers that load format  # noqa: F401
 
                 self.device_type: str = current_platform.device_type
                 kwargs = _defaults(self.device_type, ranks().size) | vllm_kwargs
@@ -121,11 +127,16 @@ class ColocateEngine:
         """The levels of the sleeps so far."""
         self._sync_ranks = self._alone
         """The ranks that made the last sync together."""
-        self._adapters, self._admission = AdapterLoader(self._llm), PromptAdmission(self._engine)
         with self._vllm_context():
+            (runner,) = self._llm.collective_rpc(lambda worker: worker.model_runner)
+            if self.device_type == "cpu":
+                keep_seeds(runner)
             (outside,) = self._llm.collective_rpc(
                 lambda worker: UnloadedTensors.outside_registries(worker.model_runner.get_model())
             )
+        # vLLM's newer runner seeds requests without a seed from NumPy's global generator, which is the trainer's.
+        seeds = random.Random(kwargs.get("seed", 0)) if type(runner).__module__.startswith(NEWER_RUNNER) else None
+        self._adapters, self._admission = AdapterLoader(self._llm), PromptAdmission(self._engine, seeds)
         self._weights = RecordedCopy(receiver=self.kind, transport=weight_transport, outside=outside)
         self._engine.set_weight_version(weight_version)
 
@@ -313,17 +324,25 @@ class ColocateEngine:
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Allocate the memory of the given tags (`weights`, `kv_cache`) again."""
-        self._awake = self._awake or "kv_cache" in tags
         with self._vllm_context():
-            if self.device_type == "cpu":
-                if "kv_cache" in tags:
-                    self._llm.wake_up(tags=["scheduling"])
-                return SleepReport(memory_freed=False)
-            readings = [MemoryReading.now()]
-            for tag in tags:  # one after the other, to measure the memory of each
+            report = SleepReport(memory_freed=False) if self.device_type == "cpu" else self._wake_device(tags)
+            if self.device_type == "cpu" and "kv_cache" in tags:
+                self._llm.wake_up(tags=["scheduling"])
+        self._awake = self._awake or "kv_cache" in tags
+        return report
+
+    def _wake_device(self, tags: Sequence[str]) -> SleepReport:
+        """One tag after the other, to measure the memory of each. Raises `EngineError` with the bytes it lacks."""
+        readings = [MemoryReading.now()]
+        for tag in tags:
+            try:
                 self._llm.wake_up(tags=[tag])
-                readings.append(MemoryReading.now())
-            return wake_report(readings, tags)
+            except Exception as error:
+                now = MemoryReading.now()
+                problem = f"{now.asleep.get(tag, 0):,} bytes are still to be allocated, and {now.free:,} are free"
+                raise EngineError(f"{problem} ({type(error).__name__}: {error})") from error
+            readings.append(MemoryReading.now())
+        return wake_report(readings, tags)
 
     def close(self) -> None:
         """Shut the engine core down and free its memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,13 @@ PROBE_ID = "vgen-probe"
 class PromptAdmission:
     """Adds the requests of a batch to vLLM's queue, before its scheduler runs.
 
+    `seeds` gives seeds to requests that have none, for engines that would take them from the trainer's random state.
     The images of a prompt are processed once for all its completions. If vLLM refuses one prompt, that prompt gets a
     `PromptError`. If it would refuse every prompt, because of the sampling parameters, `admit` raises `ValueError`.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine, self._count = engine, 0
+    def __init__(self, engine: Any, seeds: random.Random | None = None) -> None:
+        self._engine, self._seeds, self._count = engine, seeds, 0
 
     def admit(self, batch: Batch, lora: Any, waiting: dict[str, Request]) -> list[Completion]:
         """Add every request, and put each accepted one into `waiting` by its request ID.
@@ -37,7 +39,10 @@ class PromptAdmission:
             require_readable(sampling_params(batch.sampling, None))
         for request in batch.requests:
             key = request.prompt_key
-            parameters = sampling_params(batch.sampling, request.seed)
+            seed = request.seed
+            if seed is None and self._seeds is not None:
+                seed = self._seeds.getrandbits(63)
+            parameters = sampling_params(batch.sampling, seed)
             if key not in prompts:
                 prompts[key] = self._rendered(request)
             if not isinstance(prompts[key], PromptError):

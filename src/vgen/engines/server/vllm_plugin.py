@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from ...weights.transports.shared_memory import BACKEND
+from ..cpu_seeds import keep_seeds
 from .parent_watchdog import follow_parent
 from .weight_receiver import VgenEngine
 from .weight_sender import SharedMemorySender
@@ -23,3 +26,11 @@ def register() -> None:
     if current_platform.is_cpu():
         # Without this, the first bf16 matrix product ends the process with an illegal instruction.
         torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
+        _mend_seeds()
+
+
+@functools.cache
+def _mend_seeds() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    keep_seeds(CPUModelRunner)
