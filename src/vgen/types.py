@@ -47,7 +47,8 @@ class Sampling:
     seed: int | None = None
     """The seed of the first completion of the first prompt. Each other completion of the call, on any rank, gets one
     that is computed from this number, from its prompt's place among the prompts of all ranks, and from its own place
-    among that prompt's completions. So completions differ, and the next number has nothing in common with this one."""
+    among that prompt's completions. So completions differ, and the next number has nothing in common with this one.
+    (Ranks with engines of their own count their prompts from their number times 2²⁰.)"""
     logprobs: int | None = 0
     """None: no log-probabilities. 0: only the sampled token's. N: also those of the N likeliest tokens."""
     prompt_logprobs: int | None = None

@@ -27,6 +27,8 @@ def test_requests_carry_the_callers_numbers_and_seeds_of_their_places_among_all_
     assert seeds[0] == 40
     assert len({*seeds, *(request_seed(41, place, generation) for place in range(3) for generation in range(2))}) == 12
     assert all(0 <= seed < 2**63 for seed in seeds)
+    others = [request.seed for request in make_requests(PROMPTS, 2, 40, engine=1)]
+    assert len({*seeds, *others}) == 12
     assert [list(request.token_ids) for request in requests] == [[1], [1], [3], [3], [4], [4]]
     assert [request.images for request in requests[1:3]] == [(), ("image",)]
     assert {request.seed for request in make_requests(PROMPTS, 2, None)} == {None}

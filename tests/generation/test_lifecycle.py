@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 
 import pytest
@@ -275,3 +276,26 @@ def test_level_1_keeps_the_weights(generation, engine):
     generation.wake_up()
     generation.generate([[1]])
     assert "load" not in engine.calls
+
+
+def test_a_forked_child_is_refused_at_once_and_closes_nothing(generation, engine):
+    """As a data loader's worker that has inherited the generation object."""
+
+    def child(connection):
+        for call in (lambda: generation.generate([[1]]), generation.sync_weights, generation.sleep):
+            try:
+                call()
+            except EngineStateError as error:
+                connection.send(str(error))
+        generation.close()
+        connection.send(list(engine.calls))
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    process.start()
+    said = [ours.recv() for _ in range(4) if ours.poll(30)]
+    process.join(30)
+    assert process.exitcode == 0
+    assert all("a forked child cannot use it" in each for each in said[:3])
+    assert said[3] == []
+    assert generation.generate([[1]])

@@ -34,7 +34,7 @@ class LeaderRanks:
         group_port: int = 0,
         profiling: ProfilingContext = ProfilingContext.disabled(),
     ) -> None:
-        self.index, self.leading = index, index == 0
+        self.index, self.leading, self.engine = index, index == 0, 0
         connections = meet(index, size, len(_CHANNELS), group_port, timeout)
         self._channels = {
             name: Channel(index, by_rank, timeout, profiling)

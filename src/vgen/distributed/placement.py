@@ -41,12 +41,12 @@ class Placement:
         All ranks must call it together: torch makes a process group for each engine.
         """
         if size == 1:
-            return SingleRank()
+            return SingleRank(self.rank)
         import torch.distributed as dist
 
         neighbours = [list(range(first, first + size)) for first in range(0, self.size, size)]
         group, _ = dist.new_subgroups_by_enumeration(neighbours)
-        return TensorParallelRanks(RankGroup(group))
+        return TensorParallelRanks(RankGroup(group), self.rank // size)
 
     def leader_ranks(
         self, *, timeout: float = 600.0, group_port: int = 0, profiling: ProfilingContext

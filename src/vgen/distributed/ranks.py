@@ -59,6 +59,8 @@ class Ranks(Protocol):
     """This rank's number, which its completions carry as `Completion.rank`."""
     leading: bool
     """Whether this rank has an engine."""
+    engine: int
+    """The number of these ranks' engine, where the trainer's ranks have several."""
 
     def call(self, name: str) -> AbstractContextManager[Call]:
         """A call that begins on every rank."""
@@ -70,6 +72,9 @@ class SingleRank:
 
     index, leading = 0, True
     refused: Exception | None = None
+
+    def __init__(self, engine: int = 0) -> None:
+        self.engine = engine
 
     def call(self, name: str) -> AbstractContextManager[SingleRank]:
         return nullcontext(self)
@@ -95,8 +100,8 @@ class TensorParallelRanks:
 
     leading = True
 
-    def __init__(self, group: RankGroup) -> None:
-        self.index, self._group = group.rank, group
+    def __init__(self, group: RankGroup, engine: int = 0) -> None:
+        self.index, self._group, self.engine = group.rank, group, engine
 
     @contextmanager
     def call(self, name: str) -> Generator[Call]:

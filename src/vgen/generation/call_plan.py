@@ -14,6 +14,8 @@ from ..errors import ArgumentError, PromptError
 from ..profiling import semconv
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling
 
+PLACES = 1 << 20
+"""How many places of prompts there are for each engine."""
 Images: TypeAlias = "Sequence[Sequence[Any] | None] | None"
 """The images of each prompt, if any prompt has images."""
 Refused: TypeAlias = Literal["raise", "mark"]
@@ -152,14 +154,20 @@ def _lora_request(value: Any) -> LoRARequest | None:
     raise ArgumentError("lora_request", f"must be a vgen.LoRARequest, got a {type(value).__name__}")
 
 
-def make_requests(prompts: Iterable[RankPrompt], num_generations: int, seed: int | None) -> list[Request]:
-    """A request for each completion of each prompt. `prompts` are those of all ranks, whose places make the seeds."""
+def make_requests(
+    prompts: Iterable[RankPrompt], num_generations: int, seed: int | None, engine: int = 0
+) -> list[Request]:
+    """A request for each completion of each prompt. `prompts` are those of all ranks that share the engine.
+
+    Their places make the seeds. Those of the engine with number N count from N · `PLACES`, so that ranks with engines
+    of their own need not know of one another how many prompts they have.
+    """
     return [
         Request(
             prompt.prompt_index,
             generation,
             prompt.token_ids,
-            None if seed is None else request_seed(seed, place, generation),
+            None if seed is None else request_seed(seed, engine * PLACES + place, generation),
             prompt.images,
             rank=prompt.rank,
         )

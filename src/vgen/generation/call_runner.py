@@ -138,7 +138,7 @@ class CallRunner:
         ]
         gathered = call.gather(own_prompts, request.terms())
         self.weights.sync_if_stale()
-        requests = make_requests(gathered, count, sampling.seed)
+        requests = make_requests(gathered, count, sampling.seed, self.ranks.engine)
         prompt_ids = [[] if index in errors else ids for index, ids in enumerate(prompt_ids)]
         return CallPlan(prompt_ids, errors, requests, request)
 

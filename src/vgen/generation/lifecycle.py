@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -63,7 +64,7 @@ class Lifecycle:
         self.weights_stale = stale
         """Whether the engine lacks the trainer's weights, so that they must be synced before the next generation."""
         self._device_timer = DeviceTimer(profiling)
-        self._busy = threading.Lock()
+        self._busy, self._process = threading.Lock(), os.getpid()
         self._generating: tuple[str, int] | None = None
         """The generation that has reserved the engine: its call, and the thread that began it."""
         self._asleep, self._level = set[str](), 0
@@ -77,6 +78,7 @@ class Lifecycle:
     @contextmanager
     def exclusive(self, call: str) -> Iterator[None]:
         """Reserve the engine for a call that is not a generation. Raises `EngineStateError` if it is in use."""
+        self._refuse_in_child(call)
         if not self._busy.acquire(blocking=False):
             raise self._in_use(call)
         try:
@@ -92,6 +94,7 @@ class Lifecycle:
         engine is reserved for this thread alone; this waits for another thread's generation, and raises
         `EngineStateError` for a second one of the same thread, which would wait for itself.
         """
+        self._refuse_in_child(call)
         if self._engine.concurrent:
             self.states.wait_while(EngineState.SYNCING, SYNC_SECONDS)
             self.states.require(call, EngineState.AWAKE)
@@ -105,6 +108,12 @@ class Lifecycle:
                 yield
             finally:
                 self._generating = None
+
+    def _refuse_in_child(self, call: str) -> None:
+        """Raise `EngineStateError` in a forked child, which has neither the engine's threads nor its device."""
+        if os.getpid() != self._process:
+            hint = "a forked child cannot use it: construct it in the child, or start the process by spawn"
+            raise EngineStateError(call, "in the process that constructed it", hint)
 
     def _in_use(self, call: str) -> EngineStateError:
         """The error of a call that finds the engine reserved: it says by what, and what must end first."""
@@ -256,8 +265,8 @@ class Lifecycle:
 
         Raises `EngineStateError` within a generation of the same thread.
         """
-        if self.states.state is EngineState.CLOSED:
-            return
+        if self.states.state is EngineState.CLOSED or os.getpid() != self._process:
+            return  # a forked child has nothing to close: the engine is its parent's
         self._refuse_within_generation("close")
         with self._busy, self.watched_span("close", semconv.ENGINE_CLOSE):
             self.states.move("close", EngineState.CLOSED)
