@@ -223,6 +223,14 @@ TensorMetadata: TypeAlias = "Sequence[tuple[str, tuple[int, ...], torch.dtype]]"
 """Checkpoint name, shape and dtype of each tensor of one pass over a source, in the order of the pass."""
 
 
+class PartlyAwake(Exception):
+    """Raised by `Engine.wake_up`, which may be called again: these tags are `woken`, the others are asleep."""
+
+    def __init__(self, problem: str, woken: Sequence[str]) -> None:
+        super().__init__(problem)
+        self.woken = tuple(woken)
+
+
 class CannotProbe(Exception):
     """Log-probabilities cannot be compared; the message says why. Nothing is known then about the weights."""
 

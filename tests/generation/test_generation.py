@@ -20,7 +20,7 @@ def test_the_default_context_is_off_and_everything_works(engine):
         assert generation.sync_weights().seconds > 0
         assert generation.sleep().seconds > 0
         assert generation.wake_up().seconds > 0
-    assert engine.calls == ["stream", "load", "reset_cache", "sleep", "wake_up", "wake_up", "close"]
+    assert engine.calls == ["stream", "load", "reset_cache", "sleep", "wake_up", "close"]
 
 
 def test_a_sink_that_raises_everywhere_does_not_stop_generation(engine):

@@ -15,7 +15,7 @@ from vgen import (
     Generation,
     ProfilingContext,
 )
-from vgen.engine_protocol import EngineState, StateMachine
+from vgen.engine_protocol import EngineState, PartlyAwake, StateMachine
 from vgen.profiling import semconv
 from vgen.profiling.semconv_docs import unknown
 from vgen.testing import FakeEngine
@@ -126,20 +126,12 @@ def test_a_wake_up_that_fails_can_be_tried_again(generation, engine, sink, error
 
 def test_a_wake_up_that_fails_half_way_goes_on_with_the_rest(generation, engine):
     generation.sleep()
-    wake, woken = engine.wake_up, []
-
-    def one_tag(tags):
-        woken.append(*tags)
-        if tags == ["kv_cache"] and woken.count("kv_cache") == 1:
-            raise EngineError("3 bytes are still to be allocated, and 2 are free")
-        return wake(tags)
-
-    engine.wake_up = one_tag
-    with pytest.raises(EngineError, match=r"kv_cache could not be woken .*3 bytes .* still asleep: kv_cache\. Free"):
+    engine.raises["wake_up"] = PartlyAwake("3 bytes are still to be allocated, and 2 are free", ["weights"])
+    with pytest.raises(EngineError, match=r"still asleep: kv_cache \(3 bytes .* free\)\. Free memory and call wake_up"):
         generation.wake_up()
     generation.sync_weights()  # the weights are awake
+    del engine.raises["wake_up"]
     generation.wake_up(["kv_cache"])
-    assert woken == ["weights", "kv_cache", "kv_cache"]
     assert generation.state is EngineState.AWAKE
 
 
@@ -265,7 +257,7 @@ def test_waking_from_level_2_restores_the_weights_before_the_first_token(generat
     assert "load" not in engine.calls
     generation.generate([[1]])
     generation.generate([[1]])
-    assert engine.calls == ["sleep", "wake_up", "wake_up", "load", "reset_cache", "stream", "stream"]
+    assert engine.calls == ["sleep", "wake_up", "load", "reset_cache", "stream", "stream"]
     (sync,) = sink.named(semconv.WEIGHT_SYNC)
     assert sync.parent.name == semconv.GENERATE
     assert sink.named(semconv.WAKE_UP)[0].attributes[semconv.RESTORED] is True

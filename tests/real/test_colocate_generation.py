@@ -479,7 +479,7 @@ def spoil_engine(generation):
 def test_present_weights_are_verified_on_request(real):
     real.generation.sync_weights()
     report = real.generation.verify()
-    assert (report.how, report.reason, report.decoded_tokens) == ("logprobs", "", 8)
+    assert (report.how, report.reason, report.decoded_tokens) == ("logprobs", "", 16)
     assert 0 < report.ratio < report.bound
     assert 0 < report.mean <= report.largest < 1e-4
     span = real.sink.named(semconv.VERIFICATION)[-1]

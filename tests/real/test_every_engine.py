@@ -13,6 +13,7 @@ import torch
 
 from vgen import ColocateGeneration, LoRARequest, PromptError, Sampling, ServerConnection, ServerGeneration
 from vgen.engine_protocol import EngineState
+from vgen.generation.call_plan import request_seed
 from vgen.testing import tiny_model
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install 'vgen[peft]'")
@@ -331,5 +332,6 @@ def test_each_completion_has_its_own_seed(subject):
     sampling = Sampling(max_tokens=12, seed=3, ignore_eos=True)
     group = subject.generation.generate([[1, 2]], sampling, 4)
     assert len({tuple(completion.token_ids) for completion in group}) == 4
-    again = subject.generation.generate([[1, 2]], Sampling(max_tokens=12, seed=5, ignore_eos=True), 2)
-    assert [completion.token_ids for completion in again] == [completion.token_ids for completion in group[2:]]
+    for number, completion in enumerate(group):
+        alone = Sampling(max_tokens=12, seed=request_seed(3, 0, number), ignore_eos=True)
+        assert subject.generation.generate([[1, 2]], alone)[0].token_ids == completion.token_ids

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..engine_protocol import Engine, EngineState, PauseMode, StateMachine
+from ..engine_protocol import Engine, EngineState, PartlyAwake, PauseMode, StateMachine
 from ..errors import EngineError, EngineStateError, VgenError
 from ..profiling import DeviceTimer, ProfilingContext, Span, semconv
 from ..types import SleepReport
@@ -222,25 +222,24 @@ class Lifecycle:
         return report
 
     def _wake(self, tags: Sequence[str]) -> SleepReport:
-        """Wake tag by tag. After an error the tags that have not woken are asleep, and waking may be tried again.
+        """Wake these tags. After an error those that have not woken are asleep, and waking may be tried again.
 
         vLLM goes on where it stopped: it knows of each allocation whether it is asleep.
         """
-        report = SleepReport()
         self.states.move("wake_up", EngineState.WAKING, f"level {self._level}")
-        for tag in tags:
-            try:
-                report = _joined(report, self._engine.wake_up([tag]))
-            except BaseException as error:
-                self.states.restore(EngineState.ASLEEP, f"level {self._level}")
-                if isinstance(error, EngineStateError) or not isinstance(error, Exception):
-                    raise
-                raise EngineError(
-                    f"{tag} could not be woken ({type(error).__name__}: {error}); still asleep: "
-                    f"{', '.join(sorted(self._asleep))}. Free memory and call wake_up() again. If the same error comes "
-                    "with enough memory, close() the engine and construct another"
-                ) from error
-            self._asleep.discard(tag)
+        try:
+            report = self._engine.wake_up(tags)
+        except BaseException as error:
+            self._asleep -= set(error.woken if isinstance(error, PartlyAwake) else ())
+            self.states.restore(EngineState.ASLEEP, f"level {self._level}")
+            if isinstance(error, EngineStateError) or not isinstance(error, Exception):
+                raise
+            reason = str(error) if isinstance(error, PartlyAwake | VgenError) else f"{type(error).__name__}: {error}"
+            raise EngineError(
+                f"wake_up failed, still asleep: {', '.join(sorted(self._asleep))} ({reason}). Free memory and call "
+                "wake_up() again. If the same error comes with enough memory, close() the engine and construct another"
+            ) from error
+        self._asleep -= set(tags)
         return report
 
     def pause(self, mode: PauseMode) -> None:
@@ -290,22 +289,6 @@ class Lifecycle:
             if isinstance(error, VgenError) or not isinstance(error, Exception):
                 raise
             raise EngineError(f"the engine failed in {call}: {type(error).__name__}") from error
-
-
-def _joined(one: SleepReport, other: SleepReport) -> SleepReport:
-    """What two wake-ups did together."""
-
-    def total(first: int | None, second: int | None) -> int | None:
-        return second if first is None else first if second is None else first + second
-
-    return replace(
-        other,
-        memory_freed=one.memory_freed or other.memory_freed,
-        device_bytes=total(one.device_bytes, other.device_bytes),
-        host_bytes=total(one.host_bytes, other.host_bytes),
-        expected={**one.expected, **other.expected},
-        taken={**one.taken, **other.taken},
-    )
 
 
 def _observe(states: StateMachine, profiling: ProfilingContext) -> ProfilingContext:

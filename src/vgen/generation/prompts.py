@@ -34,7 +34,9 @@ class Encoder:
         """The token ids of the prompt with that index. Raises `PromptError` if it is neither text nor token ids."""
         if isinstance(prompt, PromptError):
             raise prompt
-        return self._tokenizer.encode(index, prompt) if isinstance(prompt, str) else token_ids(index, prompt)
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(index, prompt)
+        return token_ids(index, prompt, self._engine.vocabulary_size)
 
     def rendered(self, index: int, text: str) -> list[int]:
         """The token ids of text that a chat template has rendered, with the special tokens that it holds."""
@@ -73,7 +75,7 @@ class Encoder:
             raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
 
 
-def token_ids(index: int, prompt: Any) -> list[int]:
+def token_ids(index: int, prompt: Any, vocabulary: int | None = None) -> list[int]:
     """The token ids of one prompt, of Python's, NumPy's or torch's integers, as a list of `int` of its own.
 
     Raises `PromptError` for anything else, and for negative ids.
@@ -87,7 +89,8 @@ def token_ids(index: int, prompt: Any) -> list[int]:
     try:
         values = array("I", prompt)  # takes what has __index__, so neither floats nor text; and nothing below 0
     except OverflowError:
-        raise PromptError(index, "holds a token id outside the vocabulary") from None
+        limit = f" of {vocabulary}" if vocabulary else ""
+        raise PromptError(index, f"holds a token id outside the vocabulary{limit}", vocabulary) from None
     except (TypeError, ValueError):
         raise PromptError(index, "must hold integers: token ids") from None
     try:

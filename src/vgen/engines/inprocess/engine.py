@@ -15,7 +15,17 @@ from typing import Any
 import torch
 
 from ...distributed.rank_consensus import RankGroup, fail_together
-from ...engine_protocol import Batch, HowVerified, InProcess, PauseMode, Request, Source, SyncTrace, Verify
+from ...engine_protocol import (
+    Batch,
+    HowVerified,
+    InProcess,
+    PartlyAwake,
+    PauseMode,
+    Request,
+    Source,
+    SyncTrace,
+    Verify,
+)
 from ...errors import EngineError, MissingExtraError, WeightSyncError
 from ...profiling import semconv
 from ...types import Completion, SleepReport, WeightVerification
@@ -332,15 +342,15 @@ class ColocateEngine:
         return report
 
     def _wake_device(self, tags: Sequence[str]) -> SleepReport:
-        """One tag after the other, to measure the memory of each. Raises `EngineError` with the bytes it lacks."""
+        """One tag after the other, to measure the memory of each. Raises `PartlyAwake`, with the bytes it lacks."""
         readings = [MemoryReading.now()]
-        for tag in tags:
+        for number, tag in enumerate(tags):
             try:
                 self._llm.wake_up(tags=[tag])
             except Exception as error:
                 now = MemoryReading.now()
                 problem = f"{now.asleep.get(tag, 0):,} bytes are still to be allocated, and {now.free:,} are free"
-                raise EngineError(f"{problem} ({type(error).__name__}: {error})") from error
+                raise PartlyAwake(f"{problem}: {type(error).__name__}: {error}", tags[:number]) from error
             readings.append(MemoryReading.now())
         return wake_report(readings, tags)
 
