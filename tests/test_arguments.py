@@ -210,7 +210,7 @@ def test_vllms_adapter_requests_are_accepted():
     ids=lambda prompt: type(prompt).__name__,
 )
 def test_token_ids_of_every_kind_become_ints(prompt):
-    found = token_ids(0, list(prompt) if isinstance(prompt, map) else prompt)
+    found = token_ids(0, list(prompt) if isinstance(prompt, map) else prompt, 100)
     assert found == IDS
     assert {type(each) for each in found} == {int}
     assert found is not prompt

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import marshal
+import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..engine_protocol import Engine
@@ -12,6 +13,9 @@ from ..errors import PromptError
 from ..types import Prompt
 from .images import Placeholders, check_images
 from .private_tokenizer import PrivateTokenizer
+
+SHORT = 64
+"""Up to how many numbers Python's own `max` is as fast as NumPy's."""
 
 
 class Encoder:
@@ -34,9 +38,13 @@ class Encoder:
         """The token ids of the prompt with that index. Raises `PromptError` if it is neither text nor token ids."""
         if isinstance(prompt, PromptError):
             raise prompt
-        if isinstance(prompt, str):
-            return self._tokenizer.encode(index, prompt)
-        return token_ids(index, prompt, self._engine.vocabulary_size)
+        vocabulary = self._engine.vocabulary_size
+        if not isinstance(prompt, str):
+            return token_ids(index, prompt, vocabulary)
+        ids = self._tokenizer.encode(index, prompt)
+        if ids and max(ids) >= vocabulary:  # another model's tokenizer
+            raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
+        return ids
 
     def rendered(self, index: int, text: str) -> list[int]:
         """The token ids of text that a chat template has rendered, with the special tokens that it holds."""
@@ -66,35 +74,47 @@ class Encoder:
         return prompt_ids, engine_ids, errors
 
     def _check(self, index: int, ids: Sequence[int]) -> None:
-        limit, vocabulary = self._engine.max_model_length - 1, self._engine.vocabulary_size
+        limit = self._engine.max_model_length - 1
         if not ids:
             raise PromptError(index, "is empty")
         if len(ids) > limit:
             raise PromptError(index, f"has {len(ids)} tokens; at most {limit} leave room for a completion", limit)
-        if max(ids) >= vocabulary:
-            raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
 
 
-def token_ids(index: int, prompt: Any, vocabulary: int | None = None) -> list[int]:
+def token_ids(index: int, prompt: Any, vocabulary: int) -> list[int]:
     """The token ids of one prompt, of Python's, NumPy's or torch's integers, as a list of `int` of its own.
 
-    Raises `PromptError` for anything else, and for negative ids.
+    Raises `PromptError` for anything else, and for ids that the vocabulary does not have.
     """
-    if hasattr(prompt, "tolist") and not isinstance(prompt, array):
-        if getattr(prompt, "ndim", 1) != 1:
-            raise PromptError(index, f"has {prompt.ndim} dimensions; token ids have one")
-        prompt = prompt.tolist()
-    if prompt is None or hasattr(prompt, "keys") or isinstance(prompt, bytes | bytearray):
-        raise PromptError(index, f"must be text or token ids, got {type(prompt).__name__}")
+    if type(prompt) is not list:
+        prompt = _listed(index, prompt)
     try:
         values = array("I", prompt)  # takes what has __index__, so neither floats nor text; and nothing below 0
+        outside = bool(values) and _highest(values, prompt) >= vocabulary
     except OverflowError:
-        limit = f" of {vocabulary}" if vocabulary else ""
-        raise PromptError(index, f"holds a token id outside the vocabulary{limit}", vocabulary) from None
+        outside = True
     except (TypeError, ValueError):
         raise PromptError(index, "must hold integers: token ids") from None
+    if outside:
+        raise PromptError(index, f"holds a token id outside the vocabulary of {vocabulary}", vocabulary)
     try:
         marshal.dumps(prompt)  # the fastest way to see that these are Python's own integers
     except ValueError:
         return values.tolist()
+    return prompt.copy()
+
+
+def _listed(index: int, prompt: Any) -> list[Any]:
+    if hasattr(prompt, "tolist") and not isinstance(prompt, array):
+        if getattr(prompt, "ndim", 1) != 1:
+            raise PromptError(index, f"has {prompt.ndim} dimensions; token ids have one")
+        return prompt.tolist()
+    if not isinstance(prompt, Iterable) or hasattr(prompt, "keys") or isinstance(prompt, bytes | bytearray):
+        raise PromptError(index, f"must be text or token ids, got {type(prompt).__name__}")
     return list(prompt)
+
+
+def _highest(values: array[int], prompt: list[int]) -> int:
+    """The largest of the values, which `prompt` has too. NumPy takes a microsecond to begin, and is fast then."""
+    numpy = sys.modules.get("numpy") if len(values) > SHORT else None
+    return max(prompt) if numpy is None else int(numpy.frombuffer(values, numpy.uint32).max())

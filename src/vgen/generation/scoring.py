@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ArgumentError, EngineError
 from ..types import Completion, Completions, Sampling
 from .call_plan import prompt_list
-from .prompts import Encoder, token_ids
+from .prompts import Encoder
 
 
 def score(
@@ -20,7 +20,7 @@ def score(
     options: Mapping[str, Any],
 ) -> list[list[float | None]]:
     """See `Generation.score`. `context` is how many tokens fill the engine's context; None if that stays refused."""
-    listed, given = prompt_list(prompts), _token_lists(completions)
+    listed, given = prompt_list(prompts), _token_lists(completions, encoder)
     if len(listed) != len(given):
         raise ArgumentError("completions", f"must be one for each of {len(listed)} prompts, got {len(given)}")
     whole = [[*encoder.ids(index, prompt), *given[index]] for index, prompt in enumerate(listed)]
@@ -38,11 +38,9 @@ def score(
     return found
 
 
-def _token_lists(completions: Any) -> list[list[int]]:
+def _token_lists(completions: Any, encoder: Encoder) -> list[list[int]]:
     listed: Sequence[Any] = list(completions)
-    return [
-        token_ids(index, each.token_ids if isinstance(each, Completion) else each) for index, each in enumerate(listed)
-    ]
+    return [encoder.ids(i, each.token_ids if isinstance(each, Completion) else each) for i, each in enumerate(listed)]
 
 
 def _last_logprob(generate: Callable[..., Completions], ids: Sequence[int], options: Mapping[str, Any]) -> float | None:
