@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -26,10 +26,19 @@ from .types import Completion, RequestTiming, none_for_nan
 PATH = "/inference/vgen/generate"
 """The batch route. vLLM's own API key guards every path below `/inference`."""
 MEDIA_TYPE = "application/x-msgpack"
+INT_BYTES = 4
+"""The size of a packed token id."""
 HEARTBEAT_SECONDS = 5.0
 """A server that works on a batch sends at least one frame in so many seconds."""
 SILENCE_SECONDS = 60.0
 """A client takes a server for lost when it has sent nothing for so many seconds."""
+BODY_LIMIT = 128 << 20
+"""How many bytes a request to the batch route may have: 4,096 prompts of 8,192 tokens, or hundreds of images.
+
+A server answers a longer one with status 413. A client then sends the requests of the call one by one.
+"""
+ID_LIMIT = 200
+"""How many characters `BatchRequest.id` may have: the engine gets a copy of it for each completion."""
 
 
 class PackedCompletion(msgspec.Struct, array_like=True):
@@ -117,7 +126,7 @@ def ints(values: Sequence[int]) -> bytes:
 
 def to_ints(raw: bytes) -> list[int]:
     """The numbers that `ints` packed."""
-    return [*struct.unpack(f"<{len(raw) // 4}i", raw)]
+    return [*struct.unpack(f"<{len(raw) // INT_BYTES}i", raw)]
 
 
 def floats(values: list[Any]) -> bytes:
@@ -165,7 +174,7 @@ class Wanted(msgspec.Struct, array_like=True):
 class BatchRequest(msgspec.Struct):
     """The body of a request to the batch route."""
 
-    id: str
+    id: Annotated[str, msgspec.Meta(max_length=ID_LIMIT)]
     """Completion `i` gets the request id `<id>-<i>` in the engine."""
     prompts: list[bytes]
     """Each prompt once, its token ids as `ints` packs them."""
@@ -173,7 +182,7 @@ class BatchRequest(msgspec.Struct):
     sampling: dict[str, Any]
     """Fields of `vgen.Sampling`; those that are left out have their defaults."""
     images: list[list[bytes]] = []
-    """The images of each prompt, in a format that PIL reads; empty where no prompt has any."""
+    """The images of each prompt as PNG files, one list for each prompt; empty where no prompt has any."""
     lora_name: str | None = None
     priority: int = 0
 
@@ -214,8 +223,27 @@ class End(msgspec.Struct, array_like=True, tag=3):
 Frame = Done | Failed | Alive | End
 
 encode = msgspec.msgpack.Encoder().encode
-decode_request = msgspec.msgpack.Decoder(BatchRequest).decode
+_decode_request = msgspec.msgpack.Decoder(BatchRequest).decode
 decode_frame = msgspec.msgpack.Decoder(Frame).decode
+
+
+def decode_request(raw: bytes | bytearray) -> BatchRequest:
+    """The request in `raw`. Raises `ValueError` for all else, and for a request that contradicts itself."""
+    try:
+        batch = _decode_request(raw)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"the body is no request of vgen's batch route: {error}") from error
+    except RecursionError:  # msgspec follows a body as deep as Python's stack reaches
+        raise ValueError("the body is no request of vgen's batch route: it is nested too deeply") from None
+    if any(len(prompt) % INT_BYTES for prompt in batch.prompts):
+        raise ValueError("a prompt's bytes are not a whole number of int32")
+    prompts = len(batch.prompts)
+    for index, wanted in enumerate(batch.wanted):
+        if not 0 <= wanted.prompt < prompts:
+            raise ValueError(f"wanted[{index}] is for prompt {wanted.prompt}, and there are {prompts} prompts")
+    if batch.images and len(batch.images) != prompts:
+        raise ValueError(f"there are images for {len(batch.images)} prompts, and {prompts} prompts")
+    return batch
 
 
 def frame_bytes(frame: Frame) -> bytes:

@@ -13,14 +13,14 @@ from helpers.waiting import wait_until
 from vgen.engines.server import command
 
 SERVER = """
-import json, sys
+import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class Healthy(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"vgen": "1"}')
+        self.wfile.write(json.dumps({"instance": os.environ["VGEN_INSTANCE"]}).encode())
 
 HTTPServer(("127.0.0.1", PORT), Healthy).serve_forever()
 """

@@ -69,6 +69,17 @@ def test_it_does_not_expire_during_a_call_which_renews_it_at_its_end(book, clock
     assert not book.free
 
 
+def test_a_check_does_not_renew_it(book, clock):
+    token = book.take("first", 10.0)["token"]
+    clock.now += 9.0
+    book.check(token)
+    with pytest.raises(LeaseConflict):
+        book.check("another")
+    clock.now += 1.0
+    with pytest.raises(LeaseConflict, match="nobody holds"):
+        book.check(token)
+
+
 def test_a_description_never_holds_the_token(book):
     token = book.take("first", 10.0)["token"]
     assert token not in str(book.describe())

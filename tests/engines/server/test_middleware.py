@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("msgspec", reason="msgspec is not installed: pip install 'vgen[server]'")
 
+from vgen.engines.server import middleware
 from vgen.engines.server.lease import LeaseBook
 from vgen.engines.server.middleware import KEY_FILE_VARIABLE, ControlMiddleware
 
@@ -245,6 +247,86 @@ async def test_a_lease_does_not_expire_under_a_call_that_takes_long(call):
     call.app.answers["/update_weights"] = long
     assert (await call("POST", "/update_weights", headers=first))[0] == 200
     assert (await call("POST", "/pause", headers=first))[0] == 200
+
+
+class HalfBody:
+    """A request for a change whose body comes in pieces, when the test says so."""
+
+    def __init__(self, call: Caller, headers: dict[str, str], path: str = "/update_weights") -> None:
+        self.sent: list[Any] = []
+        self._pieces = asyncio.Queue[dict[str, Any]]()
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": pairs, "app": call.app}
+        self.task = asyncio.create_task(call.middleware(scope, self._pieces.get, self._send))
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+    async def receive(self, piece: bytes | None, *, more: bool = False) -> None:
+        """The client sends a piece of the body; None: it hangs up."""
+        ended = {"type": "http.disconnect"}
+        await self._pieces.put(ended if piece is None else {"type": "http.request", "body": piece, "more_body": more})
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+async def test_a_body_that_never_arrives_whole_holds_no_lease(call):
+    first = await call.lease(ttl_seconds=1)
+    half = HalfBody(call, first)
+    await half.receive(b"{", more=True)
+    call.clock.now += 2
+    second = await call.lease("second")
+    await half.receive(b"}")
+    await half.task
+    assert half.sent[0]["status"] == 409  # it is no longer the holder, now that its body is here
+    assert call.app.reached == []
+    assert (await call("POST", "/update_weights", headers=second))[0] == 200
+
+
+async def test_a_client_that_hangs_up_in_its_body_changes_nothing(call):
+    half = HalfBody(call, await call.lease())
+    await half.receive(b"{", more=True)
+    await half.receive(None)
+    await half.task
+    assert (call.app.reached, half.sent) == ([], [])
+
+
+async def test_a_body_in_pieces_reaches_the_application_whole_and_only_then(call):
+    bodies: list[Any] = []
+
+    async def app(scope, receive, send) -> None:
+        bodies.extend([await receive(), await receive()])
+        await App()(scope, receive, send)
+
+    call.middleware.app = app
+    half = HalfBody(call, await call.lease())
+    await half.receive(b'{"a"', more=True)
+    assert bodies == []
+    await half.receive(b": 1}")
+    await half.receive(None)
+    await half.task
+    assert bodies == [{"type": "http.request", "body": b'{"a": 1}', "more_body": False}, {"type": "http.disconnect"}]
+    assert half.sent[0]["status"] == 200
+
+
+async def test_a_wrong_token_is_refused_before_its_body_is_read(call):
+    await call.lease()
+    half = HalfBody(call, {**HAS_KEY, "x-vgen-lease": "wrong"})
+    await half.task
+    assert half.sent[0]["status"] == 409
+
+
+async def test_the_body_of_a_change_has_a_limit(call, monkeypatch):
+    monkeypatch.setattr(middleware, "_CHANGE_LIMIT", 10)
+    assert (await call("POST", "/update_weights", b" " * 10))[0] == 200
+    assert (await call("POST", "/update_weights", b" " * 11))[0] == 413
+
+
+async def test_the_launcher_chooses_the_instance(call, monkeypatch):
+    _, drawn = await call("GET", "/vgen/instance", headers={})
+    assert len(drawn["instance"]) == 16
+    monkeypatch.setenv("VGEN_INSTANCE", "the-launchers")
+    assert (await Caller()("GET", "/vgen/instance", headers={})) == (200, {"instance": "the-launchers"})
 
 
 async def test_one_who_was_fenced_in_mid_call_does_not_get_the_lease_back(call):

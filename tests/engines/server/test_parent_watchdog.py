@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
+import pytest
+from helpers.waiting import wait_until
 
 from vgen.engines.server import parent_watchdog
 
@@ -46,6 +49,33 @@ def test_without_a_launcher_no_thread_watches(monkeypatch):
 
 def test_a_servers_environment_names_this_process_and_no_other_server(monkeypatch):
     monkeypatch.setenv("VGEN_SERVER_PID", "1")
+    monkeypatch.setenv(parent_watchdog.FOLDER_VARIABLE, "/another/servers")
     variables = parent_watchdog.environment()
     assert variables[parent_watchdog.LAUNCHER_VARIABLE] == str(os.getpid())
-    assert "VGEN_SERVER_PID" not in variables
+    assert not {"VGEN_SERVER_PID", parent_watchdog.FOLDER_VARIABLE} & set(variables)
+
+
+LAUNCHER = """
+import os, signal, sys
+from vgen.engines.server import launcher
+code = "import time; from vgen.engines.server.parent_watchdog import follow_parent"
+code += "; follow_parent(); print('watches', flush=True); time.sleep(600)"
+launcher.server_command = lambda *_, **__: [sys.executable, "-c", code]
+server = launcher.start_server(sys.argv[1], wait=False, log_file=sys.argv[2])
+print(server.control_key_file, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_key_of_a_launcher_that_was_killed_is_deleted(tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed, and start_server looks for it")
+    (tmp_path / "config.json").write_text("{}")
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(log)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        key = Path(launcher.stdout.readline().strip())
+        wait_until(lambda: "watches" in log.read_text())
+        assert key.exists()
+        launcher.kill()
+    wait_until(lambda: not key.parent.exists())

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from helpers.waiting import wait_until
 
 from vgen import EngineError
+from vgen.engines.server import launcher
 from vgen.engines.server.launcher import start_server
+from vgen.testing import FaultyServer
 
 
 def alive(process: psutil.Process) -> bool:
@@ -61,25 +66,151 @@ def test_a_server_that_does_not_want_to_end_is_killed_with_its_children(instead,
     assert not folder.exists()
 
 
-def test_another_server_is_not_taken_for_it(instead, model):
-    instead(
-        """
-        import sys
-        from http.server import BaseHTTPRequestHandler, HTTPServer
+ANSWERS = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
-        class Healthy(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(b"{}")
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        print(self.path, dict(self.headers), flush=True)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"INSTANCE")
 
-        HTTPServer(("127.0.0.1", PORT), Healthy).serve_forever()
-        """
-    )
+HTTPServer(("127.0.0.1", PORT), Healthy).serve_forever()
+"""
+
+
+def test_a_port_that_is_taken_is_an_error(instead, model):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(EngineError, match=r"cannot listen on .*in use"),
     ):
         start_server(model, port=taken.getsockname()[1])
-    with pytest.raises(EngineError, match=r"not ready to serve .* within 2 s(.|\n)*GET /vgen/info"):
-        start_server(model, timeout=2.0)
+
+
+@pytest.mark.parametrize("answer", ['{"instance": "another"}', '{"vgen": "1"}', "{}", "[]", "<html>", "[" * 9000, ""])
+def test_another_server_that_has_got_the_port_gets_no_key_and_is_an_error_at_once(instead, model, answer, tmp_path):
+    instead(ANSWERS.replace('b"INSTANCE"', repr(answer.encode())))
+    log, start = tmp_path / "log", time.monotonic()
+    with pytest.raises(EngineError, match=r"another process answers on port \d+, at http://127\.0\.0\.1") as caught:
+        start_server(model, timeout=60.0, control_key="the-control-key", log_file=log)
+    assert time.monotonic() - start < 20
+    assert "choose another port" in str(caught.value)
+    assert "/vgen/instance" in log.read_text()
+    assert "the-control-key" not in log.read_text()
+
+
+def test_the_second_of_two_launchers_at_one_port_fails_at_once(instead, model, monkeypatch):
+    instead("import time; time.sleep(600)")  # it has bound the port, too, and cannot listen
+    with FaultyServer(features=["control_key"]) as first:
+        first.answers["/vgen/instance"] = {"instance": "the-first"}
+        port = int(first.url.rpartition(":")[2])
+        monkeypatch.setattr(launcher, "free_port", lambda *_: port)  # when it looked, nobody listened
+        start = time.monotonic()
+        with pytest.raises(EngineError, match=f"another process answers on port {port}, .*another server of vgen's"):
+            start_server(model, port=port, timeout=15.0, control_key="the-control-key")
+        assert time.monotonic() - start < 10
+        assert "the-control-key" not in str(first.seen)
+
+
+def test_another_program_that_has_got_the_port_is_an_error_at_once(instead, model):
+    instead(
+        """
+        import socket
+        server = socket.create_server(("127.0.0.1", PORT))
+        while True:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(b"220 mail ready\\r\\n")
+        """
+    )
+    with pytest.raises(EngineError, match=r"another process answers on port \d+"):
+        start_server(model, timeout=60.0)
+
+
+def test_the_server_answers_with_what_its_launcher_has_drawn_and_no_key_is_sent(instead, model, tmp_path):
+    instead(ANSWERS.replace('b"INSTANCE"', 'json.dumps({"instance": os.environ["VGEN_INSTANCE"]}).encode()'))
+    log = tmp_path / "log"
+    with start_server(model, timeout=60.0, control_key="the-control-key", log_file=log) as server:
+        assert server.instance not in str(server)
+    assert "/health" in log.read_text()
+    assert "the-control-key" not in log.read_text()
+
+
+# TLS
+
+TLS = ANSWERS.replace('b"INSTANCE"', 'json.dumps({"instance": os.environ["VGEN_INSTANCE"]}).encode()').replace(
+    "HTTPServer((",
+    """
+import ssl
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("CERTIFICATE", "KEY")
+class TLSServer(HTTPServer):
+    def get_request(self):
+        connection, address = super().get_request()
+        return context.wrap_socket(connection, server_side=True), address
+    def handle_error(self, *_):
+        pass
+TLSServer((""",
+)
+
+
+def made(folder: Path, name: str, *more: str) -> tuple[Path, Path]:
+    """A certificate for `a.example`, and its key."""
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", f"/CN={name}.example", "-keyout", str(key), "-out", str(certificate), *more]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    return {name: made(tmp_path, name) for name in ("own", "other")}
+
+
+def start_tls(instead, model, shown: tuple[Path, Path], trusted: Path):
+    instead(TLS.replace("CERTIFICATE", str(shown[0])).replace("KEY", str(shown[1])))
+    return start_server(model, timeout=60.0, arguments=["--ssl-certfile", str(trusted)])
+
+
+def test_the_certificate_in_the_file_is_trusted_whatever_host_it_names(instead, model, certificates):
+    with start_tls(instead, model, certificates["own"], certificates["own"][0]) as server:
+        assert server.url.startswith("https://")
+
+
+def test_no_other_certificate_is_trusted(instead, model, certificates):
+    with pytest.raises(EngineError, match=r"another process answers on port .*--ssl-certfile"):
+        start_tls(instead, model, certificates["other"], certificates["own"][0])
+
+
+def test_a_certificate_that_an_authority_has_signed_is_trusted_and_its_sibling_is_not(instead, model, certificates):
+    authority, key = certificates["other"]
+    signed = ["-CA", str(authority), "-CAkey", str(key), "-addext", "basicConstraints=critical,CA:FALSE"]
+    try:
+        leaf, sibling = (made(authority.parent, name, *signed) for name in ("leaf", "sibling"))
+    except subprocess.CalledProcessError:
+        pytest.skip("this openssl does not sign in one step")
+    chain = leaf[0].read_text() + authority.read_text()
+    leaf[0].write_text(chain)
+    with start_tls(instead, model, leaf, leaf[0]):
+        pass
+    with pytest.raises(EngineError, match=r"--ssl-certfile"):
+        start_tls(instead, model, sibling, leaf[0])
+
+
+def test_a_server_without_tls_is_another_one(instead, model, certificates):
+    instead(ANSWERS)
+    with pytest.raises(EngineError, match="does not speak TLS"):
+        start_server(model, timeout=60.0, arguments=[f"--ssl_certfile={certificates['own'][0]}"])
+
+
+def test_a_file_without_a_certificate_is_an_error_before_the_server_starts(instead, model, tmp_path):
+    instead("raise SystemExit('it was started')")
+    (tmp_path / "empty.pem").write_text("")
+    for name in ("empty.pem", "missing.pem"):
+        with pytest.raises(EngineError, match=f"--ssl-certfile .*{name} holds no certificate"):
+            start_server(model, arguments=["--ssl-certfile", str(tmp_path / name)])

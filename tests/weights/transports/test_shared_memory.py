@@ -89,3 +89,37 @@ def test_a_killed_trainer_leaves_nothing_or_what_the_next_one_clears(worker, tmp
     os.utime(held.path, (0, 0))
     shared_memory(worker, directory=tmp_path).replace_weights([])
     assert list(tmp_path.iterdir()) == [Path(held.path)]  # its owner lives
+
+
+def test_what_is_not_named_as_a_bucket_is_never_removed(worker, tmp_path):
+    names = [
+        "precious.txt",
+        "0" * 32,
+        "vgen-bucket-precious",
+        f"vgen-bucket-{'0' * 32}.txt",
+        f"x-vgen-bucket-{'0' * 32}",
+    ]
+    kept = [tmp_path / name for name in names]
+    stale = tmp_path / f"vgen-bucket-{'0' * 32}"
+    for path in (*kept, stale):
+        path.write_text("content")
+        os.utime(path, (0, 0))
+    shared_memory(worker, directory=tmp_path).replace_weights(numbers(1))
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_default_directory_that_vgen_did_not_make_is_refused(worker, tmp_path, monkeypatch):
+    place = tmp_path / "default"
+    place.mkdir()
+    place.chmod(0o777)
+    monkeypatch.setattr(module, "default_directory", lambda: place)
+    monkeypatch.delenv(module.DIRECTORY_VARIABLE, raising=False)
+    stale = place / f"vgen-bucket-{'0' * 32}"
+    stale.write_text("content")
+    os.utime(stale, (0, 0))
+    with pytest.raises(WeightSyncError, match=r"vgen did not make .*VGEN_SHARED_MEMORY_DIR"):
+        shared_memory(worker).replace_weights([])
+    assert stale.exists()
+    place.chmod(0o700)
+    shared_memory(worker).replace_weights([])
+    assert not stale.exists()

@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from ... import completion_codec as codec
 from ...completion_codec import Alive, BatchRequest, Done, End, Failed
 from ...engine_protocol import Request as EngineRequest
@@ -29,19 +27,55 @@ if TYPE_CHECKING:
 
 
 async def generate(request: Request) -> Response:
-    """Answer with one frame for each completion; with status 400 and JSON where the whole call is wrong."""
-    from starlette.responses import JSONResponse, StreamingResponse
+    """Answer with one frame for each completion; with a status of 4xx and JSON where the whole call is wrong.
+
+    The status is 413 for a body of more than `completion_codec.BODY_LIMIT` bytes, and 400 for all else.
+    """
+    from starlette.responses import StreamingResponse
 
     try:
-        batch = codec.decode_request(await request.body())
+        batch = codec.decode_request(await _body(request))
         answer = await BatchAnswer.of(batch, request.app.state)
-    except (msgspec.DecodeError, ValueError, TypeError) as error:
-        return JSONResponse({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
+    except _TooLong as error:
+        return _refusal(413, error)
+    except (ValueError, TypeError) as error:
+        return _refusal(400, error)
     return StreamingResponse(answer.frames(), media_type=codec.MEDIA_TYPE)
+
+
+class _TooLong(Exception):
+    """The body has more bytes than a call may have."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the body is longer than {codec.BODY_LIMIT} bytes: send fewer prompts or images in one call")
+
+
+async def _body(request: Request) -> bytearray:
+    """Read the body. Raises `_TooLong` before it holds more than `completion_codec.BODY_LIMIT` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > codec.BODY_LIMIT:
+        raise _TooLong
+    body = bytearray()
+    async for chunk in request.stream():
+        if len(body) + len(chunk) > codec.BODY_LIMIT:
+            raise _TooLong
+        body += chunk
+    return body
+
+
+def _refusal(status: int, error: Exception) -> Response:
+    from starlette.responses import JSONResponse
+
+    # A client may still be sending the rest of a body that is too long: the connection is of no further use.
+    headers = {"connection": "close"} if status == 413 else None
+    body = {"error": {"message": str(error), "type": "BadRequestError", "code": status}}
+    return JSONResponse(body, status, headers)
 
 
 ROUTES = {codec.PATH: generate}
 """The function that answers a POST, by path."""
+PIXEL_LIMIT = 1 << 26
+"""How many pixels an image may have: 8,192 × 8,192. A file of some bytes can claim billions."""
 
 
 class BatchAnswer:
@@ -144,6 +178,9 @@ def _problem(sampling: Any, state: Any) -> str | None:
         )
     except _refusals() as error:
         return str(error)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+        # vLLM checks few types, and stumbles over values of a wrong one.
+        return f"it cannot read them ({type(error).__name__})"
     return None
 
 
@@ -151,7 +188,8 @@ async def _input(batch: BatchRequest, index: int, state: Any) -> Any:
     """The prompt as the engine takes it, or the error with which it is refused."""
     config, renderer = state.vllm_config.model_config, state.engine_client.renderer
     try:
-        images = _opened(index, batch.images[index]) if batch.images else []
+        files = batch.images[index] if batch.images else []
+        images = await asyncio.to_thread(_opened, index, files) if files else []
         prompt = vllm_prompts.model_prompt(index, codec.to_ints(batch.prompts[index]), images, config)
         if not images:
             return (await renderer.render_cmpl_async([prompt]))[0]
@@ -165,12 +203,24 @@ async def _input(batch: BatchRequest, index: int, state: Any) -> Any:
 
 
 def _opened(index: int, files: list[bytes]) -> list[Any]:
+    """Decode the prompt's PNG files. Raises `PromptError` for other formats, broken files and too many pixels."""
+    try:
+        return [_decoded(index, file) for file in files]
+    except PromptError:
+        raise
+    except Exception as error:  # PIL raises many kinds
+        raise PromptError(index, f"has an image that PIL does not open as PNG ({type(error).__name__})") from error
+
+
+def _decoded(index: int, file: bytes) -> Any:
     from PIL import Image
 
-    try:
-        return [Image.open(io.BytesIO(file)) for file in files]
-    except Exception as error:  # PIL raises many kinds
-        raise PromptError(index, f"has an image that PIL does not open ({type(error).__name__})") from error
+    # The client sends PNG. PIL's parsers of all other formats stay out of an attacker's reach.
+    image = Image.open(io.BytesIO(file), formats=["PNG"])  # reads the header only
+    if image.width * image.height > PIXEL_LIMIT:
+        raise PromptError(index, f"has an image of {image.width} × {image.height} pixels; the limit is {PIXEL_LIMIT}")
+    image.load()
+    return image
 
 
 @functools.cache

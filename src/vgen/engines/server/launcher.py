@@ -19,7 +19,7 @@ from ..._addresses import free_port
 from ...errors import EngineError, MissingExtraError
 from ..server_api import EXTENSION, KEY_FILE_VARIABLE
 from . import parent_watchdog
-from .server_process import KEY_FILE, ServerProcess
+from .server_process import INSTANCE_VARIABLE, KEY_FILE, ServerProcess, trusting
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """On a CPU vLLM's default for the KV cache is most of the machine's memory."""
@@ -66,10 +66,12 @@ def start_server(
         timeout: Seconds to wait for that.
 
     Raises:
-        EngineError: The server did not start; the message has the end of its log.
+        EngineError: The server did not start, or another process has its port; the message has the end of its log.
         MissingExtraError: vLLM is not installed.
     """
     _check(model)
+    certificate = _value(arguments, "--ssl-certfile")
+    tls = None if certificate is None else trusting(certificate)
     port = free_port(host, port)
     control_key = _header_safe(control_key) if control_key is not None else secrets.token_urlsafe(32)
     folder = tempfile.TemporaryDirectory(prefix="vgen-serve-")  # its mode is 0700
@@ -77,6 +79,7 @@ def start_server(
     log_path = Path(log_file) if log_file is not None else Path(folder.name, "server.log")
     key_file.touch(mode=0o600)
     key_file.write_text(control_key)
+    instance = secrets.token_hex(16)
     variables = server_environment(
         arguments,
         workers=tensor_parallel_size * data_parallel_size,
@@ -96,16 +99,22 @@ def start_server(
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             command,
-            env={**variables, KEY_FILE_VARIABLE: str(key_file), **(environment or {})},
+            env={
+                **variables,
+                KEY_FILE_VARIABLE: str(key_file),
+                **(environment or {}),
+                INSTANCE_VARIABLE: instance,
+                parent_watchdog.FOLDER_VARIABLE: folder.name,
+            },
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # its own process group: it can be ended as a whole, and Ctrl-C does not reach it
         )
-    scheme = "https" if _given(arguments, "--ssl-certfile") else "http"
+    scheme = "http" if tls is None else "https"
     reachable = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
-    server = ServerProcess(process, str(model), url, control_key, log_path, folder)
+    server = ServerProcess(process, str(model), url, control_key, log_path, folder, instance, tls)
     if wait:
         try:
             server.wait_until_healthy(timeout)
@@ -222,3 +231,13 @@ def _given(arguments: Sequence[str], *flags: str) -> bool:
     """Whether the caller's arguments hold one of `flags`, in any spelling that vLLM accepts."""
     names = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("-")}
     return any(flag in names or flag.replace("--", "--no-", 1) in names for flag in flags)
+
+
+def _value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of the last `flag` in the caller's arguments, in any spelling that vLLM accepts."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
+        name, equals, given = argument.partition("=")
+        if argument.startswith("-") and name.replace("_", "-") == flag:
+            value = given if equals else following
+    return value

@@ -79,12 +79,17 @@ class LeaseBook:
         with self.using(token):
             self._lease = None
 
+    def check(self, token: str | None) -> None:
+        """Raise `LeaseConflict` if this is not the token of the current lease. Does not renew the lease."""
+        self._held(token)
+
     @contextmanager
     def using(self, token: str | None) -> Iterator[_Lease]:
-        """Run the block under the lease with this token. Raises `LeaseConflict` if that is not the current lease."""
-        lease = self._current()
-        if lease is None or token is None or not hmac.compare_digest(lease.token.encode(), token.encode()):
-            raise LeaseConflict(self._describe_holder(lease))
+        """Run the block under the lease with this token. Raises `LeaseConflict` if that is not the current lease.
+
+        The lease does not expire before the block ends: enter it only once all that the call needs has arrived.
+        """
+        lease = self._held(token)
         lease.in_flight += 1
         try:
             yield lease
@@ -109,6 +114,12 @@ class LeaseBook:
             "held_seconds": round(now - lease.taken, 3),
             "expires_in_seconds": round(max(lease.expires - now, 0.0), 3),
         }
+
+    def _held(self, token: str | None) -> _Lease:
+        lease = self._current()
+        if lease is None or token is None or not hmac.compare_digest(lease.token.encode(), token.encode()):
+            raise LeaseConflict(self._describe_holder(lease))
+        return lease
 
     def _current(self) -> _Lease | None:
         lease = self._lease

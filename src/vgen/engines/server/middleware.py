@@ -26,6 +26,7 @@ from .. import kv_stores, server_api
 from ..refusal_reasons import RefusalReason
 from ..server_api import CONTROL_HEADER, EXTENSION, INSTANCE, KEY_FILE_VARIABLE, LEASE_HEADER, SHAPE, Feature
 from .lease import LeaseBook, LeaseConflict, LeaseRequest
+from .server_process import INSTANCE_VARIABLE
 
 FEATURES = (Feature.BATCH, Feature.CONTROL_KEY, Feature.LEASE, Feature.PAUSE, Feature.WEIGHTS_STATE)
 WEIGHT_FEATURES = (Feature.SHARED_MEMORY, Feature.GROUP, Feature.RESIDENT, Feature.RECORDED)
@@ -40,7 +41,10 @@ ADAPTERS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 HARMLESS = frozenset({"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/invocations"})
 """POST routes that change nothing. They need the control key, because vLLM's API key does not guard them."""
 _MODEL_FACTS = ("model", "max_model_len", "logprobs_mode", "quantization")
-_BODY_LIMIT = 1 << 16
+_LEASE_LIMIT = 1 << 16
+_CHANGE_LIMIT = 256 << 20
+"""How many bytes the body of a call that changes the server may have. Weights do not travel in it, only their names,
+shapes and handles."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -68,8 +72,8 @@ class ControlMiddleware:
         self.app = app
         self._key = _digest(key or _key_from_file())
         self._leases = leases or LeaseBook()
-        self._instance = secrets.token_hex(8)
-        """Tells this server process from others behind the same address."""
+        self._instance = os.environ.get(INSTANCE_VARIABLE) or secrets.token_hex(8)
+        """Tells this server process from others behind the same address, and its launcher that it is the right one."""
         self._weights = "ready"
         """`ready`, `updating`, or `failed`: some weights are old and some new."""
 
@@ -110,6 +114,13 @@ class ControlMiddleware:
             await self.app(scope, receive, send)
         else:
             token = _header(scope, LEASE_HEADER)
+            if token is not None or not self._leases.free:
+                self._leases.check(token)  # refuses before the body is read
+            if scope["type"] == "http":
+                # A lease does not expire during a call. A client that never sends the rest of a body must not keep it.
+                if (raw := await _body(receive, _CHANGE_LIMIT)) is None:
+                    return
+                receive = _again(raw, receive)
             with nullcontext() if token is None and self._leases.free else self._leases.using(token):
                 await self._change(path, scope, receive, send)
 
@@ -154,7 +165,7 @@ class ControlMiddleware:
             return self._info(scope)
         if (method, path) == ("POST", server_api.LEASE):
             try:
-                request = msgspec.json.decode(await _body(receive), type=LeaseRequest)
+                request = msgspec.json.decode(await _body(receive, _LEASE_LIMIT) or b"", type=LeaseRequest)
             except msgspec.DecodeError as error:
                 raise Refusal(400, RefusalReason.BAD_REQUEST, f"this is no request for a lease: {error}") from None
             return self._leases.take(request.holder, request.ttl_seconds, takeover=request.takeover)
@@ -274,15 +285,28 @@ async def _is_paused(scope: Scope) -> bool | None:
     return None if engine is None else bool(await engine.is_paused())
 
 
-async def _body(receive: Receive) -> bytes:
-    raw = b""
+async def _body(receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None if the client hangs up before it has sent all of it."""
+    raw = bytearray()
     while True:
         message = await receive()
+        if message["type"] != "http.request":
+            return None
         raw += message.get("body", b"")
-        if len(raw) > _BODY_LIMIT:
-            raise Refusal(413, RefusalReason.BAD_REQUEST, f"the body is longer than {_BODY_LIMIT} bytes")
-        if message["type"] != "http.request" or not message.get("more_body"):
-            return raw
+        if len(raw) > limit:
+            raise Refusal(413, RefusalReason.BAD_REQUEST, f"the body is longer than {limit} bytes")
+        if not message.get("more_body"):
+            return bytes(raw)
+
+
+def _again(raw: bytes, receive: Receive) -> Receive:
+    """What the application calls instead of `receive`, of which the body has been read already."""
+    left = [raw]
+
+    async def replay() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
+
+    return replay
 
 
 async def _answer(send: Send, status: int, body: Any) -> None:

@@ -1,15 +1,19 @@
-"""Ends the processes of a server once the process that started them has ended, whatever the cause."""
+"""Ends a server's processes, and deletes its key, once the process that started them has ended, whatever the cause."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
 
 LAUNCHER_VARIABLE = "VGEN_LAUNCHER_PID"
 """Set in the environment of a server that vgen started. Without it this module does nothing."""
+FOLDER_VARIABLE = "VGEN_SERVER_FOLDER"
+"""Names the server's temporary folder, which holds its control key. The launcher deletes it, if it is not killed."""
 _FIRST_VARIABLE = "VGEN_SERVER_PID"
+_OF_ONE_SERVER = (FOLDER_VARIABLE, _FIRST_VARIABLE)
 THREAD_NAME = "vgen-parent-watchdog"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -21,7 +25,7 @@ _watching: int | None = None
 
 def environment() -> dict[str, str]:
     """The environment for a server whose processes shall end with this process."""
-    inherited = {name: value for name, value in os.environ.items() if name != _FIRST_VARIABLE}
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_ONE_SERVER}
     return {**inherited, LAUNCHER_VARIABLE: str(os.getpid())}
 
 
@@ -45,6 +49,9 @@ def follow_parent() -> None:
 def _watch(parent: int, leads_group: bool) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
+    if leads_group and (folder := os.environ.get(FOLDER_VARIABLE)):
+        # The launcher was killed: it deletes the folder only after this process has ended.
+        shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     if leads_group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -10,22 +11,27 @@ import ssl
 import subprocess
 import tempfile
 import time
-import urllib.request
 import weakref
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import InitVar, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ...errors import EngineError
-from ..server_api import CONTROL_HEADER, INFO
+from ..server_api import INSTANCE
 
 KEY_FILE = "control-key"
 """Name of the file with the control key, in the server's temporary folder."""
+INSTANCE_VARIABLE = "VGEN_INSTANCE"
+"""The environment variable of a server that holds its instance ID, which its launcher has chosen."""
 POLL_SECONDS = 0.2
+ANSWER_SECONDS = 5.0
 STOP_SECONDS = 30.0
 LAST_LINES = 15
 """How many lines of the log an error repeats."""
 _ERROR = re.compile(r"([\w.]+(Error|Exception)|[\w.]+: error): \S")
+_NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
+"""OpenSSL's reasons for an answer that is not TLS."""
 _LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s?)?")
 
 
@@ -41,6 +47,10 @@ class ServerProcess:
     log_file: Path
     folder: InitVar[tempfile.TemporaryDirectory[str]]
     """Is deleted when the server ends."""
+    instance: str = ""
+    """What this server answers on `/vgen/instance`, and no other process can: the launcher has drawn it at random."""
+    tls: ssl.SSLContext | None = None
+    """Trusts this server's certificate and no other."""
 
     def __post_init__(self, folder: tempfile.TemporaryDirectory[str]) -> None:
         self.control_key_file = Path(folder.name, KEY_FILE)
@@ -48,18 +58,52 @@ class ServerProcess:
         self._end = weakref.finalize(self, _end, self.process, folder, os.getpid())
 
     def wait_until_healthy(self, timeout: float) -> None:
-        """Wait until the server accepts requests. Raises `EngineError`, with the end of the log, if it does not."""
+        """Wait until the server accepts requests. Raises `EngineError`, with the end of the log, if it does not.
+
+        Raises `EngineError` at once if another process answers at the port. No key is sent.
+        """
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:
-            with suppress(OSError, ValueError):
-                _get(f"{self.url}/health", {})
-                # Only this server knows its key. Another process may have opened the port before it.
-                if "vgen" in json.loads(_get(f"{self.url}{INFO}", {CONTROL_HEADER: self.control_key})):
+            with suppress(OSError):  # it does not listen yet, or is busy
+                if self._healthy():
                     return
             if time.monotonic() > deadline:
                 raise EngineError(f"vLLM was not ready to serve {self.model} within {timeout:g} s{self._log_end()}")
             time.sleep(POLL_SECONDS)
         raise self.death("before it was ready")
+
+    def _healthy(self) -> bool:
+        """Whether the server is healthy. Raises `EngineError` if another process listens at its port."""
+        parts = urlsplit(self.url)
+        assert parts.hostname is not None
+        if self.tls is None:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=ANSWER_SECONDS)
+        else:
+            connection = http.client.HTTPSConnection(
+                parts.hostname, parts.port, timeout=ANSWER_SECONDS, context=self.tls
+            )
+        with closing(connection):
+            try:
+                _, raw = _get(connection, INSTANCE)
+                if json.loads(raw)["instance"] != self.instance:
+                    raise self._foreign("it is another server of vgen's")
+                return _get(connection, "/health")[0] == 200
+            except http.client.RemoteDisconnected:  # it is about to end
+                raise
+            except ssl.SSLCertVerificationError as error:
+                problem = f"its certificate is not the one in --ssl-certfile ({error.verify_message})"
+                raise self._foreign(problem) from error
+            except ssl.SSLError as error:
+                if error.reason in _NO_TLS:
+                    raise self._foreign("it does not speak TLS") from error
+                raise
+            except (http.client.HTTPException, ValueError, TypeError, LookupError, RecursionError) as error:
+                raise self._foreign("it is no server of vgen's") from error
+
+    def _foreign(self, problem: str) -> EngineError:
+        port = urlsplit(self.url).port
+        message = f"another process answers on port {port}, at {self.url}: {problem}; choose another port"
+        return EngineError(f"{message}{self._log_end()}")
 
     def death(self, when: str) -> EngineError:
         """The error for a server that has ended by itself, with the cause from its log."""
@@ -94,13 +138,34 @@ class ServerProcess:
         self.stop()
 
 
-def _get(url: str, headers: dict[str, str]) -> bytes:
-    # Past any HTTP proxy. The certificate may name another host than the one that is used here.
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
-    with opener.open(urllib.request.Request(url, headers=headers), timeout=5.0) as answer:
-        return answer.read()
+def trusting(certificate: str | Path) -> ssl.SSLContext:
+    """A TLS context that trusts a server with the certificate in this file, and nobody else.
+
+    Raises `EngineError` if the file does not hold a certificate.
+    """
+    # The file is what the server was given to show: its own certificate, then perhaps those of the authorities that
+    # signed it. Only the first is trusted. Otherwise all that a public authority has signed would do.
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    try:
+        text = Path(certificate).read_text(encoding="ascii", errors="ignore")
+        own = text[text.index(begin) : text.index(end) + len(end)]
+        context = ssl.create_default_context(cadata=own)  # with `cadata` it does not load the system's authorities
+    except (OSError, ValueError) as error:
+        raise EngineError(f"--ssl-certfile {certificate} holds no certificate that Python can read: {error}") from error
+    # The certificate may name a public host, and the launcher connects by a local address. As only one certificate is
+    # trusted, the name would add nothing.
+    context.check_hostname = False
+    # Self-signed certificates often lack the extensions that the strict mode (Python 3.13's default) asks for, and one
+    # that an authority has signed is trusted without that authority.
+    context.verify_flags = (context.verify_flags & ~ssl.VERIFY_X509_STRICT) | ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]:
+    """The status and the first part of the answer's body. Follows no redirect, and goes past any HTTP proxy."""
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read(1 << 16)
 
 
 def _end(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import re
 import secrets
 import stat
 import time
@@ -25,6 +26,9 @@ BACKEND = "vgen_shm"
 DIRECTORY_VARIABLE = "VGEN_SHARED_MEMORY_DIR"
 STALE_SECONDS = 60.0
 """How old a file must be before it may be removed as one that a dead trainer has left."""
+_PREFIX = "vgen-bucket-"
+_BUCKET = re.compile(re.escape(_PREFIX) + "[0-9a-f]{32}")
+"""The name of a bucket's file. A directory that the user names may hold other files, which are not vgen's."""
 
 
 class SharedMemoryTransport(BucketTransport):
@@ -65,7 +69,7 @@ class SharedMemoryBucket(Bucket):
     """A file that two processes map. `capacity` bytes are mapped; memory is taken only when it is written to."""
 
     def __init__(self, directory: Path, capacity: int) -> None:
-        self.path = str(directory / secrets.token_hex(16))
+        self.path = str(directory / f"{_PREFIX}{secrets.token_hex(16)}")
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX)  # tells `make_directory` of other trainers that its owner is alive
         self._linked = True
@@ -114,18 +118,33 @@ class SharedMemoryBucket(Bucket):
 
 def shared_directory() -> Path:
     """The directory that trainer and servers share: `VGEN_SHARED_MEMORY_DIR`, or a folder in /dev/shm by default."""
-    return Path(os.environ.get(DIRECTORY_VARIABLE) or f"/dev/shm/vgen-{os.getuid()}")
+    return Path(os.environ.get(DIRECTORY_VARIABLE) or default_directory())
+
+
+def default_directory() -> Path:
+    """The directory that vgen makes for itself where the user names none."""
+    return Path(f"/dev/shm/vgen-{os.getuid()}")
 
 
 def make_directory(directory: Path) -> None:
-    """Make the directory, check that it belongs to this user, and remove files that dead trainers have left."""
+    """Make the directory, check that it belongs to this user, and remove buckets that dead trainers have left.
+
+    The default directory must be as vgen makes it. One that the user names may be shared with others: the user has
+    chosen it, and vgen removes only files that are named as its own.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise _transfer_error(f"{directory} must be a directory that this user owns, not a link or another user's")
+    if directory == default_directory() and stat.S_IMODE(status.st_mode) & 0o077:
+        fix = f"remove it, or name a directory of your choice in {DIRECTORY_VARIABLE}"
+        raise _transfer_error(f"vgen did not make {directory}: other users may enter it; {fix}")
     for entry in directory.iterdir():
+        if not _BUCKET.fullmatch(entry.name):
+            continue
         with suppress(OSError):
-            if time.time() - entry.lstat().st_mtime > STALE_SECONDS:
+            found = entry.lstat()
+            if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > STALE_SECONDS:
                 file = os.open(entry, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner is alive
