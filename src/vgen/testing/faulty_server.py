@@ -39,8 +39,8 @@ class FaultyServer:
 
     - `faults` maps a path to a list of `Fault`s. Each request to the path takes the first from the list. None, or an
       empty list, is no fault.
-    - `answers` maps a path to the JSON of its answer; change it as you need. A path without an entry is answered `{}`.
-      Completions are not in it: each is the prompt's own tokens, cut at `max_tokens`.
+    - `answers` maps a path to the JSON of its answer, or to `bytes`; change it as you need. A path without an entry is
+      answered `{}`. Completions are not in it: each is the prompt's own tokens, cut at `max_tokens`.
     - `seen` lists path (with its query), headers and JSON body of each request, in the order in which they came.
 
     After a weight update it holds the version that the update brought, as `/weight_info` and the batch route tell.
@@ -122,7 +122,8 @@ class FaultyServer:
     def _json(self, path: str, body: dict[str, Any], fault: Fault | None) -> bytes:
         if callable(fault):
             return json.dumps(fault(body)).encode()
-        return json.dumps(_completions(body) if path == "/v1/completions" else self.answers.get(path, {})).encode()
+        answer = _completions(body) if path == "/v1/completions" else self.answers.get(path, {})
+        return answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
     def _frames(self, raw: bytes, fault: Fault | None) -> bytes:
         # Here and not above: the codec needs msgspec, which tests without the batch route do without.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.server_generation import BATCH, COMPLETIONS, PROMPTS, Model, calls, generation, tokens
+from helpers.waiting import wait_until
 
 from vgen import (
     EngineError,
@@ -191,3 +196,122 @@ def test_images_go_to_servers_that_take_them_and_to_no_other(ours, server):
 def test_a_server_named_twice_is_refused(server):
     with pytest.raises(ValueError, match="twice"):
         generation(server, server)
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_generation_that_is_dropped_leaves_no_thread_no_descriptor_and_no_lease(ours, profiled, frozen):
+    profiling = ProfilingContext([MemorySink()]) if profiled else ProfilingContext.disabled()
+
+    def loops():
+        return [thread for thread in threading.enumerate() if thread.name == "vgen-http"]
+
+    def sockets():
+        links = (Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd"))
+        return sorted(link.readlink().name.partition(":")[0] for link in links if link.is_symlink())
+
+    before = len(loops()), sockets()
+    for _ in range(5):
+        made = generation(ours, frozen=frozen, profiling=profiling)
+        if not frozen:
+            made.sync_weights(verify="none")  # a warning would keep frames in the log that pytest captures
+        made.generate([[1]], Sampling(max_tokens=1))
+        assert len(loops()) > before[0]
+        del made
+        gc.collect()
+    wait_until(lambda: (len(loops()), sockets()) == before)
+    assert len(calls(ours, "/vgen/lease/release")) == len(calls(ours, "/vgen/lease")) == (0 if frozen else 5)
+
+
+def test_an_engine_whose_generation_could_not_be_made_is_let_go(ours):
+    with pytest.raises(ValueError, match="drift_every"):
+        generation(ours, drift_every=0)
+    gc.collect()
+    wait_until(lambda: calls(ours, "/vgen/lease/release"))
+
+
+def test_a_process_that_ends_without_close_gives_its_lease_back(ours):
+    code = (
+        "from helpers.server_generation import Model\nfrom vgen import ServerGeneration\n"
+        f"made = ServerGeneration(Model(), base_urls=[{ours.url!r}])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert len(calls(ours, "/vgen/lease/release")) == len(calls(ours, "/vgen/lease")) == 1
+
+
+def stop(server, *, asleep):
+    """Have the server say that it is paused or asleep, as vLLM says it."""
+    awake = 0 if asleep else 1
+    gauge = f'vllm:engine_sleep_state{{engine="0",model_name="tiny",sleep_state="awake"}} {awake}.0\n'
+    server.answers.update({f"/is_{state}": {f"is_{state}": True} for state in ("paused", "sleeping")})
+    server.answers["/metrics"] = b"# TYPE vllm:engine_sleep_state gauge\n" + gauge.encode()
+
+
+def test_a_server_that_another_client_left_paused_is_resumed_and_not_woken(server):
+    stop(server, asleep=False)
+    with generation(server) as made:
+        assert len(made.generate(PROMPTS)) == 20
+    paths = [path.partition("?")[0] for path, _, _ in server.seen]
+    assert "/wake_up" not in paths  # during a weight update that was broken off, it would end the engine
+    assert "/resume" in paths
+
+
+def test_a_server_that_another_client_left_asleep_is_woken_before_the_first_sync(server, ours):
+    for each in (server, ours):
+        stop(each, asleep=True)
+    with generation(server, ours) as made:
+        assert len(made.generate(PROMPTS)) == 20
+        made.sync_weights()
+        for each in (server, ours):
+            paths = [path.partition("?")[0] for path, _, _ in each.seen]
+            assert paths.count("/wake_up") == 1
+            assert paths.index("/wake_up") < paths.index("/pause")
+
+
+def test_a_server_that_this_trainer_put_to_sleep_is_not_woken_by_a_sync(server):
+    with generation(server) as made:
+        made.sleep()
+        stop(server, asleep=True)
+        made.wake_up(["weights"])
+        made.sync_weights()
+    assert [path for path, _, _ in server.seen if path.startswith("/wake_up")] == ["/wake_up?tags=weights"]
+
+
+@pytest.mark.parametrize("state", ["paused", "asleep"])
+def test_a_frozen_engine_refuses_a_server_that_nobody_would_start_again(ours, state, caplog):
+    stop(ours, asleep=state == "asleep")
+    ours.answers["/vgen/info"]["lease"] = None
+    with pytest.raises(EngineError, match=rf"is {state}: its trainer must call wake_up\(\) or resume\(\)"):
+        generation(ours, frozen=True)
+    ours.answers["/vgen/info"]["lease"] = {"holder": "a trainer"}
+    with generation(ours, frozen=True):  # its trainer may have paused it for a weight sync
+        assert "its trainer must call" in caplog.text
+
+
+@pytest.mark.parametrize("features", [(), ("batch", "lease")])
+def test_a_server_that_another_client_stops_explains_why_nothing_was_answered(features):
+    path = BATCH if features else COMPLETIONS
+    with FaultyServer(features=features) as server, generation(server, timeout=1.0) as made:
+        made.sync_weights(verify="none")
+        stop(server, asleep=False)
+        server.faults[path] = ["silent"]
+        with pytest.raises(EngineError, match=r"the server is paused: another client.*sync_weights\(\) starts it"):
+            made.generate([[1]])
+
+
+def test_a_server_whose_weight_update_has_failed_gets_no_requests_until_a_sync():
+    features = ("batch", "lease", "weights_state")
+    one, other = FaultyServer(features=features), FaultyServer(features=features)
+    with one, other, generation(one, other) as made:
+        made.sync_weights(version="1")
+        other.answers["/vgen/info"]["weights"] = "failed"
+        other.faults[BATCH] = [503] * 40
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+        asked = len(calls(other, BATCH))
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+        assert len(calls(other, BATCH)) == asked
+        other.faults.clear()
+        other.answers["/vgen/info"]["weights"] = "ready"
+        made.sync_weights(version="2")
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+        assert len(calls(other, BATCH)) > asked

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
 
 import pytest
 from helpers.server_generation import COMPLETIONS, Model, generation
+from helpers.waiting import wait_until
 
 from vgen import (
     ServerConnection,
     ServerError,
     ServerGeneration,
 )
-from vgen.engines.client.http import EventLoopThread, HttpClient
+from vgen.engines.client.http import (
+    LEAST_CONNECTIONS,
+    SPARE_DESCRIPTORS,
+    EventLoopThread,
+    HttpClient,
+    connection_limit,
+)
 
 
 @pytest.mark.parametrize("status", [302, 401, 403, 404])
@@ -106,3 +119,31 @@ def test_a_post_that_is_not_json_is_an_error_unless_nothing_is_read_from_it(serv
         loop.run(client.post("/pause"))
     assert loop.run(client.post("/pause", json_answer=False)) is None
     loop.run(client.close())
+
+
+def test_more_prompts_than_descriptors_wait_their_turn(server):
+    code = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
+        "from vgen import Sampling, ServerGeneration\n"
+        f"with ServerGeneration(None, base_urls=[{server.url!r}]) as made:\n"
+        "    rollouts = made.generate([[i] for i in range(600)], Sampling(max_tokens=1, logprobs=None))\n"
+        "assert [completion.token_ids for completion in rollouts] == [[i] for i in range(600)]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+@pytest.mark.parametrize("servers", [1, 8, 1000])
+def test_connections_leave_descriptors_to_the_rest_of_the_process(servers, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+    limit = connection_limit(servers)
+    assert limit == LEAST_CONNECTIONS if servers == 1000 else limit * servers < 1000 - SPARE_DESCRIPTORS
+    assert limit >= LEAST_CONNECTIONS
+
+
+def test_a_loop_that_is_dropped_ends_its_thread():
+    made = EventLoopThread()
+    (thread,) = [each for each in threading.enumerate() if each.name == "vgen-http"][-1:]
+    assert made.run(asyncio.sleep(0, "ran")) == "ran"
+    del made
+    gc.collect()
+    wait_until(lambda: not thread.is_alive())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
+import msgspec
 import pytest
 from helpers.server_generation import BATCH, COMPLETIONS, PROMPTS, calls, generation, tokens
 from helpers.waiting import wait_until
@@ -15,7 +19,9 @@ from vgen import (
     RequestTracing,
     Sampling,
     ServerError,
+    WeightSyncOptions,
 )
+from vgen import completion_codec as codec
 from vgen.generation.call_plan import request_seed
 from vgen.testing import FaultyServer, MemorySink
 
@@ -149,3 +155,51 @@ def test_a_batch_is_spread_over_servers(ours):
         assert tokens(made.generate(PROMPTS, num_generations=2)) == [p for p in PROMPTS for _ in range(2)]
         assert calls(ours, BATCH)
         assert calls(other, BATCH)
+
+
+def aborted(body):
+    """What a stock server answers whose requests another client has aborted."""
+    choice = {"index": 0, "token_ids": body["prompt"][:1], "finish_reason": "abort"}
+    return {"id": "x", "choices": [choice]}
+
+
+def aborted_frame(frame):
+    if not isinstance(frame, codec.Done):
+        return frame
+    completion = codec.unpack(frame.completion, shift_ns=0, rank=0, prompt_index=0, generation_index=0, server="")
+    return msgspec.structs.replace(frame, completion=codec.pack(replace(completion, finish_reason="abort")))
+
+
+@pytest.mark.parametrize(("features", "fault"), [((), aborted), (("batch", "lease"), aborted_frame)])
+def test_what_another_client_aborts_is_sampled_again_and_never_looks_finished(features, fault):
+    path = BATCH if features else COMPLETIONS
+    with FaultyServer(features=features) as server, generation(server, frozen=True) as made:
+        server.faults[path] = [fault]
+        rollouts = made.generate([[1, 2, 3]], Sampling(logprobs=None))
+        assert [completion.finish_reason for completion in rollouts] == ["length"]
+        assert tokens(rollouts) == [[1, 2, 3]]
+        server.faults[path] = [fault] * 40
+        with pytest.raises(ServerError, match="another client had the server abort a request"):
+            made.generate([[1, 2, 3]], Sampling(logprobs=None))
+
+
+@pytest.mark.parametrize("call", ["pause", "sync", "sleep"])
+def test_what_this_trainer_aborts_ends_as_it_is(server, call):
+    held, release = threading.Event(), threading.Event()
+
+    def slow(body):
+        held.set()
+        release.wait(20)
+        return aborted(body)
+
+    with generation(server, weight_sync=WeightSyncOptions(pause_mode="abort")) as made, ThreadPoolExecutor() as pool:
+        made.sync_weights(verify="none")
+        server.faults[COMPLETIONS] = [slow]
+        flight = pool.submit(made.generate, [[1, 2, 3]], Sampling(logprobs=None))
+        assert held.wait(20)
+        {"pause": lambda: made.pause("abort"), "sync": lambda: made.sync_weights(verify="none"), "sleep": made.sleep}[
+            call
+        ]()
+        release.set()
+        (completion,) = flight.result(20)
+        assert (completion.token_ids, completion.finish_reason) == ([1], "abort")

@@ -42,7 +42,8 @@ def synced(*servers: FaultyServer, version: str = "1", **more: Any) -> MemorySin
 def paths(server: FaultyServer) -> list[str]:
     """The calls that change the server, caches in any order."""
     called = [path.partition("?")[0] for path, _, _ in server.seen]
-    return [path for path in called if path not in ("/weight_info", "/vgen/lease/release")]
+    others = ("/weight_info", "/is_sleeping", "/vgen/lease/renew", "/vgen/lease/release")
+    return [path for path in called if path not in others]
 
 
 def phases(sink: MemorySink) -> list[str]:

@@ -59,6 +59,19 @@ async def discover(http: HttpClient, shape: Collection[str] = ()) -> Endpoint:
     return endpoint
 
 
+async def require_running(endpoint: Endpoint) -> None:
+    """Raise `EngineError` if a server is paused or asleep, and no trainer has it who could start it again.
+
+    A server that a trainer has, or may have, is only logged: the trainer may pause it for a weight sync.
+    """
+    if not (problem := await endpoint.why_stopped()):
+        return
+    with suppress(ServerError, KeyError, TypeError):
+        if "lease" in endpoint.features and (await endpoint.http.get(INFO, timeout=PROBE_SECONDS))["lease"] is None:
+            raise EngineError(f"{endpoint.name}: {problem}")
+    logger.warning("vgen: %s: %s", endpoint.name, problem)
+
+
 async def _find_limits(endpoint: Endpoint) -> None:
     """Log what the server cannot do, and remove `controlled` and `features` from a router."""
     if (endpoint.features or endpoint.controlled) and await is_router(endpoint.http, stock=not endpoint.features):

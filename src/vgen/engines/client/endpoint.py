@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from ...engine_protocol import Batch
 from ...errors import ServerError
 from ...types import Completion
 from ..lora_adapters import Fingerprint
+from ..server_api import INFO, Feature
 from .http import HttpClient
 from .lease_holder import LeaseHolder
 
@@ -19,12 +21,16 @@ logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 10.0
 """Deadline of a call that only reads what a server is."""
+STATE_SECONDS = 2.0
+"""Deadline of a call that explains another failure."""
 SERVER_INFO_SECONDS = 60.0
 """Deadline of `/server_info`: before its first answer vLLM lists all installed packages."""
 RESET_PREFIX_CACHE = "/reset_prefix_cache?reset_external=true"
 """vLLM's route that empties the prefix cache, and the stores of KV connectors as well."""
 STOCK_VERSION = "default"
 """vLLM's name for the weights that a server starts with."""
+_ASLEEP = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\} 0(\.0)?$', re.MULTILINE)
+"""What vLLM's metrics say while memory is asleep: `PrometheusStatLogger` in `vllm/v1/metrics/loggers.py`."""
 SPEED_SMOOTHING = 0.7
 """Weight of earlier calls in `Endpoint.speed`."""
 
@@ -82,6 +88,16 @@ class Endpoint:
     """The levels of its sleeps since it started."""
     lost: bool = field(default=False, init=False)
     """Whether it was unreachable, so that it may have restarted with other weights. It then gets no requests."""
+    unknown: bool = field(default=False, init=False)
+    """Whether another client may have written its weights. It is then `lost` until a sync, by whatever version."""
+    unchecked: bool = field(default=True, init=False)
+    """Whether another client may have put it to sleep. The next weight sync then asks it, and wakes it."""
+    aborts: int = field(default=0, init=False)
+    """How often this client has had the server abort all its requests."""
+    stopped: bool = field(default=False, init=False)
+    """Whether this client has paused it or put it to sleep."""
+    way_back: str = field(default="", init=False)
+    """What starts it again if another client has stopped it; the engine sets it."""
     speed: float | None = field(default=None, init=False)
     """Completion tokens per second, smoothed over the calls; None before the first."""
     lease: LeaseHolder | None = field(default=None, init=False)
@@ -134,14 +150,19 @@ class Endpoint:
         message = "vgen: %s is back with weights %r, not %r: it gets no requests until the next weight sync"
         logger.warning(message, self.name, held, self.weight_version)
 
-    async def rejoin(self, timeout: float) -> None:
-        """Reset what was known of a server that has restarted, and take its lease again."""
+    def mark_unknown(self) -> None:
+        """Exclude a server that another client may have changed while this one did not have the lease."""
+        self.lost = self.unknown = self.unchecked = True
+        message = "vgen: another trainer may have held %s meanwhile: it gets no requests until the next weight sync"
+        logger.warning(message, self.name)
+
+    def rejoin(self) -> None:
+        """Reset what was known of a server that has restarted."""
+        self.unchecked = True
         self.adapters.clear()
         self.verified, self.devices, self.audited = False, None, ("", {})
         self.slept.clear()
         self.restarts += 1
-        if self.lease is not None:
-            await self.lease.take(timeout, takeover=False)
 
     async def check_restarted(self) -> None:
         """Set `lost` if the server has restarted. Only needed if it `omits_version`."""
@@ -150,16 +171,73 @@ class Endpoint:
 
     async def has_returned(self) -> bool:
         """Whether a lost server is reachable again and holds the expected weights. Then it is not `lost` any more."""
+        if self.unknown:
+            return False
         try:
             await self.http.get("/health", timeout=PROBE_SECONDS)
             held = await held_version(self.http)
+            half_updated = await self._is_half_updated()
+            asleep = self.controlled and await self.is_asleep()
         except ServerError:
+            return False
+        if asleep:
+            self.unchecked = not self.stopped
+            logger.warning("vgen: %s is asleep and gets no requests: %s", self.name, self._advice())
+            return False
+        if half_updated:
+            logger.warning("vgen: a weight update of %s has failed: it gets no requests until one succeeds", self.name)
             return False
         if self.controlled and held != self.weight_version:
             self.mark_stale(held)
             return False
         self.lost = False
         return True
+
+    async def _is_half_updated(self) -> bool:
+        """Whether some of its weights are old and some new, as far as it tells."""
+        if not self.controlled or Feature.WEIGHTS_STATE not in self.features:
+            return False
+        info = await self.http.get(INFO, timeout=PROBE_SECONDS)
+        return isinstance(info, dict) and info.get("weights") == "failed"
+
+    async def why_stopped(self) -> str:
+        """Why the server runs no requests, and what to do; empty if it runs, or does not tell."""
+        if not self.controlled:
+            return ""
+        if await self.is_asleep(STATE_SECONDS):
+            self.unchecked = not self.stopped
+            return f"the server is asleep: {self._advice()}"
+        if await _is(self.http, "paused", STATE_SECONDS):
+            return f"the server is paused: {self._advice()}"
+        return ""
+
+    def _advice(self) -> str:
+        return "call wake_up() or resume()" if self.stopped else self.way_back
+
+    async def is_asleep(self, timeout: float = PROBE_SECONDS) -> bool:
+        """Whether memory of the server is asleep, as far as it tells.
+
+        vLLM's `/is_sleeping` is also true for a server that is only paused. Its gauge tells them apart.
+        """
+        if not await _is(self.http, "sleeping", timeout):
+            return False
+        with suppress(ServerError):
+            return _ASLEEP.search(await self.http.get_text("/metrics", timeout=timeout)) is not None
+        return False
+
+    async def wake(self) -> None:
+        """Wake a server that another client has left asleep. Raises `ServerError`."""
+        if self.unchecked and await self.is_asleep():
+            logger.warning("vgen: another client has left %s asleep: this trainer wakes it", self.name)
+            await self.http.post("/wake_up")
+        self.unchecked = False
+
+
+async def _is(http: HttpClient, state: str, timeout: float) -> bool:
+    """What vLLM's route `/is_paused` or `/is_sleeping` answers; False if there is no answer."""
+    with suppress(ServerError, KeyError, TypeError):
+        return bool((await http.get(f"/is_{state}", timeout=timeout))[f"is_{state}"])
+    return False
 
 
 def was_restarted(held: str | None, expected: str | None) -> bool:

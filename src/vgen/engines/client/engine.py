@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -18,10 +20,10 @@ from ...weights.transports.weight_transport import TransportSettings
 from ...weights.verification.verification_phase import Verifier
 from ..lora_adapters import fingerprint
 from ..memory import MemoryReading, sleep_report, sum_of_workers, wake_report
-from .discovery import discover
+from .discovery import discover, require_running
 from .endpoint import RESET_PREFIX_CACHE, Endpoint
 from .frozen_weights import FrozenWeights
-from .http import EventLoopThread, HttpClient
+from .http import EventLoopThread, HttpClient, connection_limit
 from .lease_holder import LeaseHolder
 from .load_balancer import LoadBalancer
 from .weight_update import WeightUpdater
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the servers to take their leases back."""
+TRAINERS_WAY_BACK = "another client has stopped it, and sync_weights() starts it again"
+FROZEN_WAY_BACK = "its trainer must call wake_up() or resume(), or you POST to its route /wake_up or /resume"
 
 
 class ServerEngine:
@@ -93,22 +97,23 @@ class ServerEngine:
         """Whether the caller stopped the schedulers by `pause` or `sleep`. A weight sync then leaves them stopped."""
         self._adapter_lock = threading.Lock()
         self._cleanup = ExitStack()
-        self._cleanup.callback(self._loop.close)
-        self._cleanup.callback(self._disconnect)
+        self._end = weakref.finalize(
+            self, _let_go, self._loop, self.endpoints, self._clients, self._cleanup, os.getpid()
+        )
         try:
-            self.endpoints = self._loop.run_all([discover(client, shape or ()) for client in clients])
+            self.endpoints += self._discover(shape or ())
             if vocabulary_size is None and all("vocab_size" in endpoint.shape for endpoint in self.endpoints):
                 self.vocabulary_size = min(endpoint.shape["vocab_size"] for endpoint in self.endpoints)
             for endpoint in self.endpoints:
                 endpoint.vocabulary_size, endpoint.sampler = self.vocabulary_size, self._balancer.stream
+                endpoint.way_back = FROZEN_WAY_BACK if frozen else TRAINERS_WAY_BACK
                 _check_model(endpoint, shape or {})
                 if fix := refusal(endpoint, weight_transport):
                     raise EngineError(f"{endpoint.name} takes no weights by {weight_transport}: {fix}")
                 if not frozen:
                     _check_syncable(endpoint)
             self._frozen = FrozenWeights(self.endpoints) if frozen else None
-            if self._frozen is None:
-                self._take_leases(takeover)
+            self._prepare_servers(takeover)
         except BaseException:
             self.close()
             raise
@@ -217,20 +222,38 @@ class ServerEngine:
         return report
 
     def pause(self, mode: PauseMode) -> None:
-        self._control("pause", f"/pause?mode={mode}")
-        self._stopped = True
+        self._require_control("pause")
+        if mode == "abort":
+            self._note_aborts()
+        self._post_to(self.endpoints, f"/pause?mode={mode}")
+        self._note_stopped(True)
 
     def resume(self) -> None:
-        self._control("resume", "/resume")
-        self._stopped = False
+        self._require_control("resume")
+        self._post_to(self.endpoints, "/resume")
+        self._note_stopped(False)
 
     def sleep(self, level: int) -> SleepReport:
         """Put every server to sleep. Level 2 discards the weights."""
+        self._require_control("sleep")
         self._prepare_verification(level)
         before = self._read_memory()
-        self._control("sleep", f"/sleep?level={level}")
-        self._stopped = True
+        self._note_aborts()
+        self._post_to(self.endpoints, f"/sleep?level={level}")
+        for endpoint in self.endpoints:
+            endpoint.unchecked = False
+        self._note_stopped(True)
         return self._memory_report(before, sleep_report)
+
+    def _note_stopped(self, stopped: bool) -> None:
+        self._stopped = stopped
+        for endpoint in self.endpoints:
+            endpoint.stopped = stopped
+
+    def _note_aborts(self) -> None:
+        """Note that this client has all requests aborted: their completions then are what its caller asked for."""
+        for endpoint in self.endpoints:
+            endpoint.aborts += 1
 
     def _prepare_verification(self, level: int) -> None:
         """Have the servers verified once after a sleep of this level: their weights, or those of the next sync."""
@@ -242,9 +265,10 @@ class ServerEngine:
 
     def wake_up(self, tags: Sequence[str]) -> SleepReport:
         """Wake every server, or only the memory of the given tags (`weights`, `kv_cache`)."""
+        self._require_control("wake_up")
         before = self._read_memory()
-        self._control("wake_up", "/wake_up?" + "&".join(f"tags={tag}" for tag in tags))
-        self._stopped = self._stopped and "kv_cache" not in tags
+        self._post_to(self.endpoints, "/wake_up?" + "&".join(f"tags={tag}" for tag in tags))
+        self._note_stopped(self._stopped and "kv_cache" not in tags)
         return self._memory_report(before, lambda start, end: wake_report([start, end], tags))
 
     def _memory_report(
@@ -264,24 +288,23 @@ class ServerEngine:
 
     def close(self) -> None:
         """Release the leases and close the connections. The servers keep running."""
-        self._cleanup.close()
+        if self._end.detach() is not None:
+            _close(self._loop, self.endpoints, self._clients, self._cleanup)
 
-    def _disconnect(self) -> None:
-        async def disconnect() -> None:
-            leases = [endpoint.lease.release() for endpoint in self.endpoints if endpoint.lease is not None]
-            await asyncio.gather(*leases, return_exceptions=True)
-            await asyncio.gather(*(client.close() for client in self._clients), return_exceptions=True)
+    def _discover(self, shape: Collection[str]) -> list[Endpoint]:
+        """What the servers are. They share the connections that this process can have."""
+        for client in self._clients:
+            client.connections = connection_limit(len(self._clients))
+        return self._loop.run_all([discover(client, shape) for client in self._clients])
 
-        try:
-            self._loop.run(disconnect(), CLOSE_SECONDS)
-        except TimeoutError:
-            logger.warning("vgen: left connections open: the servers did not answer within %g s", CLOSE_SECONDS)
-
-    def _take_leases(self, takeover: bool) -> None:
-        """Become the client that may change the servers, where they have leases."""
+    def _prepare_servers(self, takeover: bool) -> None:
+        """Become the client that may change the servers, where they have leases; or, if frozen, see that they run."""
+        if self._frozen is not None:
+            self._loop.run_all([require_running(endpoint) for endpoint in self.endpoints])
+            return
         for endpoint in self.endpoints:
             if endpoint.controlled and "lease" in endpoint.features:
-                endpoint.lease = LeaseHolder(endpoint.http)
+                endpoint.lease = LeaseHolder(endpoint.http, endpoint.mark_unknown)
         leases = [endpoint.lease for endpoint in self.endpoints if endpoint.lease is not None]
         self._loop.run_all([lease.take(self._timeout, takeover=takeover) for lease in leases])
 
@@ -294,6 +317,7 @@ class ServerEngine:
             current = fingerprint(adapter.lora_path)
             outdated = [endpoint for endpoint in self.endpoints if endpoint.adapters.get(name) != current]
             body = {"lora_name": name, "lora_path": adapter.lora_path, "load_inplace": True}
+            self._hold_leases(outdated)
             try:
                 self._post_to(outdated, "/v1/load_lora_adapter", body, json_answer=False)
                 # The prefix cache identifies an adapter by name and path, so it still has the old one's entries.
@@ -306,19 +330,66 @@ class ServerEngine:
             for endpoint in outdated:
                 endpoint.adapters[name] = current
 
-    def _control(self, call: str, path: str) -> None:
-        """POST to `path` of every server concurrently; raises before the first call if one is not controlled."""
+    def _require_control(self, call: str) -> None:
+        """Raise `EngineStateError`, before any server is changed, if this client may not change one of them."""
         if self._frozen is not None:
             hint = "it was constructed without the trainer's model, and changes no server"
             raise EngineStateError(call, "frozen", hint)
         for endpoint in self.endpoints:
             if not endpoint.controlled:
                 raise EngineStateError(call, f"not under this client's control ({endpoint.name})", endpoint.fix)
-        self._post_to(self.endpoints, path)
+        try:
+            self._hold_leases(self.endpoints)
+        except ServerError as error:
+            if error.status != 409:
+                raise
+            raise EngineStateError(call, "under the lease of another client", str(error)) from error
+
+    def _hold_leases(self, endpoints: Sequence[Endpoint]) -> None:
+        """Take leases again that have ended. Raises `ServerError` if another client holds one."""
+        self._loop.run_all([endpoint.lease.hold() for endpoint in endpoints if endpoint.lease is not None])
 
     def _post_to(self, endpoints: Sequence[Endpoint], path: str, body: Any = None, *, json_answer: bool = True) -> Any:
         """POST to several servers concurrently, and return their answers in the same order."""
         return self._loop.run_all([each.http.post(path, body, json_answer=json_answer) for each in endpoints])
+
+
+def _let_go(
+    loop: EventLoopThread,
+    endpoints: Sequence[Endpoint],
+    clients: Sequence[HttpClient],
+    cleanup: ExitStack,
+    owner: int,
+) -> None:
+    """Close what an engine had that nobody closed, when it is collected or the process exits."""
+    if os.getpid() != owner:  # a forked child runs the finalizer, too
+        return
+    if threading.main_thread().is_alive():
+        # The collector runs in any thread at any moment, perhaps in that of the loop: wait for nothing.
+        loop.close_after(_disconnect(endpoints, clients), cleanup.close, CLOSE_SECONDS)
+    else:  # at exit
+        _close(loop, endpoints, clients, cleanup)
+
+
+def _close(
+    loop: EventLoopThread, endpoints: Sequence[Endpoint], clients: Sequence[HttpClient], cleanup: ExitStack
+) -> None:
+    try:
+        cleanup.close()
+    finally:
+        try:
+            loop.run(_disconnect(endpoints, clients), CLOSE_SECONDS)
+        except TimeoutError:
+            logger.warning("vgen: left connections open: the servers did not answer within %g s", CLOSE_SECONDS)
+        finally:
+            loop.close()
+
+
+async def _disconnect(endpoints: Sequence[Endpoint], clients: Sequence[HttpClient]) -> None:
+    """Release the leases and close the connections."""
+    leases = [endpoint.lease.release() for endpoint in endpoints if endpoint.lease is not None]
+    await asyncio.gather(*leases, return_exceptions=True)
+    await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
 
 
 def _check_distinct(urls: Sequence[str]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +24,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("ServerGeneration", "aiohttp and msgspec", "server") from error
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Headers: TypeAlias = Mapping[str, str]
 
@@ -28,15 +33,23 @@ RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same call may succeed: the server is busy, starting or stopping."""
 _MESSAGE_LIMIT = 2000
 """An error quotes at most this many characters of the server's message."""
+SPARE_DESCRIPTORS = 64
+"""How many file descriptors connections leave to the rest of the process."""
+LEAST_CONNECTIONS = 4
 
 
 class EventLoopThread:
-    """Runs an asyncio event loop on its own thread, for callers that are not asynchronous."""
+    """Runs an asyncio event loop on its own thread, for callers that are not asynchronous.
+
+    The thread ends with `close` or `close_after`, or when nobody has this object any more.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vgen-http", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="vgen-http", daemon=True)
         self._thread.start()
+        self._stop = weakref.finalize(self, _stop, self._loop, os.getpid())
+        self._ending: asyncio.Future[None] | None = None
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start the coroutine and return its future."""
@@ -66,10 +79,69 @@ class EventLoopThread:
 
     def close(self) -> None:
         """Stop the loop and wait for its thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._stop()
         self._thread.join(5.0)
-        if not self._thread.is_alive():
-            self._loop.close()
+
+    def close_after(self, last: Coroutine[Any, Any, object], then: Callable[[], object], timeout: float) -> None:
+        """Have the loop's thread run `last`, for at most `timeout` seconds, then call `then`, and end. Returns at once.
+
+        A finalizer may call it: it takes no lock and waits for nothing, whichever thread the finalizer runs in.
+        """
+
+        async def end() -> None:
+            try:
+                await asyncio.wait_for(last, timeout)
+            except Exception as error:
+                logger.warning("vgen: connections were left open: %s", type(error).__name__)
+            try:
+                then()
+            finally:
+                self._stop()
+
+        def begin() -> None:
+            self._ending = asyncio.ensure_future(end())
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+        except RuntimeError:  # the loop is closed already
+            last.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """The loop's thread. It has no reference to the `EventLoopThread`, so that this can be collected."""
+    try:
+        loop.run_forever()
+        loop.run_until_complete(_cancel_others())
+    finally:
+        loop.close()
+
+
+async def _cancel_others() -> None:
+    """Cancel all tasks of the loop but this one, and wait for them."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has a copy of the loop, and not its thread
+        with suppress(RuntimeError):  # it is closed already
+            loop.call_soon_threadsafe(loop.stop)
+
+
+def connection_limit(servers: int = 1) -> int:
+    """How many connections to each of `servers` this process can have open, by its limit on file descriptors."""
+    try:
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        is_open = len(os.listdir("/proc/self/fd"))
+    except (ImportError, OSError, ValueError):  # not Linux
+        return 1024
+    if most == resource.RLIM_INFINITY:
+        return 1 << 20
+    return max((most - is_open - SPARE_DESCRIPTORS) // servers, LEAST_CONNECTIONS)
 
 
 class HttpClient:
@@ -102,6 +174,8 @@ class HttpClient:
         self.timeout = timeout
         self.lease: str | None = None
         """The lease token, sent with every call that changes the server."""
+        self.connections: int | None = None
+        """The most inference calls at a time; the others wait. None: as many as this process has descriptors for."""
         self._authorization = _authorization(base_url, api_key)
         self._connect_timeout = connect_timeout
         self._ssl = ssl if ssl is not None else True
@@ -111,6 +185,10 @@ class HttpClient:
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
         """GET `path` and return the JSON of the answer, or None if its body is empty."""
         return self._json("GET", path, await self._call("GET", path, None, timeout, self._control))
+
+    async def get_text(self, path: str, *, timeout: float | None = None) -> str:
+        """GET `path` and return the body of the answer as text."""
+        return (await self._call("GET", path, None, timeout, self._control)).decode("utf-8", "replace")
 
     async def post(
         self,
@@ -213,10 +291,12 @@ class HttpClient:
         it. Then the caller cannot know whether that call arrived, so calls that must not be repeated use a new one.
         """
         if reuse_connection not in self._sessions:
-            # No limit on the number of connections: requests wait in the engine's scheduler, not here.
+            # Requests wait in the engine's scheduler, and here only where this process may open no more connections.
+            # Calls that change the server are few, and must not wait behind inference.
+            limit = (self.connections or connection_limit()) if reuse_connection else 0
             self._sessions[reuse_connection] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    limit=0, force_close=not reuse_connection, keepalive_timeout=2.0 if reuse_connection else None
+                    limit=limit, force_close=not reuse_connection, keepalive_timeout=2.0 if reuse_connection else None
                 )
             )
         return self._sessions[reuse_connection]

@@ -191,7 +191,7 @@ async def _keep_busy(load: _EndpointLoad, lost: list[ServerError]) -> None:
             change.cancel()
             if not done and time.monotonic() > dispatch.deadline:
                 problem = f"not all requests were answered within {dispatch.timeout:g} s"
-                raise ServerError(problem, url=endpoint.name, retryable=True)
+                raise await _explained(ServerError(problem, url=endpoint.name, retryable=True), endpoint)
             errors = _errors_of(calls & done)
             calls -= done
             if not errors:
@@ -215,6 +215,13 @@ async def _keep_busy(load: _EndpointLoad, lost: list[ServerError]) -> None:
 def _errors_of(calls: Iterable[asyncio.Task[ServerError | None]]) -> list[ServerError]:
     """The errors that ended calls returned. Raises the first exception that one of them raised."""
     return [error for call in calls if (error := call.result()) is not None]
+
+
+async def _explained(error: ServerError, endpoint: Endpoint) -> ServerError:
+    """`error` with the reason, if the server did not answer because it is paused or asleep."""
+    reason = await endpoint.why_stopped()
+    problem = f"{error.problem}; {reason}" if reason else error.problem
+    return ServerError(problem, url=endpoint.name, retryable=error.retryable)
 
 
 async def _recovered(endpoint: Endpoint, dispatch: Dispatch, error: ServerError, failures: int) -> bool:
@@ -272,7 +279,7 @@ async def _send(load: _EndpointLoad, requests: list[Request]) -> ServerError | N
     """Make one call. Returns the error of a server that may be lost; its unanswered requests are queued again."""
     dispatch, endpoint, start, tokens = load.dispatch, load.endpoint, time.monotonic(), 0
     unanswered = {request.key: request for request in requests}
-    expected = endpoint.weight_version
+    expected, aborts = endpoint.weight_version, endpoint.aborts
     failed: ServerError | None = None
     try:
         async with aclosing(load.answers(requests)) as answers:
@@ -280,13 +287,16 @@ async def _send(load: _EndpointLoad, requests: list[Request]) -> ServerError | N
                 load.outstanding -= 1
                 if isinstance(answer, Completion):
                     request = unanswered.pop(answer.key)
-                    if not was_restarted(answer.weight_version, expected):
+                    if was_restarted(answer.weight_version, expected):
+                        if not endpoint.lost:
+                            endpoint.mark_stale(answer.weight_version)
+                        problem = "the server was restarted and holds other weights"
+                    elif answer.finish_reason == "abort" and endpoint.aborts == aborts:
+                        problem = "another client had the server abort a request, by a pause, a sleep or an abort"
+                    else:
                         tokens += len(answer.token_ids)
                         dispatch.answer(answer)
                         continue
-                    if not endpoint.lost:
-                        endpoint.mark_stale(answer.weight_version)
-                    problem = "the server was restarted and holds other weights"
                     failed = ServerError(problem, url=endpoint.name, retryable=True)
                 else:
                     request, failed = answer
@@ -295,11 +305,15 @@ async def _send(load: _EndpointLoad, requests: list[Request]) -> ServerError | N
         endpoint.record_speed(tokens, time.monotonic() - start)
         return failed
     except ServerError as error:
+        if error is failed:  # a single request has used all its attempts
+            raise
         load.outstanding -= len(unanswered)
         if error.status == 400 and load.batches:
             # The batch route answers each bad prompt by itself, so this is about the parameters of all.
             raise ValueError(error.server_message) from error
         if error.status not in REFUSALS:
+            if error.status is None and time.monotonic() > dispatch.deadline:
+                raise await _explained(error, endpoint) from error
             dispatch.put_back(list(unanswered.values()), error, endpoint.name)
             return error
         if len(requests) == 1:

@@ -47,7 +47,7 @@ class WeightUpdater:
         transport: Transport | None,
         settings: TransportSettings,
     ) -> None:
-        self._endpoints, self._loop, self._timeout = endpoints, loop, settings.timeout
+        self._endpoints, self._loop = endpoints, loop
         self._transport: Transport | None = transport
         self._transports = transports_of(settings)
         self._call_all = partial(call_all, loop)
@@ -62,6 +62,7 @@ class WeightUpdater:
         compared every destination with its source.
         """
         endpoints = self._reachable(trace)
+        self._wake(endpoints)
         on_gpu = [each for each in endpoints if "resident" in each.features and each.device_type == "cuda"]
         self._call_all([each for each in on_gpu if each.devices is None], "pause", _ask_devices)
         choice = choose(self._transports, endpoints, source, self._transport, partial(ServerGroup, self._loop))
@@ -75,6 +76,7 @@ class WeightUpdater:
             for transport in choice.served:
                 prepared.enter_context(transport.prepared(update))
             paused_at = time.monotonic()
+            _note_aborts(endpoints, mode)
             with trace.phase("pause"):
                 self._call_all(endpoints, "pause", lambda each: each.http.post(f"{_pause_path(each)}?mode={mode}"))
             for transport in choice.served:
@@ -86,14 +88,19 @@ class WeightUpdater:
             with trace.phase("resume"):
                 self._call_all(endpoints, "resume", lambda each: each.http.post("/resume"))
         trace.set({semconv.PAUSED_SECONDS: time.monotonic() - paused_at, **_load_report(endpoints)})
-        for each in endpoints:
-            each.lost, each.weight_version = False, version
+        _note_version(endpoints, version)
         return endpoints
 
     def close(self) -> None:
         """Free the memory of the buckets, and leave process groups."""
         for transport in self._transports:
             transport.close()
+
+    def _wake(self, endpoints: Sequence[Endpoint]) -> None:
+        """Wake the servers that another client has left asleep: no memory of theirs may be written before."""
+        for each in endpoints:
+            each.unknown = False
+        self._call_all([each for each in endpoints if each.unchecked], "pause", Endpoint.wake)
 
     def _audit(self, served: Mapping[WeightTransport, Sequence[Endpoint]], source: Source) -> None:
         """Have workers audit what they will load by vLLM's own ways, if it has changed. Raises `WeightSyncError`."""
@@ -125,23 +132,27 @@ class WeightUpdater:
     def _reachable(self, trace: SyncTrace) -> list[Endpoint]:
         """All servers except those that were lost before and still are. Reports weights that another trainer sent.
 
-        Raises `WeightSyncError` if another server cannot be reached, or none can.
+        Raises `WeightSyncError` if another server cannot be reached, or none can, or another client has a lease.
         """
 
         async def version(endpoint: Endpoint) -> str | ServerError | None:
             try:
-                held = await held_version(endpoint.http)
+                if endpoint.lease is None:
+                    held = await held_version(endpoint.http)
+                else:
+                    held, _ = await asyncio.gather(held_version(endpoint.http), endpoint.lease.hold())
                 if endpoint.lost or was_restarted(held, endpoint.weight_version):
-                    await endpoint.rejoin(self._timeout)
+                    endpoint.rejoin()
                 return held
             except ServerError as error:
                 return error
 
         reachable: list[Endpoint] = []
+        lost = {endpoint.name for endpoint in self._endpoints if endpoint.lost}
         versions = self._loop.run_all([version(endpoint) for endpoint in self._endpoints])
         for endpoint, held in zip(self._endpoints, versions, strict=True):
             if isinstance(held, ServerError):
-                if not endpoint.lost:
+                if endpoint.name not in lost or held.status == 409:  # 409: it is reachable, and another client's
                     raise WeightSyncError(str(held), phase="pause", receiver=endpoint.name) from held
                 logger.warning("vgen: %s still cannot be reached, and is left out of this weight sync", endpoint.name)
                 continue
@@ -167,6 +178,22 @@ def _random_like(source: Source, endpoints: Sequence[Endpoint]) -> RandomWeights
 async def _ask_devices(endpoint: Endpoint) -> None:
     answer = await endpoint.http.post("/collective_rpc", {"method": "vgen_device"})
     endpoint.devices = frozenset(str(device) for device in answer["results"])
+
+
+def _note_aborts(endpoints: Sequence[Endpoint], mode: PauseMode) -> None:
+    """Note that this client has all requests aborted, if a pause of this mode does that."""
+    for each in endpoints if mode == "abort" else ():
+        each.aborts += 1
+
+
+def _note_version(endpoints: Sequence[Endpoint], version: str) -> None:
+    """Note which weights the servers have now. Raises `WeightSyncError` if another trainer may have interfered."""
+    for each in endpoints:
+        if each.unknown:
+            problem = "the lease ended during the sync, and another trainer may have held it meanwhile"
+            raise WeightSyncError(problem, phase="load", receiver=each.name)
+    for each in endpoints:
+        each.lost, each.weight_version = False, version
 
 
 def _pause_path(endpoint: Endpoint) -> str:

@@ -152,7 +152,7 @@ class Verifier:
                 attributes |= {semconv.VERIFY: "skipped", semconv.VERIFY_REASON: str(error)}
                 if str(error) not in self._logged:
                     self._logged.add(str(error))
-                    _log.warning("the weights of %s are not verified: %s", ", ".join(e.kind for e in engines), error)
+                    _log.warning("the weights of %s are not verified: %s", ", ".join(e.kind for e in engines), str(error))
             finally:
                 span.set(attributes)
                 trace.set(attributes)
