@@ -150,6 +150,8 @@ def _add_dashboards(commands: Any) -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     # A command imports its module only now, so that `vgen --help` loads the standard library alone.
     settings = vars(options).copy()
+    if options.command in ("demo", "trace", "report"):
+        _replace_unencodable()
     match settings.pop("command"):
         case "demo":
             from . import demo
@@ -169,6 +171,13 @@ def _run(options: argparse.Namespace) -> int:
 
     files = {name: file for name in EXPORTS if (file := settings[name])}
     return trace.run(options.run, step=options.step, files=files, follow=options.follow)
+
+
+def _replace_unencodable() -> None:
+    """Let a terminal with a small character set, such as ASCII, show `?` for what it cannot show."""
+    stdout: Any = sys.stdout
+    if getattr(stdout, "errors", None) in ("strict", "surrogateescape") and hasattr(stdout, "reconfigure"):
+        stdout.reconfigure(errors="replace")
 
 
 def _dashboards(directory: Path | None, wandb: str | None) -> int:

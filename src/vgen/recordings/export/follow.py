@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...profiling import recording_format, semconv
+from ..reader import untrusted
 from ..reader.processes import Process
 from ..reader.run import SpanRecord, parse_span, thin
 
@@ -33,7 +34,7 @@ class Follower:
     def poll(self) -> Iterator[SpanRecord]:
         """The spans that started or ended since the last call."""
         for file in recording_format.files(self.place):
-            key = recording_format.process_key(file)
+            key = untrusted.text(recording_format.process_key(file))
             process = self.processes.setdefault(key, Process(key))
             try:
                 with file.open("rb") as content:

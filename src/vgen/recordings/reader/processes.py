@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...profiling import recording_format, semconv
+from . import untrusted
 
 
 @dataclass(slots=True)
@@ -53,14 +54,14 @@ class Process:
         header = recording_format.parse_header(line)
         if not self.host:
             self.first_part = header.part
-        self.host, self.pid, self.vgen = header.host, header.pid, header.vgen
+        self.host, self.pid, self.vgen = untrusted.text(header.host), header.pid, untrusted.text(header.vgen)
         self.older = header.format < recording_format.FORMAT
         return header.format
 
     def parse(self, line: str) -> dict[str, Any] | None:
-        """The record on a line. None for a damaged line, which is counted."""
+        """The record on a line, safe to print. None for a damaged line, which is counted."""
         try:
-            return recording_format.parse(line)
+            return untrusted.clean(recording_format.parse(line))
         except ValueError:
             self.damaged += 1
             return None
@@ -78,10 +79,11 @@ def lines(place: str | Path, problems: list[str]) -> Iterator[tuple[Process, str
     """
     paths = recording_format.files(place)
     if not paths:
-        problems.append(f"no record (*.jsonl) in {place}" if Path(place).exists() else f"{place} does not exist")
+        shown = untrusted.text(str(place))
+        problems.append(f"no record (*.jsonl) in {shown}" if Path(place).exists() else f"{shown} does not exist")
     process = Process("")
     for path in paths:
-        key = recording_format.process_key(path)
+        key, name = untrusted.text(recording_format.process_key(path)), untrusted.text(path.name)
         if process.key != key:
             process = Process(key)
         process.older = False
@@ -93,13 +95,13 @@ def lines(place: str | Path, problems: list[str]) -> Iterator[tuple[Process, str
                         continue
                     try:
                         if process.take_header(line) > recording_format.FORMAT:
-                            problems.append(f"{path.name} is of a newer vgen ({process.vgen}): read as far as known")
+                            problems.append(f"{name} is of a newer vgen ({process.vgen}): read as far as known")
                     except ValueError:
                         process.damaged += 1
         except OSError as error:
-            problems.append(f"{path.name} cannot be read: {error.strerror}")
+            problems.append(f"{name} cannot be read: {error.strerror}")
         if process.damaged:
-            problems.append(f"{path.name}: {process.damaged} line{'s' * (process.damaged > 1)} cut off or damaged")
+            problems.append(f"{name}: {process.damaged} line{'s' * (process.damaged > 1)} cut off or damaged")
             process.damaged = 0
 
 

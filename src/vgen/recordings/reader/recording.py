@@ -11,7 +11,8 @@ from typing import Any
 
 from ...profiling import recording_format, semconv
 from .processes import Process, lines
-from .requests import NO_STEP, Key, Requests
+from .requests import LAST, NO_STEP, Key, Requests
+from .set_back import corrections
 
 OPEN = -(1 << 63)
 """The end of a span that never ended."""
@@ -29,6 +30,8 @@ COUNTERS = frozenset({semconv.PROMPT_TOKENS.name, semconv.GENERATED_TOKENS.name}
 """The counters that a report sums up by step."""
 MOST_ERRORS = 1000
 """How many spans keep the type of their exception by row. `errors` counts all of them."""
+LARGEST = 1e18
+"""A larger measurement is impossible, and left out: sums of many of these are far from the limits of a float."""
 _GENERATE_CALLS = (semconv.ENGINE_GENERATE, semconv.GENERATE)
 _WITH_ATTRIBUTES = {semconv.WEIGHT_SYNC, semconv.SLEEP, semconv.WAKE_UP, semconv.ENGINE_INIT}
 _REQUEST_TIMES = (semconv.REQUEST_START.name, semconv.REQUEST_E2E.name)
@@ -70,6 +73,8 @@ class Recording:
         self.lost = 0
         """How many telemetry records the run itself reports as lost."""
         self._name_numbers: dict[str, int] = {}
+        self._set_back: list[tuple[Process, int]] = []
+        """Processes whose clock was set back, and by how many nanoseconds at least."""
         self._started: dict[int, dict[str, Any]] = {}
         """Records of spans that have started and not ended, by span ID."""
         self._read(place)
@@ -116,14 +121,21 @@ class Recording:
                     if process.rank is None:
                         process.rank = recording_format.rank_in(line)
                     continue
+            record = process.parse(line)
+            if record is None:
+                continue
             try:
-                self._add(process, line, recording_format.parse(line))
+                self._add(process, line, record)
             except (ValueError, OverflowError):
                 process.damaged += 1
         self._end_process(first_row)
         ranks = Counter(process.rank for process in self.processes)
         for process in self.processes:
             process.shares_rank = ranks[process.rank] > 1
+        self.problems += [
+            f"the clock of {process.label} was set back by {by / 1e9:,.3f} s or more: times after that are shifted"
+            for process, by in self._set_back
+        ]
 
     def _add(self, process: Process, line: str, record: dict[str, Any]) -> None:
         """A record that was parsed. Raises ValueError or OverflowError for one with impossible values."""
@@ -188,17 +200,18 @@ class Recording:
         if type(record.get("unix_ns")) is int:
             process.last_ns = max(process.last_ns, record["unix_ns"])
         values = _floats(record["values"])
+        possible = values if _are_possible(values) else [value for value in values if abs(value) < LARGEST]
         step = _step(attributes)
         # Outside of any span there is no trace: such values belong to no step, and a number of their own says so.
         number = self.traces.setdefault(trace, len(self.traces)) if isinstance(trace, str) else len(self.traces) + 1
         key = number, step if step is not None and abs(step) < 1 << 62 else NO_STEP
         if name in COUNTERS:
-            self.counters.setdefault(key, Counter())[name] += int(sum(values))
+            self.counters.setdefault(key, Counter())[name] += int(sum(possible))
         elif name == semconv.DROPPED.name:
-            self.lost += int(sum(values))
+            self.lost += int(sum(possible))
         if name in DISTRIBUTIONS:
             known = self.values.setdefault(key, {}).setdefault(name, array("d"))
-            known.extend(filter(math.isfinite, values))
+            known.extend(possible)
         if name in _REQUEST_TIMES:
             self.requests.add_measurement(key, len(self.processes) - 1, name, attributes, values)
 
@@ -215,6 +228,24 @@ class Recording:
             row = self._append(*_ids(record), record["start_unix_ns"], 0, _step(record["attributes"]))
             self.end[row] = OPEN
             self.attributes[row] = record["attributes"]
+        self._undo_set_back(process, first_row)
+
+    def _undo_set_back(self, process: Process, first_row: int) -> None:
+        """Where the clock of the last process was set back, move the times after that."""
+        step_name, names = self._name_numbers.get(semconv.STEP), self.name
+        rows = [row for row in range(first_row, len(names)) if names[row] == step_name]
+        steps = [(self.trace[row], self.start[row], max(self.start[row], self.end[row])) for row in rows]
+        by_trace = corrections(steps)
+        if not by_trace:
+            return
+        for row in range(first_row, len(names)):
+            by = by_trace.get(self.trace[row], 0)
+            self.start[row] = min(self.start[row] + by, LAST)
+            if self.end[row] != OPEN:
+                self.end[row] = min(self.end[row] + by, LAST)
+        process.last_ns = max(process.last_ns, max(self.start[first_row:]), max(self.end[first_row:]))
+        self.requests.shift(len(self.processes) - 1, by_trace)
+        self._set_back.append((process, max(by_trace.values())))
 
 
 def _ids(record: dict[str, Any]) -> tuple[str, str, str, str | None]:
@@ -225,6 +256,11 @@ def _ids(record: dict[str, Any]) -> tuple[str, str, str, str | None]:
 def _step(attributes: dict[str, Any]) -> int | None:
     step = attributes.get(semconv.STEP_NUMBER)
     return step if type(step) is int else None
+
+
+def _are_possible(values: list[float]) -> bool:
+    # A sum is NaN if one of its values is; `min` and `max` do not see it.
+    return not values or (math.isfinite(sum(values)) and min(values) > -LARGEST and max(values) < LARGEST)
 
 
 def _floats(values: Iterable[Any]) -> list[float]:

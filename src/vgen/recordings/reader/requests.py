@@ -17,6 +17,10 @@ Key: TypeAlias = "tuple[int, int]"
 """Names one step: the number of its trace in the recording, and the step's number or `NO_STEP`."""
 
 NO_STEP = -(1 << 63)
+LAST = (1 << 63) - 1
+"""The last moment that a column can hold."""
+YEAR = 366 * 86400.0
+"""No request takes longer, in seconds."""
 SLOWEST = 5
 """How many of the slowest requests are kept, of each step and of the run."""
 
@@ -103,6 +107,15 @@ class Requests:
         """The files of a process have ended: offsets without seconds stay incomplete."""
         self._offsets = {}
 
+    def shift(self, process: int, by_trace: dict[int, int]) -> None:
+        """Move the times of a process's requests, by the number of their trace, by so many nanoseconds."""
+        for ((trace, _), number), times in self.times.items():
+            if number == process and (by := by_trace.get(trace)):
+                times.starts = array("q", [min(start + by, LAST) for start in times.starts])
+                times.ends = array("q", [min(end + by, LAST) for end in times.ends])
+                for server, (last, histogram) in times.servers.items():
+                    times.servers[server] = last + by, histogram
+
     def slowest(self) -> list[SlowRequest]:
         """The slowest requests of the run, the slowest first."""
         return _parsed(self._of_run)
@@ -115,7 +128,7 @@ class Requests:
         self, key: Key, process: int, server: str, offsets: list[float], seconds: list[float], call_start: int
     ) -> None:
         times = self.times.setdefault((key, process), RequestTimes())
-        if not math.isfinite(sum(offsets) + sum(seconds)):
+        if not (math.isfinite(sum(offsets) + sum(seconds)) and _are_possible(offsets, seconds)):
             return
         starts = [call_start + int(offset * 1e9) for offset in offsets]
         ends = [start + int(took * 1e9) for start, took in zip(starts, seconds, strict=True)]
@@ -125,6 +138,10 @@ class Requests:
             last, histogram = times.servers.get(server, (0, Histogram()))
             histogram.extend(seconds)
             times.servers[server] = max(last, *ends), histogram
+
+
+def _are_possible(offsets: list[float], seconds: list[float]) -> bool:
+    return not seconds or (max(*offsets, *seconds) < YEAR and min(offsets) > -YEAR and min(seconds) >= 0)
 
 
 def _parsed(entries: list[_Entry]) -> list[SlowRequest]:

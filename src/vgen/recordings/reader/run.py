@@ -52,7 +52,7 @@ def parse_span(line: str, process: Process) -> SpanRecord | None:
 
 
 def as_span(record: dict[str, Any], process: Process) -> SpanRecord:
-    """The span of a `start` or `end` record that `recording_format.parse` returned."""
+    """The span of a `start` or `end` record that `Process.parse` returned."""
     return SpanRecord(
         record["name"],
         record["trace_id"],
@@ -66,7 +66,7 @@ def as_span(record: dict[str, Any], process: Process) -> SpanRecord:
         [
             {"name": str(event.get("name")), "unix_ns": event["unix_ns"], "attributes": _dict(event.get("attributes"))}
             for event in _dicts(record.get("events"))
-            if isinstance(event.get("unix_ns"), int)
+            if type(event.get("unix_ns")) is int
         ],
         [
             {key: str(link.get(key)) for key in ("trace_id", "span_id")} | {"attributes": _dict(link.get("attributes"))}
@@ -101,16 +101,21 @@ def tree(spans: Iterable[SpanRecord]) -> Iterator[tuple[SpanRecord, int, int]]:
     """The spans depth first, children in the order of their starts: span, depth, and the position of its parent.
 
     The position counts what was yielded before, from 0. It is -1, and the depth 0, for a span whose parent is not among
-    `spans`.
+    `spans`. Of spans that are ancestors of each other, the first is shown as if its parent were missing.
     """
     below = children(spans)
+    waiting = {span.span_id: span for group in below.values() for span in group}
     stack = [(span, 0, -1) for span in reversed(below.get(None, []))]
     for position in itertools.count():
+        if not stack and waiting:
+            stack.append((next(iter(waiting.values())), 0, -1))
         if not stack:
             return
         span, depth, parent = stack.pop()
+        del waiting[span.span_id]
         yield span, depth, parent
-        stack += [(child, depth + 1, position) for child in reversed(below.get(span.span_id, []))]
+        below_it = [child for child in reversed(below.get(span.span_id, [])) if child.span_id in waiting]
+        stack += [(child, depth + 1, position) for child in below_it]
 
 
 def children(spans: Iterable[SpanRecord]) -> dict[str | None, list[SpanRecord]]:

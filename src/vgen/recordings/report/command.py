@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..reader import untrusted
 from .compare import Change, compare
 from .figure_types import RunFigures, from_json, to_json
 from .figures import summarize
@@ -13,6 +14,8 @@ from .verdict import explain
 
 NOTHING, WORSE = 1, 3
 """Exit statuses besides 0, and argparse's 2."""
+MOST_NESTED = 10
+"""Levels of lists and dicts in a report's JSON."""
 
 
 def run(place: Path, *, step: int | None, as_json: bool, compare_with: Path | None, threshold: float) -> int:
@@ -70,10 +73,11 @@ def _other(place: Path) -> RunFigures | None:
     """The figures to compare with, from a report's JSON or from a run. Where there are none: a message, and None."""
     if place.is_file() and place.suffix == ".json":
         try:
-            figures = from_json(RunFigures, json.loads(place.read_text(encoding="utf-8")))
+            printed = untrusted.cleaned_value(json.loads(place.read_text(encoding="utf-8")), MOST_NESTED)
+            figures = from_json(RunFigures, printed)
             compare(figures, figures, 0.0)  # finds values of a wrong type
             return figures
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             print(f"vgen report: {place} is not what `vgen report --json` prints", file=sys.stderr)
             return None
     figures = summarize(place)

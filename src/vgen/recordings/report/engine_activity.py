@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...profiling import semconv
-from ..reader.recording import OPEN, SYNC_PHASE, Recording
+from ..reader.recording import LARGEST, OPEN, SYNC_PHASE, Recording
 from ..reader.requests import NO_STEP
 from .figure_types import ReceiverFigures, SleepCycle, SyncFigures
 from .phases import KINDS, REST
@@ -120,5 +120,6 @@ def outside_steps(recording: Recording) -> dict[str, float]:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a number, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """`value` if it is a number of a possible size, else None."""
+    possible = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    return value if possible else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...profiling import semconv
 from ...profiling.aggregation import Histogram
-from ..reader import clocks
+from ..reader import clocks, untrusted
 from ..reader.processes import deleted
 from ..reader.recording import DISTRIBUTIONS, OPEN, Recording
 from ..reader.requests import Key, SlowRequest
@@ -56,6 +56,7 @@ _REQUEST_ATTRIBUTES = {
     "preemptions": semconv.PREEMPTIONS,
     "finish_reason": semconv.FINISH_REASON,
 }
+_REQUEST_TEXTS = ("request", "server")
 
 
 def summarize(place: str | Path) -> RunFigures:
@@ -68,7 +69,7 @@ def summarize(place: str | Path) -> RunFigures:
     tails = Tails()
     step_figures = [_step(recording, group, tails) for group in groups]
     return RunFigures(
-        run=str(place),
+        run=untrusted.text(str(place)),
         vgen=next((process.vgen for process in recording.processes if process.vgen), None),
         spans=len(recording),
         processes=[
@@ -258,6 +259,11 @@ def sketched(histogram: Histogram) -> Distribution | None:
 
 def _request(slow: SlowRequest) -> RequestFigures:
     known: dict[str, Any] = {name: slow.attributes.get(key) for name, key in _REQUEST_ATTRIBUTES.items()}
+    for name, value in known.items():
+        if name in _REQUEST_TEXTS:
+            known[name] = None if value is None else str(value)
+        elif name != "finish_reason":
+            known[name] = engine_activity.number(value)
     return RequestFigures(seconds=slow.seconds, process=slow.process.label, **known)
 
 

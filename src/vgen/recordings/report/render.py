@@ -187,7 +187,7 @@ def _syncs(syncs: Sequence[SyncFigures]) -> Iterator[RenderableType]:
     rows = {name: [sync.phases.get(name, 0.0) for sync in syncs] for name in phases}
     for name, took in {**rows, **({"all": seconds} if seconds else {})}.items():
         share = f"{100 * sum(took) / sum(seconds):.0f} %" if name in phases and sum(seconds) else ""
-        table.add_row(name, f"{sum(took):.3f}", share, f"{statistics.median(took):.3f}", f"{max(took):.3f}")
+        table.add_row(escape(name), f"{sum(took):.3f}", share, f"{statistics.median(took):.3f}", f"{max(took):.3f}")
     yield table
     yield Text(", ".join(_sync_facts(syncs, sum(seconds))))
 
@@ -222,7 +222,7 @@ def _memory(cycles: Sequence[SleepCycle]) -> Iterator[RenderableType]:
         if cycle is None:
             _add_ellipsis(table)
             continue
-        cells = [_text(cycle.step), _text(cycle.level), _number(cycle.sleep_seconds), _bytes(cycle.freed_bytes)]
+        cells = [_text(cycle.step), escape(_text(cycle.level)), _number(cycle.sleep_seconds), _bytes(cycle.freed_bytes)]
         cells += [_number(cycle.asleep_seconds), _number(cycle.wake_seconds), _bytes(cycle.taken_bytes)]
         table.add_row(*cells, _bytes(cycle.host_bytes_awake))
     yield table

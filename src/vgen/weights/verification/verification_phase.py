@@ -152,7 +152,9 @@ class Verifier:
                 attributes |= {semconv.VERIFY: "skipped", semconv.VERIFY_REASON: str(error)}
                 if str(error) not in self._logged:
                     self._logged.add(str(error))
-                    _log.warning("the weights of %s are not verified: %s", ", ".join(e.kind for e in engines), str(error))
+                    kinds = ", ".join(engine.kind for engine in engines)
+                    # The text, not the error: a handler that keeps records would keep the engine alive by its traceback.
+                    _log.warning("the weights of %s are not verified: %s", kinds, str(error))
             finally:
                 span.set(attributes)
                 trace.set(attributes)
