@@ -153,7 +153,7 @@ class Verifier:
                 if str(error) not in self._logged:
                     self._logged.add(str(error))
                     kinds = ", ".join(engine.kind for engine in engines)
-                    # The text, not the error: a handler that keeps records would keep the engine alive by its traceback.
+                    # The text, not the error: a handler that keeps records would keep the engine by its traceback.
                     _log.warning("the weights of %s are not verified: %s", kinds, str(error))
             finally:
                 span.set(attributes)
