@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from types import SimpleNamespace
 
 import pytest
 from helpers.sources import SmallSource
 from helpers.waiting import wait_until
 
 from vgen import (
-    ArgumentError,
     EngineError,
     EngineStateError,
     Generation,
@@ -293,58 +291,3 @@ def test_a_forked_child_is_refused_at_once_and_closes_nothing(generation, engine
     assert all("a forked child cannot use it" in each for each in said[:3])
     assert said[3] == []
     assert generation.generate([[1]])
-
-
-@pytest.fixture
-def shared():
-    """A generation object on an engine that several threads use, and the stream of one of them, which is open."""
-    engine = FakeEngine()
-    engine.concurrent = True
-    generation = Generation(engine, SmallSource())
-    stream = generation.stream([[1], [2]])
-    next(stream)
-    yield SimpleNamespace(engine=engine, generation=generation, stream=stream)
-    stream.close()
-
-
-def test_a_sleep_does_not_cut_off_what_other_threads_generate(shared):
-    with pytest.raises(EngineStateError, match=r"at work in 1 generations: .*sleep\(timeout=seconds\)"):
-        shared.generation.sleep()
-    assert "sleep" not in shared.engine.calls
-    assert shared.generation.state is EngineState.AWAKE
-    assert shared.generation.generate([[3]])
-    shared.stream.close()
-    shared.generation.sleep()
-    assert shared.generation.state is EngineState.ASLEEP
-
-
-def test_a_sleep_waits_for_other_threads_and_lets_none_begin(shared):
-    sleeping = threading.Thread(target=lambda: shared.generation.sleep(timeout=60))
-    sleeping.start()
-    wait_until(lambda: shared.generation._lifecycle._ending)
-    late, refused = threading.Event(), []
-
-    def generate():
-        late.set()
-        try:
-            shared.generation.generate([[3]])
-        except EngineStateError as error:
-            refused.append(str(error))
-
-    other = threading.Thread(target=generate)
-    other.start()
-    late.wait(30)
-    assert len(list(shared.stream)) == 1  # the rest of it
-    for thread in (sleeping, other):
-        thread.join(30)
-    assert shared.generation.state is EngineState.ASLEEP
-    assert len(refused) == 1
-    assert "asleep" in refused[0]
-    shared.generation.wake_up()
-    assert shared.generation.generate([[3]])
-
-
-@pytest.mark.parametrize("wrong", [{"level": 3}, {"level": "deep"}, {"timeout": -1}, {"timeout": "long"}])
-def test_a_wrong_sleep_is_named(generation, wrong):
-    with pytest.raises(ArgumentError, match=f"^{next(iter(wrong))} must be"):
-        generation.sleep(**wrong)

@@ -321,20 +321,18 @@ class Generation:
         """
         return self._weights.verify(how)
 
-    def sleep(self, level: int = 1, *, timeout: float = 0.0) -> SleepReport:
+    def sleep(self, level: int = 1) -> SleepReport:
         """Free the engine's memory for the trainer. Level 1 keeps the weights in host memory, level 2 discards them.
 
         vLLM cannot free memory on a CPU: the engine stops scheduling, and report and span say that nothing was freed.
-        A sleep would cut off what other threads generate. So it waits for them for up to `timeout` seconds, and no
-        other generation begins meanwhile.
 
         Raises:
-            EngineStateError: The engine is not awake, other threads still generate after `timeout` seconds, sleep mode
-                is not enabled, or `level` is 2 and the engine is frozen: nothing could bring its weights back.
+            EngineStateError: The engine is not awake, sleep mode is not enabled, or `level` is 2 and the engine is
+                frozen: nothing could bring its weights back.
         """
         if level == 2:
             self._weights.require_trainer("sleep(level=2)")
-        return self._lifecycle.sleep(level, timeout)
+        return self._lifecycle.sleep(level)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> SleepReport:
         """Allocate memory again: `["weights"]`, `["kv_cache"]`, or both if None. The engine is awake when it has both.

@@ -13,9 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..arguments import number, shown
 from ..engine_protocol import Engine, EngineState, PartlyAwake, PauseMode, StateMachine
-from ..errors import ArgumentError, EngineError, EngineStateError, VgenError
+from ..errors import EngineError, EngineStateError, VgenError
 from ..profiling import DeviceTimer, ProfilingContext, Span, semconv
 from ..types import SleepReport
 from .memory_telemetry import LeakTracker, memory_attributes, record_memory
@@ -66,10 +65,6 @@ class Lifecycle:
         """Whether the engine lacks the trainer's weights, so that they must be synced before the next generation."""
         self._device_timer = DeviceTimer(profiling)
         self._busy, self._process = threading.Lock(), os.getpid()
-        self._shared = threading.Condition()
-        """Guards the two that follow, of a concurrent engine."""
-        self._running, self._ending = 0, False
-        """How many generations there are, and whether a sleep waits for their end, so that no other begins."""
         self._generating: tuple[str, int] | None = None
         """The generation that has reserved the engine: its call, and the thread that began it."""
         self._asleep, self._level = set[str](), 0
@@ -81,15 +76,10 @@ class Lifecycle:
         weakref.finalize(self, self.watch.close)
 
     @contextmanager
-    def exclusive(self, call: str, timeout: float = 0.0) -> Iterator[None]:
-        """Reserve the engine for a call that is not a generation.
-
-        Raises `EngineStateError` if it is in use, and still is after `timeout` seconds.
-        """
+    def exclusive(self, call: str) -> Iterator[None]:
+        """Reserve the engine for a call that is not a generation. Raises `EngineStateError` if it is in use."""
         self._refuse_in_child(call)
-        if timeout:
-            self._refuse_within_generation(call)
-        if not self._busy.acquire(timeout=timeout):
+        if not self._busy.acquire(blocking=False):
             raise self._in_use(call)
         try:
             yield
@@ -107,9 +97,8 @@ class Lifecycle:
         self._refuse_in_child(call)
         if self._engine.concurrent:
             self.states.wait_while(EngineState.SYNCING, SYNC_SECONDS)
-            with self._counted():
-                self.states.require(call, EngineState.AWAKE)
-                yield
+            self.states.require(call, EngineState.AWAKE)
+            yield
             return
         self._refuse_within_generation(call)
         with self._busy:
@@ -119,42 +108,6 @@ class Lifecycle:
                 yield
             finally:
                 self._generating = None
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a generation of a concurrent engine. It begins once no sleep waits for the end of the others."""
-        with self._shared:
-            self._shared.wait_for(lambda: not self._ending, SYNC_SECONDS)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._shared:
-                self._running -= 1
-                self._shared.notify_all()
-
-    @contextmanager
-    def _without_generations(self, call: str, timeout: float) -> Iterator[None]:
-        """Wait for the end of all generations of a concurrent engine, and let none begin within the block.
-
-        Raises `EngineStateError` if some have not ended after `timeout` seconds: the engine would cut them off.
-        """
-        with self._shared:
-            self._ending = True
-            if not self._shared.wait_for(lambda: not self._running, timeout):
-                self._ending = False
-                self._shared.notify_all()
-                state, hint = (
-                    f"at work in {self._running} generations",
-                    f"wait for them, or pass {call}(timeout=seconds)",
-                )
-                raise EngineStateError(call, state, hint)
-        try:
-            yield
-        finally:
-            with self._shared:
-                self._ending = False
-                self._shared.notify_all()
 
     def _refuse_in_child(self, call: str) -> None:
         """Raise `EngineStateError` in a forked child, which has neither the engine's threads nor its device."""
@@ -223,12 +176,11 @@ class Lifecycle:
         """Records the phases of a sync or verification as children of `span`."""
         return PhaseTrace(self._profiling, self._device_timer, span, watched)
 
-    def sleep(self, level: int, timeout: float) -> SleepReport:
+    def sleep(self, level: int) -> SleepReport:
         """See `Generation.sleep`."""
         if level not in (1, 2):
-            raise ArgumentError("level", f"must be 1 or 2, got {shown(level)}")
-        timeout = number("timeout", timeout, lambda value: value >= 0, "a number of seconds of at least 0")
-        with self.exclusive("sleep", timeout), self._without_generations("sleep", timeout):
+            raise ValueError(f"level must be 1 or 2, got {level!r}")
+        with self.exclusive("sleep"):
             self.states.require("sleep", EngineState.AWAKE)
             if not self._sleep_mode:
                 # vLLM itself would report success and free nothing.
@@ -251,7 +203,7 @@ class Lifecycle:
         """See `Generation.wake_up`."""
         for tag in tags or ():
             if tag not in TAGS:
-                raise ArgumentError("tags", f"must be among {', '.join(TAGS)}, got {shown(tag)}")
+                raise ValueError(f"tags must be among {', '.join(TAGS)}, got {tag!r}")
         with self.exclusive("wake_up"):
             self.states.require("wake_up", EngineState.ASLEEP)
             start = time.monotonic()
