@@ -284,7 +284,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(derandomize=True, max_examples=400, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
 def test_any_sampling_is_right_or_refused(fields):
     with suppress(ArgumentError):
@@ -298,7 +298,7 @@ ENGINE = Generation(FakeEngine(), SmallSource())
 OPTIONS = ("num_generations", "images", "lora_request", "priority", "refused", "sampling", "what")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=300, deadline=None)
 @given(st.one_of(VALUES, st.lists(VALUES, max_size=3)), st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=2))
 def test_any_call_succeeds_or_raises_a_typed_error_and_the_next_succeeds(prompts, options):
     if isinstance(options.get("num_generations"), int) and options["num_generations"] > 50:

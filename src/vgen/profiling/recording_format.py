@@ -222,7 +222,7 @@ def parse(line: str) -> dict[str, Any]:
         record = _loads(line)
         expected = _TYPES.get(record["type"], {"type": str})
         valid = all([type(record[key]) is kind for key, kind in expected.items()])
-        valid = valid and type(record.get("parent_id") or "") is str
+        valid = valid and isinstance(record.get("parent_id"), str | None)
         valid = valid and (expected.get("start_unix_ns") is None or _is_possible(record))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("not a record") from error

@@ -326,7 +326,9 @@ def bodies(draw: st.DrawFn) -> bytes:
     return bytes(raw)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(bodies())
 def test_no_body_is_an_error_of_the_servers_or_makes_it_hang(calls, raw):
     async def call() -> tuple[int, Any]:

@@ -375,7 +375,7 @@ def containers(value: Any) -> list[Any]:
     ]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_no_changed_record_makes_a_stack_trace(tmp_path, capsys, data):
     """Values anywhere in the records of a run replaced, added and taken away; also records twice, and text cut."""
