@@ -232,29 +232,6 @@ def test_what_is_no_token_ids_is_a_prompt_error_and_the_others_are_generated(gen
     assert raised.value.index == 1
 
 
-class Tokenizer:
-    """Words by their lengths. It counts how many threads are in it."""
-
-    bos_token, bos_token_id, chat_template = "<s>", 1, "…"
-
-    def __init__(self):
-        self.words = 5
-
-    def __len__(self):
-        return self.words
-
-    def __call__(self, text, add_special_tokens=True):
-        text.encode()
-        ids = [1 if word == "<s>" else len(word) + 1 for word in text.replace("<s>", "<s> ").split()]
-        return {"input_ids": [1, *ids] if add_special_tokens else ids}
-
-
-def test_a_lone_surrogate_loses_its_own_prompt_alone():
-    generation = Generation(FakeEngine(), SmallSource(), processing_class=Tokenizer())
-    rollouts = generation.generate(["a b", "\ud800", "c"], refused="mark")
-    assert [completion.error is not None for completion in rollouts] == [False, True, False]
-
-
 @checked_call
 def takes(one, *, two=2):
     return one, two

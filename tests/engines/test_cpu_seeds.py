@@ -48,3 +48,14 @@ def test_the_class_of_runners():
 
     keep_seeds(Mended)
     check(Mended())
+
+
+def test_a_class_and_its_runner_are_mended_once():
+    class Mended(Runner):
+        pass
+
+    keep_seeds(Mended)
+    runner = Mended()
+    keep_seeds(runner)
+    assert "_sample" not in vars(runner)
+    check(runner)

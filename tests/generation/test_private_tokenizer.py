@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
+from helpers.sources import SmallSource
 
-from vgen import ArgumentError
+from vgen import ArgumentError, Generation
 from vgen.generation.private_tokenizer import PrivateTokenizer
+from vgen.testing import FakeEngine
 
 
 class Tokenizer:
-    """Words by their lengths. It counts how many threads are in it."""
+    """Words by their lengths."""
 
     bos_token, bos_token_id, chat_template = "<s>", 1, "…"
 
@@ -63,3 +66,58 @@ def test_text_without_a_tokenizer_names_the_argument():
     with pytest.raises(ArgumentError, match="prompt 3 is text, which needs processing_class"):
         PrivateTokenizer(None).encode(3, "a")
     assert PrivateTokenizer(None).decode([1, 2]) == "[1, 2]"
+
+
+def test_a_lone_surrogate_loses_its_own_prompt_alone():
+    generation = Generation(FakeEngine(), SmallSource(), processing_class=Tokenizer())
+    rollouts = generation.generate(["a b", "\ud800", "c"], refused="mark")
+    assert [completion.error is not None for completion in rollouts] == [False, True, False]
+
+
+class Stateful:
+    """Keeps truncation as its state, as a fast tokenizer does; `during` is called in the middle of each call."""
+
+    during = staticmethod(lambda: None)
+
+    def __init__(self):
+        self.most = None
+
+    def __call__(self, text, truncation=False, max_length=None):
+        self.most = max_length if truncation else None
+        Stateful.during()
+        return {"input_ids": [*range(len(text))][: self.most]}
+
+
+def test_a_call_on_the_trainers_tokenizer_in_the_middle_of_vgens_cuts_no_prompt(monkeypatch):
+    original, threads = Stateful(), []
+    tokenizer = PrivateTokenizer(original)
+
+    def other_thread():
+        if not threads:
+            threads.append(threading.Thread(target=original, args=("x",), kwargs={"truncation": True, "max_length": 2}))
+            threads[0].start()
+            threads[0].join(30)
+
+    monkeypatch.setattr(Stateful, "during", staticmethod(other_thread))
+    assert tokenizer.encode(0, "abcdef") == [*range(6)]
+    assert original.most == 2
+
+
+def test_one_thread_at_a_time_uses_the_copy(monkeypatch):
+    tokenizer, inside, both = PrivateTokenizer(Stateful()), [], threading.Event()
+
+    def during():
+        inside.append(threading.get_ident())
+        if len(inside) == 2:
+            both.set()
+        overlapped.append(both.wait(0.5))  # a second thread comes in only where nothing keeps it out
+        inside.pop()
+
+    overlapped: list[bool] = []
+    monkeypatch.setattr(Stateful, "during", staticmethod(during))
+    threads = [threading.Thread(target=tokenizer.encode, args=(0, "ab")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert overlapped == [False, False]

@@ -12,7 +12,26 @@ from typing import Any
 import torch
 
 
-class ReloadWeights:
+class PlainEngine:
+    """The part of a `WeightSyncSubject` that only samples, with `self.llm`, a `vllm.LLM`."""
+
+    llm: Any
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float) -> list[Any]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True, logprobs=0)
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+        return [
+            (each.token_ids, [at[token].logprob for token, at in zip(each.token_ids, each.logprobs, strict=True)])
+            for each in (output.outputs[0] for output in outputs)
+        ]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class ReloadWeights(PlainEngine):
     """A `WeightSyncSubject`."""
 
     def __init__(self, model: torch.nn.Module, folder: str) -> None:
@@ -40,19 +59,6 @@ class ReloadWeights:
     def weights_of(self, model: Any) -> list[tuple[str, torch.Tensor]]:
         # What save_pretrained writes, and a tied head under its own name.
         return [(name, tensor.detach().contiguous()) for name, tensor in model.state_dict().items()]
-
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float) -> list[Any]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True, logprobs=0)
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
-        return [
-            (each.token_ids, [at[token].logprob for token, at in zip(each.token_ids, each.logprobs, strict=True)])
-            for each in (output.outputs[0] for output in outputs)
-        ]
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
 
 
 class ForgetsThePrefixCache(ReloadWeights):

@@ -1,4 +1,4 @@
-"""The weight syncs of TRL and of vLLM itself as subjects of a check; both need a CUDA device.
+"""The weight syncs of TRL and of vLLM itself as subjects of a check; both need a CUDA device, and so no test runs them.
 
 PYTHONPATH=src:tests vgen check llama --dtype bfloat16 --adapter helpers.third_parties:trl
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from helpers.reload_weights import PlainEngine
 
 MAX_MODEL_LENGTH = 384
 
@@ -47,7 +49,7 @@ class TrlGeneration:
         self._trl.llm.llm_engine.engine_core.shutdown()
 
 
-class VllmIpc:
+class VllmIpc(PlainEngine):
     """vLLM's weight-transfer engine `ipc`, into an engine in a process of its own on the same GPU."""
 
     packed = False
@@ -86,19 +88,6 @@ class VllmIpc:
         info = IPCTrainerInitInfo(rank=0, packed=self.packed)
         IPCTrainerWeightTransferEngine.trainer_init(info, client=self, source=ModuleSource(model)).send_weights()
         self.llm.reset_prefix_cache()
-
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float) -> list[Any]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True, logprobs=0)
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
-        return [
-            (each.token_ids, [at[token].logprob for token, at in zip(each.token_ids, each.logprobs, strict=True)])
-            for each in (output.outputs[0] for output in outputs)
-        ]
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
 
 
 class VllmPackedIpc(VllmIpc):

@@ -276,6 +276,15 @@ def test_score_equals_the_models_logprobs_also_for_an_empty_completion(subject):
         assert found == pytest.approx(own_logprobs(subject.model, ids, completion), abs=1e-4)
 
 
+def test_score_takes_completions_that_filled_the_context(subject):
+    length = subject.generation.max_model_length
+    prompts = [[5] * (length - 3), [1, 2, 3]]
+    rollouts = subject.generation.generate(prompts, Sampling(max_tokens=6, ignore_eos=True))
+    assert [len(completion.token_ids) for completion in rollouts] == [3, 6]
+    for prompt, completion, found in zip(prompts, rollouts, subject.generation.score(prompts, rollouts), strict=True):
+        assert found == pytest.approx(own_logprobs(subject.model, prompt, completion.token_ids), abs=1e-4)
+
+
 def test_a_nan_comes_back_as_none(subject):
     head = subject.model.lm_head.weight
     kept = head.detach().clone()

@@ -11,7 +11,12 @@ from typing import Any
 
 
 def keep_seeds(runner: Any) -> None:
-    """Make a model runner of vLLM, or its class, put back the generators of requests whose token is discarded."""
+    """Make a model runner of vLLM, or its class, put back the generators of requests whose token is discarded.
+
+    Does nothing the second time: vLLM's plugin mends the class, where it is installed, and an engine its own runner.
+    """
+    if getattr(runner._sample, "keeps_seeds", False):
+        return
     runner._sample = _state_kept(runner._sample, runner)
     runner._bookkeeping_sync = _without_discarded(runner._bookkeeping_sync, runner)
 
@@ -25,6 +30,7 @@ def _state_kept(sample: Callable[..., Any], owner: Any) -> Callable[..., Any]:
             generators[index].set_state(state)
         return result
 
+    sampled.keeps_seeds = True  # pyright: ignore[reportFunctionMemberAccess]
     return sampled
 
 

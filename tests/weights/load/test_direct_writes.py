@@ -15,6 +15,8 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import replace_parameter
 
+from vgen import WeightSyncError
+from vgen.weights.load import recorded_copy
 from vgen.weights.load.layerwise_reload import NamedStream, Reload, reload
 from vgen.weights.load.recorded_copy import RecordedCopy
 from vgen.weights.source.module_source import source_of
@@ -140,3 +142,12 @@ def test_a_write_into_a_layer_that_was_complete_is_an_error_and_the_layers_come_
         with pytest.raises(RuntimeError, match="after it was complete"):
             reload(runner_of(model), NamedStream(weights(0).items()))
         assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_refused_reload_is_refused_again(monkeypatch):
+    """A sync after the refused one must not pass with the old weights that the refusal was about."""
+    monkeypatch.setattr(recorded_copy, "unchanged_by_reload", lambda *_: ["a.weight"])
+    model, copy = Model(repacks=True), RecordedCopy()
+    for seed in range(3):
+        with pytest.raises(WeightSyncError, match="reload leaves old values"):
+            copy.load(runner_of(model), source_of(list(weights(seed).items())))
