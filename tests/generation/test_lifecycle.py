@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.sources import SmallSource
 from helpers.waiting import wait_until
 
 from vgen import (
+    ArgumentError,
     EngineError,
     EngineStateError,
     Generation,
@@ -210,7 +212,7 @@ def test_an_open_stream_refuses_the_calls_that_need_the_engine(generation, engin
     stream = generation.stream([[1], [2]])
     next(stream)
     assert refusal() == "held by a stream that this thread has open"
-    if call not in ("generate", "close"):  # these two wait for another thread
+    if call not in ("generate", "close", "sleep"):  # two wait for another thread; a sleep counts its calls
         states = []
         thread = threading.Thread(target=lambda: states.append(refusal()))
         thread.start()
@@ -268,6 +270,36 @@ def test_level_1_keeps_the_weights(generation, engine):
     generation.wake_up()
     generation.generate([[1]])
     assert "load" not in engine.calls
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_a_sleep_does_not_cut_off_what_other_threads_generate(engine, concurrent):
+    engine.concurrent = concurrent
+    made = Generation(engine, SmallSource())
+    with ThreadPoolExecutor(1) as other:
+        stream = made.stream([[1], [2]])
+        other.submit(next, stream).result(30)
+        for wait_seconds in (None, 0, 0.01):
+            with pytest.raises(EngineStateError, match=r"generating for a call of another thread"):
+                made.sleep(wait_seconds=wait_seconds)
+        assert made.state is EngineState.AWAKE
+        assert "sleep" not in engine.calls
+        other.submit(stream.close).result(30)
+    made.sleep(wait_seconds=0.01)
+    assert made.state is EngineState.ASLEEP
+
+
+@pytest.mark.parametrize("wrong", [{"level": 3}, {"level": "deep"}, {"wait_seconds": -1}, {"wait_seconds": "long"}])
+def test_a_wrong_sleep_is_named(generation, wrong):
+    with pytest.raises(ArgumentError, match=f"^{next(iter(wrong))} must be"):
+        generation.sleep(**wrong)
+    generation.sleep(wait_seconds=1)
+
+
+def test_a_sleep_of_a_paused_engine_is_refused_at_once(generation):
+    generation.pause()
+    with pytest.raises(EngineStateError, match="resume"):
+        generation.sleep(wait_seconds=1000)
 
 
 def test_a_forked_child_is_refused_at_once_and_closes_nothing(generation, engine):

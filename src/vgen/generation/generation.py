@@ -321,18 +321,21 @@ class Generation:
         """
         return self._weights.verify(how)
 
-    def sleep(self, level: int = 1) -> SleepReport:
+    def sleep(self, level: int = 1, *, wait_seconds: float | None = None) -> SleepReport:
         """Free the engine's memory for the trainer. Level 1 keeps the weights in host memory, level 2 discards them.
 
         vLLM cannot free memory on a CPU: the engine stops scheduling, and report and span say that nothing was freed.
+        A sleep would cut off what other threads generate. So it is refused while one does, or waits for them for up to
+        `wait_seconds`. Meanwhile no generation begins; one that was called in that time is refused once the engine is
+        asleep.
 
         Raises:
-            EngineStateError: The engine is not awake, sleep mode is not enabled, or `level` is 2 and the engine is
-                frozen: nothing could bring its weights back.
+            EngineStateError: The engine is not awake, other threads generate (and still do after `wait_seconds`), sleep
+                mode is not enabled, or `level` is 2 and the engine is frozen: nothing could bring its weights back.
         """
         if level == 2:
             self._weights.require_trainer("sleep(level=2)")
-        return self._lifecycle.sleep(level)
+        return self._lifecycle.sleep(level, wait_seconds)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> SleepReport:
         """Allocate memory again: `["weights"]`, `["kv_cache"]`, or both if None. The engine is awake when it has both.
@@ -348,6 +351,8 @@ class Generation:
 
     def pause(self, mode: PauseMode = "keep") -> None:
         """Stop scheduling until `resume`. Running requests are kept for later, awaited (`wait`) or ended (`abort`).
+
+        What `abort` ends comes back with the tokens so far and the finish reason `abort`.
 
         Raises:
             EngineStateError: The engine is not awake.

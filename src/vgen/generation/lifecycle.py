@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import os
-import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..arguments import number, shown
 from ..engine_protocol import Engine, EngineState, PartlyAwake, PauseMode, StateMachine
-from ..errors import EngineError, EngineStateError, VgenError
+from ..errors import ArgumentError, EngineError, EngineStateError, VgenError
 from ..profiling import DeviceTimer, ProfilingContext, Span, semconv
 from ..types import SleepReport
+from .engine_use import EngineUse
 from .memory_telemetry import LeakTracker, memory_attributes, record_memory
 from .stalls import StallWatch, WatchedCall
 
 TAGS = ("weights", "kv_cache")
 """The two kinds of memory that `sleep` frees and `wake_up` allocates, under vLLM's names."""
-SYNC_SECONDS = 600.0
-"""How long a generation waits for a weight sync in progress."""
+LONGEST_WAIT = 1e6
+"""The most seconds that a caller may have `sleep` wait."""
 
 _engine_numbers = itertools.count()
 
@@ -51,11 +51,7 @@ class PhaseTrace:
 
 
 class Lifecycle:
-    """Guards an engine's state and traces every change of it.
-
-    With an engine in this process one call runs at a time. A concurrent engine (servers) generates for any number of
-    threads; all other calls still run one at a time. A call that cannot run now raises `EngineStateError`.
-    """
+    """Guards an engine's state and traces every change of it. A call that does not fit raises `EngineStateError`."""
 
     def __init__(
         self, engine: Engine, profiling: ProfilingContext, *, stale: bool, sleep_mode: bool, stall_seconds: float | None
@@ -64,76 +60,16 @@ class Lifecycle:
         self.weights_stale = stale
         """Whether the engine lacks the trainer's weights, so that they must be synced before the next generation."""
         self._device_timer = DeviceTimer(profiling)
-        self._busy, self._process = threading.Lock(), os.getpid()
-        self._generating: tuple[str, int] | None = None
-        """The generation that has reserved the engine: its call, and the thread that began it."""
         self._asleep, self._level = set[str](), 0
         self.states = StateMachine()
+        self._use = EngineUse(self.states, concurrent=engine.concurrent)
+        self.exclusive, self.generating = self._use.exclusive, self._use.generating
+        self.exclusive_within_generation = self._use.exclusive_within_generation
         self.states.move("construction", EngineState.AWAKE)
         gauges = _observe(self.states, profiling)
         self._leaks = LeakTracker(profiling)
         self.watch = StallWatch(profiling, gauges, stall_seconds)
         weakref.finalize(self, self.watch.close)
-
-    @contextmanager
-    def exclusive(self, call: str) -> Iterator[None]:
-        """Reserve the engine for a call that is not a generation. Raises `EngineStateError` if it is in use."""
-        self._refuse_in_child(call)
-        if not self._busy.acquire(blocking=False):
-            raise self._in_use(call)
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-    @contextmanager
-    def generating(self, call: str) -> Iterator[None]:
-        """Reserve the awake engine for a generation.
-
-        A concurrent engine is shared with other generations; this waits for a weight sync in progress. Any other
-        engine is reserved for this thread alone; this waits for another thread's generation, and raises
-        `EngineStateError` for a second one of the same thread, which would wait for itself.
-        """
-        self._refuse_in_child(call)
-        if self._engine.concurrent:
-            self.states.wait_while(EngineState.SYNCING, SYNC_SECONDS)
-            self.states.require(call, EngineState.AWAKE)
-            yield
-            return
-        self._refuse_within_generation(call)
-        with self._busy:
-            self._generating = call, threading.get_ident()
-            try:
-                self.states.require(call, EngineState.AWAKE)
-                yield
-            finally:
-                self._generating = None
-
-    def _refuse_in_child(self, call: str) -> None:
-        """Raise `EngineStateError` in a forked child, which has neither the engine's threads nor its device."""
-        if os.getpid() != self._process:
-            hint = "a forked child cannot use it: construct it in the child, or start the process by spawn"
-            raise EngineStateError(call, "in the process that constructed it", hint)
-
-    def _in_use(self, call: str) -> EngineStateError:
-        """The error of a call that finds the engine reserved: it says by what, and what must end first."""
-        generation, thread = self._generating or ("", 0)
-        where = "this thread" if thread == threading.get_ident() else "another thread"
-        if generation == "stream":
-            hint = "finish the stream's iterator, or call its close(), first"
-            return EngineStateError(call, f"held by a stream that {where} has open", hint)
-        if thread == threading.get_ident():
-            return EngineStateError(call, "generating in this thread", "call it after generate() has returned")
-        return EngineStateError(call, "at work in another thread", "wait for that call to return")
-
-    def _refuse_within_generation(self, call: str) -> None:
-        """Raise `EngineStateError` if this thread's own generation has reserved the engine: waiting would not end."""
-        if self._generating is not None and self._generating[1] == threading.get_ident():
-            raise self._in_use(call)
-
-    def exclusive_within_generation(self) -> AbstractContextManager[object]:
-        """Exclude other threads from a part of a generation. Without a concurrent engine they are excluded already."""
-        return self._busy if self._engine.concurrent else nullcontext()
 
     @contextmanager
     def failing_when_broken(self, call: str) -> Iterator[None]:
@@ -176,11 +112,15 @@ class Lifecycle:
         """Records the phases of a sync or verification as children of `span`."""
         return PhaseTrace(self._profiling, self._device_timer, span, watched)
 
-    def sleep(self, level: int) -> SleepReport:
+    def sleep(self, level: int, wait_seconds: float | None) -> SleepReport:
         """See `Generation.sleep`."""
         if level not in (1, 2):
-            raise ValueError(f"level must be 1 or 2, got {level!r}")
-        with self.exclusive("sleep"):
+            raise ArgumentError("level", f"must be 1 or 2, got {shown(level)}")
+        rule = f"a number of seconds from 0 to {LONGEST_WAIT:g}, or None"
+        wait_seconds = number("wait_seconds", wait_seconds or 0, lambda value: 0 <= value <= LONGEST_WAIT, rule)
+        if self.states.state is not EngineState.SYNCING:  # a sync of another thread will end
+            self.states.require("sleep", EngineState.AWAKE)
+        with self._use.alone("sleep", wait_seconds):
             self.states.require("sleep", EngineState.AWAKE)
             if not self._sleep_mode:
                 # vLLM itself would report success and free nothing.
@@ -203,7 +143,7 @@ class Lifecycle:
         """See `Generation.wake_up`."""
         for tag in tags or ():
             if tag not in TAGS:
-                raise ValueError(f"tags must be among {', '.join(TAGS)}, got {tag!r}")
+                raise ArgumentError("tags", f"must be among {', '.join(TAGS)}, got {shown(tag)}")
         with self.exclusive("wake_up"):
             self.states.require("wake_up", EngineState.ASLEEP)
             start = time.monotonic()
@@ -264,10 +204,11 @@ class Lifecycle:
 
         Raises `EngineStateError` within a generation of the same thread.
         """
-        if self.states.state is EngineState.CLOSED or os.getpid() != self._process:
+        if self.states.state is EngineState.CLOSED or self._use.inherited:
             return  # a forked child has nothing to close: the engine is its parent's
-        self._refuse_within_generation("close")
-        with self._busy, self.watched_span("close", semconv.ENGINE_CLOSE):
+        if not self._engine.concurrent:
+            self._use.refuse_within_generation("close")
+        with self._use.busy, self.watched_span("close", semconv.ENGINE_CLOSE):
             self.states.move("close", EngineState.CLOSED)
             self._engine.close()
         self.watch.close()

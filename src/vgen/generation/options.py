@@ -80,7 +80,8 @@ class WeightSyncOptions:
 
     pause_mode: PauseMode = "keep"
     """What happens to requests that are running when a sync begins: `keep` freezes them and continues them with the
-    new weights, `wait` waits until they are done, `abort` ends them as they are."""
+    new weights, `wait` waits until they are done, `abort` ends them as they are: they come back with the tokens so far
+    and the finish reason `abort`."""
     weights_folder: str | None = None
     """A folder that trainer and servers share, for `weight_transport="checkpoint"`. By default a temporary folder."""
     bucket_bytes: int = BUCKET_BYTES

@@ -14,6 +14,7 @@ from helpers.server_generation import BATCH, COMPLETIONS, PROMPTS, calls, genera
 from helpers.waiting import wait_until
 
 from vgen import (
+    EngineStateError,
     ProfilingContext,
     PromptError,
     RequestTracing,
@@ -183,23 +184,70 @@ def test_what_another_client_aborts_is_sampled_again_and_never_looks_finished(fe
             made.generate([[1, 2, 3]], Sampling(logprobs=None))
 
 
-@pytest.mark.parametrize("call", ["pause", "sync", "sleep"])
+class Held:
+    """A fault that answers nothing until the test says so."""
+
+    def __init__(self, answer):
+        self.begun, self._go, self._answer = threading.Event(), threading.Event(), answer
+
+    def __call__(self, body):
+        self.begun.set()
+        assert self._go.wait(30)
+        return self._answer(body)
+
+    def answer(self):
+        self._go.set()
+
+
+def finished(body):
+    choice = {"index": 0, "token_ids": body["prompt"], "finish_reason": "length"}
+    return {"id": "x", "choices": [choice]}
+
+
+@pytest.mark.parametrize("call", ["pause", "sync"])
 def test_what_this_trainer_aborts_ends_as_it_is(server, call):
-    held, release = threading.Event(), threading.Event()
-
-    def slow(body):
-        held.set()
-        release.wait(20)
-        return aborted(body)
-
+    held = Held(aborted)
     with generation(server, weight_sync=WeightSyncOptions(pause_mode="abort")) as made, ThreadPoolExecutor() as pool:
         made.sync_weights(verify="none")
-        server.faults[COMPLETIONS] = [slow]
+        server.faults[COMPLETIONS] = [held]
         flight = pool.submit(made.generate, [[1, 2, 3]], Sampling(logprobs=None))
-        assert held.wait(20)
-        {"pause": lambda: made.pause("abort"), "sync": lambda: made.sync_weights(verify="none"), "sleep": made.sleep}[
-            call
-        ]()
-        release.set()
+        assert held.begun.wait(20)
+        {"pause": lambda: made.pause("abort"), "sync": lambda: made.sync_weights(verify="none")}[call]()
+        held.answer()
         (completion,) = flight.result(20)
         assert (completion.token_ids, completion.finish_reason) == ([1], "abort")
+
+
+def test_a_sleep_is_refused_while_others_generate_or_waits_for_them(server):
+    held = Held(finished)
+    with generation(server) as made, ThreadPoolExecutor() as pool:
+        made.sync_weights(verify="none")
+        server.faults[COMPLETIONS] = [held]
+        flight = pool.submit(made.generate, [[1, 2, 3]], Sampling(logprobs=None))
+        assert held.begun.wait(20)
+        with pytest.raises(EngineStateError, match="generating for a call of another thread"):
+            made.sleep()
+        assert not calls(server, "/sleep")
+        sleeping = pool.submit(made.sleep, wait_seconds=20)
+        held.answer()
+        sleeping.result(20)
+        (completion,) = flight.result(20)
+        assert (completion.token_ids, completion.finish_reason) == ([1, 2, 3], "length")
+        assert len(calls(server, "/sleep")) == 1
+
+
+def test_a_request_that_leaves_with_a_sleep_is_refused_and_reaches_no_server(server):
+    held = Held(dict)
+    with generation(server) as made, ThreadPoolExecutor() as pool:
+        made.sync_weights(verify="none")
+        server.faults["/sleep"] = [held]
+        sleeping = pool.submit(made.sleep)
+        assert held.begun.wait(20)
+        late = pool.submit(made.generate, [[1, 2, 3]], Sampling(logprobs=None))
+        held.answer()
+        with pytest.raises(EngineStateError, match="wake_up"):
+            late.result(20)
+        sleeping.result(20)
+        assert not calls(server, COMPLETIONS)
+        made.wake_up()
+        assert tokens(made.generate([[1, 2, 3]], Sampling(logprobs=None))) == [[1, 2, 3]]

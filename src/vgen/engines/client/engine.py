@@ -26,7 +26,7 @@ from .frozen_weights import FrozenWeights
 from .http import EventLoopThread, HttpClient, connection_limit
 from .lease_holder import LeaseHolder
 from .load_balancer import LoadBalancer
-from .weight_update import WeightUpdater
+from .weight_update import WeightUpdater, note_aborts
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +223,7 @@ class ServerEngine:
 
     def pause(self, mode: PauseMode) -> None:
         self._require_control("pause")
-        if mode == "abort":
-            self._note_aborts()
+        note_aborts(self.endpoints, mode)
         self._post_to(self.endpoints, f"/pause?mode={mode}")
         self._note_stopped(True)
 
@@ -238,7 +237,6 @@ class ServerEngine:
         self._require_control("sleep")
         self._prepare_verification(level)
         before = self._read_memory()
-        self._note_aborts()
         self._post_to(self.endpoints, f"/sleep?level={level}")
         for endpoint in self.endpoints:
             endpoint.unchecked = False
@@ -249,11 +247,6 @@ class ServerEngine:
         self._stopped = stopped
         for endpoint in self.endpoints:
             endpoint.stopped = stopped
-
-    def _note_aborts(self) -> None:
-        """Note that this client has all requests aborted: their completions then are what its caller asked for."""
-        for endpoint in self.endpoints:
-            endpoint.aborts += 1
 
     def _prepare_verification(self, level: int) -> None:
         """Have the servers verified once after a sleep of this level: their weights, or those of the next sync."""

@@ -76,7 +76,7 @@ class WeightUpdater:
             for transport in choice.served:
                 prepared.enter_context(transport.prepared(update))
             paused_at = time.monotonic()
-            _note_aborts(endpoints, mode)
+            note_aborts(endpoints, mode)
             with trace.phase("pause"):
                 self._call_all(endpoints, "pause", lambda each: each.http.post(f"{_pause_path(each)}?mode={mode}"))
             for transport in choice.served:
@@ -180,8 +180,8 @@ async def _ask_devices(endpoint: Endpoint) -> None:
     endpoint.devices = frozenset(str(device) for device in answer["results"])
 
 
-def _note_aborts(endpoints: Sequence[Endpoint], mode: PauseMode) -> None:
-    """Note that this client has all requests aborted, if a pause of this mode does that."""
+def note_aborts(endpoints: Sequence[Endpoint], mode: PauseMode) -> None:
+    """Note that this client has all requests aborted, if a pause of this mode does that: its caller asked for it."""
     for each in endpoints if mode == "abort" else ():
         each.aborts += 1
 
