@@ -95,7 +95,7 @@ ROOMS: dict[str, set[str]] = {
     "engines.server": ENGINES,
     "engines": SYNC,
     "weights": {"engine_protocol", "weights.source", "weights.verification"},
-    "weights.transports": {*PROTOCOL, "weights.load", "weights.source"},
+    "weights.transports": {*PROTOCOL, "distributed", "weights.load", "weights.source"},
     "weights.load": {*PROTOCOL, "distributed", "weights.source", "weights.verification"},
     "weights.verification": {*PROTOCOL, "weights.source"},
     "weights.source": PROTOCOL,

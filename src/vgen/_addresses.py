@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,6 +33,12 @@ def own_address(url: str) -> str:
     with socket.socket(family, kind) as probe:  # connecting a datagram socket chooses a route and sends nothing
         probe.connect(address)
         return probe.getsockname()[0]
+
+
+def address_for_all(urls: Iterable[str]) -> str:
+    """The address of this machine that all these servers can connect to: its loopback interface if all are here."""
+    addresses = [own_address(url) for url in urls]
+    return next((each for each in addresses if not ip_address(each.partition("%")[0]).is_loopback), addresses[0])
 
 
 @functools.cache

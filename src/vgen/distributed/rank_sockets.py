@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hmac
+import ipaddress
 import os
 import secrets
 import select
@@ -23,11 +23,9 @@ from typing import Any
 
 from .._addresses import this_host
 from ..errors import RankError
+from .handshake import SECRET_BYTES, connect, listen, members
 
 _FRAME = struct.Struct("!Q")
-_HELLO = struct.Struct("!32sII")
-_HELLO_SECONDS = 5.0
-"""How long a process that connects may take to say which rank it is."""
 
 
 class RankConnection:
@@ -103,19 +101,20 @@ def meet(index: int, size: int, channels: int, port: int, timeout: float) -> lis
     """Connect every rank with rank 0, `channels` times. Returns each channel's connections by the peer's rank.
 
     Rank 0 broadcasts its address and a secret in the trainer's default process group; a process that connects must
-    send the secret. Ranks of one machine connect through its loopback interface, others at `MASTER_ADDR`.
+    prove that it knows the secret. Ranks of one machine connect through its loopback interface, others at
+    `MASTER_ADDR`.
     """
     import torch.distributed as dist
 
     machines: list[Any] = [None] * size
     box: list[Any] = [None]
-    listener, secret = None, secrets.token_bytes(32)
+    listener, secret = None, secrets.token_bytes(SECRET_BYTES)
     try:
         dist.all_gather_object(machines, _machine())
         if index == 0:
             host = "127.0.0.1" if len(set(machines)) == 1 else os.environ.get("MASTER_ADDR") or socket.gethostname()
             try:
-                listener = _listen("127.0.0.1" if host == "127.0.0.1" else "", port, size * channels)
+                listener = _listen(host, port, size * channels)
                 box = [(host, listener.getsockname()[1], secret, None)]
             except OSError as error:
                 box = [(host, port, secret, os.strerror(error.errno or errno.EIO))]
@@ -143,44 +142,46 @@ def _machine() -> tuple[str, str]:
 
 
 def _listen(host: str, port: int, backlog: int) -> socket.socket:
-    if host or not socket.has_dualstack_ipv6():
-        return socket.create_server((host, port), backlog=backlog)
-    return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    """At the address by which the other ranks know this machine; at all its addresses where that one is not its own."""
+    if host != "127.0.0.1":
+        address = ""
+        with contextlib.suppress(OSError):
+            address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+        # The name of a machine often means its loopback interface there, and only there.
+        if address and not ipaddress.ip_address(str(address).partition("%")[0]).is_loopback:
+            with contextlib.suppress(OSError):
+                return listen(str(address), port, backlog)
+        host = ""
+    return listen(host, port, backlog)
 
 
 def _connect(index: int, channels: int, address: tuple[str, int], secret: bytes, timeout: float) -> list[Any]:
-    connections: list[dict[int, RankConnection]] = []
+    deadline = time.monotonic() + timeout
     try:
-        for channel in range(channels):
-            connection = socket.create_connection(address, timeout)
-            connection.sendall(_HELLO.pack(secret, index, channel))
-            connections.append({0: RankConnection(connection)})
+        return [
+            {0: RankConnection(connect(address, secret, (index, channel), deadline))} for channel in range(channels)
+        ]
     except OSError as error:
         raise RankError(
             f"rank {index} cannot reach rank 0 at {address[0]}, port {address[1]}: {type(error).__name__}", rank=0
         ) from error
-    return connections
 
 
 def _accept(listener: socket.socket, size: int, channels: int, secret: bytes, timeout: float) -> list[Any]:
     connections: list[dict[int, RankConnection]] = [{} for _ in range(channels)]
-    deadline = time.monotonic() + timeout
-    while missing := sorted({rank for rank in range(1, size) for by_rank in connections if rank not in by_rank}):
-        listener.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            raise RankError(f"{named(missing)} did not connect within {timeout:g} s", rank=missing[0]) from None
-        try:
-            connection.settimeout(_HELLO_SECONDS)
-            hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        except OSError:
-            hello = b""
-        if len(hello) == _HELLO.size and hmac.compare_digest(hello[:32], secret):
-            _, rank, channel = _HELLO.unpack(hello)
-            connections[channel][rank] = RankConnection(connection)
-        else:
-            connection.close()  # not one of our ranks
+    expected = {(rank, channel) for rank in range(1, size) for channel in range(channels)}
+    missing = set(expected)
+    with contextlib.closing(members(listener, secret, time.monotonic() + timeout)) as coming:
+        while missing and (member := next(coming, None)):
+            (rank, channel), connection = member
+            if (rank, channel) in expected:
+                missing.discard((rank, channel))
+                connections[channel][rank] = RankConnection(connection)
+            else:
+                connection.close()
+    if missing:
+        ranks = sorted({rank for rank, _ in missing})
+        raise RankError(f"{named(ranks)} did not connect within {timeout:g} s", rank=ranks[0])
     return connections
 
 

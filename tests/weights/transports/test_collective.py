@@ -39,7 +39,7 @@ class Workers:
             raise error
         group = init_info.get("group")
         if group is not None and not group.get("joined"):
-            self.joined.append((group["name"], group["size"]))
+            self.joined.append((group["secret"], group["size"]))
             ranks = range(1, 1 + len(self.weights))
             self.receivers = list(self._pool.map(lambda rank: GroupReceiver(group, rank, CPU), ranks))
 
@@ -76,7 +76,7 @@ def test_every_worker_gets_every_tensor_and_the_group_is_kept():
         for weights in workers.weights:
             assert all(torch.equal(weights[name], tensor) for name, tensor in SOURCE)
         assert transport.buckets_sent == 3
-    assert workers.joined == [("1", 3)]
+    assert [size for _, size in workers.joined] == [3]
     transport.close()
 
 
@@ -97,7 +97,7 @@ def test_after_an_error_the_group_is_left_and_the_next_update_makes_another():
     transport.replace_weights(SOURCE)
     workers.error = RuntimeError("a worker was restarted")  # said to the one that checks the group
     transport.replace_weights(SOURCE)
-    assert [name for name, _ in workers.joined] == ["1", "2"]
+    assert len({secret for secret, _ in workers.joined}) == 2
     transport.close()
 
 

@@ -191,8 +191,7 @@ class VgenEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         self._recorded.load(self._runner(), self._resident, verify=update_info.verify)
 
     def _join(self, group: dict[str, Any], rank_offset: int) -> None:
-        name = group["address"], group["port"], group["name"]
-        if self._receiver is not None and self._receiver.name == name:
+        if self._receiver is not None and self._receiver.name == group["secret"]:
             return
         if group.get("joined"):
             raise _sync_error("the worker has left the process group")

@@ -9,19 +9,19 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from ..._addresses import own_address
+from ..._addresses import address_for_all, own_address
 from ...engine_protocol import Source
 from ...errors import WeightSyncError
 from .buckets import BUCKETS, Bucket, BucketTransport, aligned
 from .cuda_ipc import uuid_of
+from .rendezvous import Rendezvous, RendezvousStore
 from .weight_transport import NEEDS_GPU, NEEDS_VGEN_SERVE, TransportEndpoint, TransportSettings, in_thread, source_gpu
 
 Backend = Literal["nccl", "gloo"]
@@ -39,10 +39,9 @@ class CollectiveTransport(BucketTransport):
         super().__init__(settings)
         self.name = self._backend = backend
         self.serves = f"servers with vgen's plugin on other {'GPUs' if backend == 'nccl' else 'hosts'}"
-        self._address = ""
-        self._store: Any = None
         self._group_member: GroupMember | None = None
-        self._groups_made = 0
+        self._description: dict[str, Any] = {}
+        """What a worker needs to know to join the group."""
 
     def supports(self, endpoint: TransportEndpoint, source: Source | None) -> str | None:
         if "group" not in endpoint.features:
@@ -66,33 +65,21 @@ class CollectiveTransport(BucketTransport):
         return source_gpu(source) if self._backend == "nccl" else None
 
     def _make_buckets(self) -> list[DeviceBucket]:
-        if self._store is None:
-            self._address = own_address(self._members[0][0])
-            timeout = timedelta(seconds=self._settings.timeout)
-            self._store = TCPStore(self._address, self._settings.port, None, True, timeout, wait_for_workers=False)
         return [DeviceBucket(self._settings.bucket_bytes, self._device or HOST) for _ in range(BUCKETS)]
 
     def _introduce(self, forms: dict[str, Any]) -> None:
         if self._group_member is not None:  # raises if an update is open there, or a worker has left the group
-            self.client.init_weight_transfer_engine({"group": {**self._description(), "joined": True}, **forms})
+            self.client.init_weight_transfer_engine({"group": {**self._description, "joined": True}, **forms})
             return
         self.client.init_weight_transfer_engine({})  # raises if an update is open: such a server would not join
-        self._groups_made += 1
-        # Trainer and workers wait for each other. If a server refuses, this thread is left to its timeout.
-        joined = in_thread(lambda: GroupMember(self._description(), 0, self._device or HOST, self._address))
-        self.client.init_weight_transfer_engine({"group": self._description(), **forms})
-        self._group_member = joined.result(self._settings.timeout)
-
-    def _description(self) -> dict[str, Any]:
-        """What a worker needs to know to join."""
-        return {
-            "address": self._address,
-            "port": self._store.port,
-            "name": str(self._groups_made),
-            "size": 1 + sum(workers for _, workers, _ in self._members),
-            "backend": self._backend,
-            "timeout": self._settings.timeout,
-        }
+        address, timeout = address_for_all(url for url, *_ in self._members), self._settings.timeout
+        size = 1 + sum(workers for _, workers, _ in self._members)
+        with closing(Rendezvous(address, self._settings.port, size, timeout)) as rendezvous:
+            self._description = {**rendezvous.description, "backend": self._backend}
+            # Trainer and workers wait for each other.
+            joined = in_thread(lambda: GroupMember(self._description, 0, self._device or HOST, address))
+            self.client.init_weight_transfer_engine({"group": self._description, **forms})
+            self._group_member = joined.result(timeout)
 
     def _update(self, bucket: DeviceBucket, last: bool) -> None:
         group = self._group_member
@@ -113,30 +100,32 @@ class CollectiveTransport(BucketTransport):
 class GroupMember:
     """A member of a process group. A collective that takes longer than the group's timeout raises.
 
-    `description` has the trainer's address and port, and the group's name, size, backend and timeout in seconds. The
-    trainer has rank 0.
+    `description` is what `Rendezvous` gives, and the group's backend. The trainer has rank 0.
     """
 
     def __init__(self, description: Mapping[str, Any], rank: int, device: torch.device, address: str) -> None:
-        size, self._timeout, self._closed = int(description["size"]), float(description["timeout"]), False
-        # A connection for each member: a store serves no other call while one waits in it.
-        wait = timedelta(seconds=self._timeout)
-        store = TCPStore(description["address"], int(description["port"]), None, False, wait)
-        store = PrefixStore(description["name"], store)
-        self._backend: Any
-        if description["backend"] == "nccl":
-            options = dist.ProcessGroupNCCL.Options()  # pyright: ignore
-            # `wait` ends a collective long before. At this limit torch's watchdog would end the whole process.
-            options._timeout = timedelta(seconds=2 * self._timeout + 600)
-            with _no_watchdog():
-                self._backend = dist.ProcessGroupNCCL(store, rank, size, options)  # pyright: ignore
-            # Connect now: the first broadcast would wait for the other members without a limit.
-            self._backend.eager_connect_single_device(device)
-        else:
-            options = dist.ProcessGroupGloo._Options()  # pyright: ignore
-            options._timeout = wait
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]  # pyright: ignore
-            self._backend = dist.ProcessGroupGloo(store, rank, size, options)  # pyright: ignore
+        self._timeout, self._closed = float(description["timeout"]), False
+        # torch's groups keep it for as long as they live, and ask it only while they connect.
+        self._store = RendezvousStore(description, rank)
+        with closing(self._store):
+            connected = self._nccl if description["backend"] == "nccl" else self._gloo
+            self._backend: Any = connected(rank, int(description["size"]), device, address)
+
+    def _nccl(self, rank: int, size: int, device: torch.device, address: str) -> Any:
+        options = dist.ProcessGroupNCCL.Options()  # pyright: ignore
+        # `wait` ends a collective long before. At this limit torch's watchdog would end the whole process.
+        options._timeout = timedelta(seconds=2 * self._timeout + 600)
+        with _no_watchdog():
+            backend = dist.ProcessGroupNCCL(self._store, rank, size, options)  # pyright: ignore
+        # Connect now: the first broadcast would wait for the other members without a limit.
+        backend.eager_connect_single_device(device)
+        return backend
+
+    def _gloo(self, rank: int, size: int, device: torch.device, address: str) -> Any:
+        options = dist.ProcessGroupGloo._Options()  # pyright: ignore
+        options._timeout = timedelta(seconds=self._timeout)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]  # pyright: ignore
+        return dist.ProcessGroupGloo(self._store, rank, size, options)  # pyright: ignore
 
     def broadcast(self, tensor: torch.Tensor) -> Future[None]:
         """Start to send `tensor` from rank 0, or to receive it. Pass the result to `wait`.
@@ -201,7 +190,7 @@ class GroupReceiver:
 
     def __init__(self, description: Mapping[str, Any], rank: int, device: torch.device) -> None:
         trainer = f"{description['address']}:{description['port']}"
-        self.name = (description["address"], description["port"], description["name"])
+        self.name = description["secret"]
         try:
             self._group = GroupMember(description, rank, device, own_address(f"tcp://{trainer}"))
         except Exception as error:

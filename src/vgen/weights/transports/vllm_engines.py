@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..._addresses import free_port, own_address
+from ..._addresses import address_for_all, free_port
 from ...engine_protocol import Source
 from ...errors import WeightSyncError
 from ...profiling import semconv
@@ -169,7 +169,7 @@ class VllmTransport(StreamTransport):
     def _engine_arguments(self) -> dict[str, Any]:
         if self._backend == "ipc":
             return {"packed": True, "packed_buffer_size_bytes": self._settings.bucket_bytes}
-        address = own_address(self._members[0][0])
+        address = address_for_all(url for url, *_ in self._members)
         master = {"master_address": address, "master_port": free_port(address, self._settings.port)}
         # Not packed: in vLLM 0.32 the packed receiver has two buffers on two streams, and a layer whose tensors came in
         # both buffers is assembled on one stream without waiting for the other.
