@@ -116,7 +116,8 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self._metadata = tempfile.TemporaryDirectory()
-        path = os.pathsep.join([str(root / "src"), write_metadata(root, Path(self._metadata.name))])
+        paths = [str(root / "src"), write_metadata(root, Path(self._metadata.name)), os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(filter(None, paths))
         environment = {**os.environ, "PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "ERROR"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen([sys.executable, __file__, "--work"], env=environment, **pipes)
