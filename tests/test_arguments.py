@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import math
 from contextlib import suppress
+from enum import IntEnum
 from types import SimpleNamespace
 
 import numpy as np
@@ -216,6 +217,34 @@ def test_token_ids_of_every_kind_become_ints(prompt):
     assert found is not prompt
 
 
+@pytest.mark.parametrize("length", [3, 300], ids=["short", "long"])
+@pytest.mark.parametrize("odd", [True, np.int64(1), np.int8(1), torch.tensor(1), IntEnum("Token", "ONE").ONE])
+def test_integers_of_another_kind_among_ints_become_ints(length, odd):
+    """Lists of different lengths are checked in different ways."""
+    for odds in ([odd], [True, np.int32(3)]):  # `marshal` writes these two in ten bytes, as it does two ints
+        found = token_ids(0, [2] * length + odds, 100)
+        assert found == [2] * length + [int(each) for each in odds]
+        assert {type(each) for each in found} == {int}
+
+
+@pytest.mark.parametrize("length", [0, 3, 300], ids=["alone", "short", "long"])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        *(
+            (each, "must hold integers")
+            for each in (1.0, np.float32(1), np.True_, "a", None, [1], torch.tensor([1, 2]))
+        ),
+        *((each, "outside the vocabulary of 100") for each in (100, -1, 2**31, 2**32, -(2**40), np.int64(100))),
+    ],
+    ids=str,
+)
+def test_one_wrong_token_id_is_found_wherever_it_stands(length, wrong, says):
+    for prompt in ([2] * length + [wrong], [wrong] + [2] * length, [2, wrong] + [2] * length):
+        with pytest.raises(PromptError, match=says):
+            token_ids(0, prompt, 100)
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -242,6 +271,21 @@ def test_a_checked_call_passes_right_arguments_on():
     assert takes(one=1, two=3) == (1, 3)
     with pytest.raises(ArgumentError, match="takes needs one"):
         takes(two=3)
+
+
+def test_a_type_error_of_the_function_itself_goes_on_as_it_is():
+    error = TypeError("its own")
+
+    @checked_call
+    def fails(one):
+        raise error
+
+    with pytest.raises(TypeError) as raised:
+        fails(1)
+    assert raised.value is error
+    with pytest.raises(ArgumentError, match="got one twice") as refused:
+        fails(1, one=1)
+    assert refused.value.__suppress_context__  # Python's own words say less
 
 
 VALUES = st.one_of(

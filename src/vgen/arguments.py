@@ -12,7 +12,7 @@ import inspect
 import math
 import operator
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import ArgumentError
@@ -55,6 +55,8 @@ def shown(value: Any) -> str:
 
 def integer(argument: str, value: Any, *, least: int = 0, most: int = INT32, rule: str = "") -> int:
     """`value` as an `int` from `least` to `most`. `rule` describes what is right, if that is not plain."""
+    if type(value) is int and least <= value <= most:
+        return value
     rule = rule or f"an integer of at least {least}"
     if isinstance(value, bool):
         raise ArgumentError(argument, f"must be {rule}, got {value}")
@@ -72,6 +74,8 @@ def integer(argument: str, value: Any, *, least: int = 0, most: int = INT32, rul
 
 def number(argument: str, value: Any, valid: Callable[[float], bool], rule: str) -> float:
     """`value` as a finite `float` for which `valid` is true."""
+    if type(value) is float and valid(value) and math.isfinite(value):
+        return value
     if isinstance(value, bool | str | bytes):
         raise ArgumentError(argument, f"must be {rule}, got {shown(value)}")
     try:
@@ -153,9 +157,8 @@ def one_of(argument: str, value: Any, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def refuse_unknown(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+def refuse_unknown(call: str, given: Iterable[str], known: Collection[str]) -> None:
     """Raise `ArgumentError` for the first keyword that `call` does not have, and say what to pass instead."""
-    known = set(known)
     for name in given:
         if name not in known:
             fix = RIGHT_NAMES.get(name) or f"it takes {', '.join(sorted(known))}"
@@ -171,19 +174,29 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     required = {p.name for p in parameters if p.default is p.empty and p.name in keywords}
     call = function.__qualname__.removesuffix(".__init__").rpartition("Generation.")[2] or function.__qualname__
 
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def refuse(args: tuple[Any, ...], given: Collection[str]) -> None:
         if len(args) > len(positional):
             names = ", ".join(sorted(keywords - {*positional}))
-            given = type(args[len(positional)]).__name__
-            raise ArgumentError(call, f"takes no further argument by its place, got a {given}: name it ({names})")
+            kind = type(args[len(positional)]).__name__
+            raise ArgumentError(call, f"takes no further argument by its place, got a {kind}: name it ({names})")
         if not further:
-            refuse_unknown(call, kwargs, keywords)
-        missing = required - kwargs.keys() - {*positional[: len(args)]}
-        if missing:
+            refuse_unknown(call, given, keywords)
+        placed = {*positional[: len(args)]}
+        if missing := required - {*given} - placed:
             raise ArgumentError(call, f"needs {', '.join(sorted(missing))}")
-        if twice := kwargs.keys() & {*positional[: len(args)]}:
+        if twice := placed.intersection(given):
             raise ArgumentError(call, f"got {min(twice)} twice")
-        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            # Checked only now, so that a right call costs nothing. A wrong one has not begun: Python refused it.
+            try:
+                refuse(args, kwargs)
+            except ArgumentError as wrong:
+                raise wrong from None
+            raise
 
     return checked

@@ -76,7 +76,8 @@ class Sampling:
         self._set("extra", _extra(self.extra))
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
+        if value is not getattr(self, name):
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, value: Any) -> Sampling:

@@ -170,13 +170,7 @@ class Generation:
             EngineError: The engine broke, and is `failed` now.
             RankError: Another rank is gone, or did not make the call in time.
         """
-        request = CallRequest.of(
-            *(prompts, sampling, num_generations),
-            images=images,
-            lora_request=lora_request,
-            priority=priority,
-            refused=refused,
-        )
+        request = CallRequest.of(prompts, sampling, num_generations, images, lora_request, priority, refused)
         return self._calls.generate(request, on_completion)
 
     @checked_call

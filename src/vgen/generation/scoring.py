@@ -10,6 +10,9 @@ from ..types import Completion, Completions, Sampling
 from .call_plan import prompt_list
 from .prompts import Encoder
 
+SCORING = Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0)
+"""Asks for the log-probabilities of the prompt's own tokens."""
+
 
 def score(
     generate: Callable[..., Completions],
@@ -23,24 +26,29 @@ def score(
     listed, given = prompt_list(prompts), _token_lists(completions, encoder)
     if len(listed) != len(given):
         raise ArgumentError("completions", f"must be one for each of {len(listed)} prompts, got {len(given)}")
-    whole = [[*encoder.ids(index, prompt), *given[index]] for index, prompt in enumerate(listed)]
-    # vLLM takes no prompt that fills its context, as completions do that ran out of room.
-    full = {index for index, ids in enumerate(whole) if len(ids) == context and given[index]}
-    asked = [ids[:-1] if index in full else ids for index, ids in enumerate(whole)]
-    scored = generate(asked, Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0), **options)
+    asked: list[list[Any]] = []
+    full: dict[int, list[int]] = {}
+    for index, prompt in enumerate(listed):
+        ids = [*encoder.unchecked(index, prompt), *given[index]]
+        # vLLM takes no prompt that fills its context, as completions do that ran out of room.
+        if len(ids) == context and given[index]:
+            full[index] = encoder.ids(index, ids)
+            ids = full[index][:-1]
+        asked.append(ids)  # `generate` checks them
+    scored = generate(asked, SCORING, **options)
     found: list[list[float | None]] = []
     for index, completion in enumerate(scored):
         logprobs = completion.prompt_logprobs or []
         # Counted from the end, because images make the prompt longer.
         found.append(logprobs[len(logprobs) - len(given[index]) + (index in full) :])
         if index in full:
-            found[index].append(_last_logprob(generate, whole[index], {**options, "images": None}))
+            found[index].append(_last_logprob(generate, full[index], {**options, "images": None}))
     return found
 
 
-def _token_lists(completions: Any, encoder: Encoder) -> list[list[int]]:
-    listed: Sequence[Any] = list(completions)
-    return [encoder.ids(i, each.token_ids if isinstance(each, Completion) else each) for i, each in enumerate(listed)]
+def _token_lists(completions: Any, encoder: Encoder) -> list[list[Any]]:
+    ids = [each.token_ids if isinstance(each, Completion) else each for each in completions]
+    return [each if type(each) is list else encoder.unchecked(index, each) for index, each in enumerate(ids)]
 
 
 def _last_logprob(generate: Callable[..., Completions], ids: Sequence[int], options: Mapping[str, Any]) -> float | None:
