@@ -219,14 +219,13 @@ class GroupReceiver:
 
 @contextmanager
 def _no_watchdog():
-    """A block in which an NCCL group is made without torch's error handling, which would end the trainer."""
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+    """A block in which an NCCL group is made without torch's error handling and heartbeat, which end the process."""
+    off = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    before = {name: os.environ[name] for name in off if name in os.environ}
+    os.environ.update(off)
     try:
         yield
     finally:
-        if before is None:
+        for name in off.keys() - before.keys():
             del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ.update(before)

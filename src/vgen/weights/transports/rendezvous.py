@@ -118,6 +118,10 @@ class RendezvousStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage]
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # pyright: ignore
         self._ask([*keys], seconds=self._seconds if timeout is None else timeout.total_seconds())
 
+    def check(self, keys: Sequence[str]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Never: torch's NCCL groups ask for their whole life whether some rank wants a dump, and nobody here does."""
+        return False
+
     def close(self) -> None:
         self._connection.close()
 
