@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,9 @@ class ServerGeneration(Generation):
             `vgen.weights.source_of`) that leaves weights out or renames them. None for a frozen engine.
         accelerator: An `accelerate.Accelerator`, which knows the ranks. By default vgen asks torch.distributed.
         base_urls: The address of each server, as `http://host:port`. One address may be a router in front of many.
-        api_key: The key of the servers' inference routes.
-        control_key: The key of all other routes of servers that `vgen serve` started.
+        api_key: The key of the servers' inference routes; or its file as a `pathlib.Path`, which is read again when a
+            server refuses the key.
+        control_key: The key of all other routes of servers that `vgen serve` started, or its file.
         connection: Timeouts, TLS, ports and the takeover of servers.
         weight_transport: How weights get to the servers: `resident` (server on the trainer's own GPU), `nccl` (server
             on another GPU), `shared_memory` (server on the trainer's host), `gloo` (server elsewhere) or `checkpoint`
@@ -77,8 +79,8 @@ class ServerGeneration(Generation):
         *,
         accelerator: Any = None,
         base_urls: str | Sequence[str] = "http://127.0.0.1:8000",
-        api_key: str | None = None,
-        control_key: str | None = None,
+        api_key: str | os.PathLike[str] | None = None,
+        control_key: str | os.PathLike[str] | None = None,
         connection: ServerConnection = ServerConnection(),
         processing_class: Any = None,
         weight_transport: Transport | None = None,

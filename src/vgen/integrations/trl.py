@@ -192,7 +192,8 @@ class _Client:
 
     def get_server_info(self) -> dict[str, Any]:
         """The server's configuration from vLLM's `/server_info`. Raises `ServerError`."""
-        from ..engines.client.http import EventLoopThread, HttpClient
+        from ..engines.client.event_loop_thread import EventLoopThread
+        from ..engines.client.http import HttpClient
 
         server = HttpClient(self._url, api_key=self._api_key, control_key=self._control_key, timeout=60.0)
         loop = EventLoopThread()

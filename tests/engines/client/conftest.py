@@ -22,3 +22,12 @@ def ours():
     """A server that `vgen serve` started."""
     with FaultyServer(features=["batch", "lease"]) as made:
         yield made
+
+
+@pytest.fixture
+def loop():
+    from vgen.engines.client.event_loop_thread import EventLoopThread
+
+    made = EventLoopThread()
+    yield made
+    made.close()

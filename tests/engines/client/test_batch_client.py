@@ -23,6 +23,10 @@ class ScriptedServer:
 
     def __init__(self, *frames):
         self.answers, self.request = frames, None
+        self.watch, self.signs = self, 0
+
+    def progressed(self):
+        self.signs += 1
 
     async def frames(self, path, body, *_):
         self.request = codec.decode_request(body)
@@ -74,9 +78,12 @@ async def test_an_answer_without_its_end_was_cut_off():
 
 
 async def test_new_tokens_are_progress_and_a_heartbeat_is_none():
-    counted = []
+    counted, watched = [], []
     for frames in ((Alive(1, 0),), (Alive(1, 0), Alive(1, 3)), (Alive(1, 3), Alive(1, 3), Alive(1, 4)), (Alive(1),)):
         moves = []
-        await ask(ScriptedServer(*frames, End()), on_progress=lambda moves=moves: moves.append(1))
+        server = ScriptedServer(*frames, End())
+        await ask(server, on_progress=lambda moves=moves: moves.append(1))
         counted.append(len(moves))
+        watched.append(server.signs)
     assert counted == [0, 1, 2, 1]  # the word of an engine that does not count tokens is taken
+    assert watched == [0, 1, 2, 0]  # and its health is asked

@@ -7,7 +7,8 @@ import pytest
 from vgen import WeightSyncError
 from vgen.engines.client.endpoint import Endpoint
 from vgen.engines.client.endpoint_group import ServerGroup
-from vgen.engines.client.http import EventLoopThread, HttpClient
+from vgen.engines.client.event_loop_thread import EventLoopThread
+from vgen.engines.client.http import HttpClient
 from vgen.profiling import ProfilingContext, semconv
 from vgen.testing import FaultyServer, MemorySink
 

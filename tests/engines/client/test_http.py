@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import resource
 import subprocess
 import sys
-import threading
 
 import pytest
 from helpers.server_generation import COMPLETIONS, Model, generation
-from helpers.waiting import wait_until
 
 from vgen import (
     ServerConnection,
@@ -22,7 +19,6 @@ from vgen import (
 from vgen.engines.client.http import (
     LEAST_CONNECTIONS,
     SPARE_DESCRIPTORS,
-    EventLoopThread,
     HttpClient,
     connection_limit,
 )
@@ -58,13 +54,6 @@ def test_keys_travel_in_headers_and_are_never_repeated(server):
             assert headers["X-Vgen-Control-Key"] == "the-control-key"
 
 
-@pytest.fixture
-def loop():
-    made = EventLoopThread()
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize(
     ("body", "reason", "message"),
     [
@@ -96,22 +85,6 @@ def test_an_error_has_the_servers_reason_and_message_and_never_the_input(loop, b
     assert (caught.value.status, caught.value.reason, caught.value.server_message) == (400, reason, message)
 
 
-def test_run_all_ends_every_call_before_it_raises(loop):
-    ended = []
-
-    async def slow():
-        await asyncio.sleep(0.05)
-        ended.append(True)
-
-    async def fails():
-        raise OSError("first")
-
-    with pytest.raises(OSError, match="first"):
-        loop.run_all([fails(), slow()])
-    assert ended == [True]
-    assert loop.run_all([]) == []
-
-
 def test_a_post_that_is_not_json_is_an_error_unless_nothing_is_read_from_it(server, loop):
     client = HttpClient(server.url)
     server.faults["/pause"] = ["not json", "not json"]
@@ -138,12 +111,3 @@ def test_connections_leave_descriptors_to_the_rest_of_the_process(servers, monke
     limit = connection_limit(servers)
     assert limit == LEAST_CONNECTIONS if servers == 1000 else limit * servers < 1000 - SPARE_DESCRIPTORS
     assert limit >= LEAST_CONNECTIONS
-
-
-def test_a_loop_that_is_dropped_ends_its_thread():
-    made = EventLoopThread()
-    (thread,) = [each for each in threading.enumerate() if each.name == "vgen-http"][-1:]
-    assert made.run(asyncio.sleep(0, "ran")) == "ran"
-    del made
-    gc.collect()
-    wait_until(lambda: not thread.is_alive())

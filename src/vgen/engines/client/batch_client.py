@@ -29,6 +29,8 @@ async def complete(
     answers = server.frames(codec.PATH, body, codec.decode_frame, timeout, codec.SILENCE_SECONDS)
     ended, tokens = False, 0
     async for frame in answers:
+        if isinstance(frame, Done | Failed):
+            server.watch.progressed()
         if isinstance(frame, Done):
             yield completion_of(requests[frame.index], frame, server.name)
         elif isinstance(frame, Failed):
@@ -37,6 +39,8 @@ async def complete(
         elif isinstance(frame, Alive):
             # A server that answers may have an engine that is stuck: only new tokens are progress.
             before, tokens = tokens, frame.tokens or 0
+            if tokens != before:
+                server.watch.progressed()
             if frame.tokens is None or tokens != before:
                 batch.on_progress()
         ended = isinstance(frame, End)

@@ -66,9 +66,8 @@ async def require_running(endpoint: Endpoint) -> None:
     """
     if not (problem := await endpoint.why_stopped()):
         return
-    with suppress(ServerError, KeyError, TypeError):
-        if "lease" in endpoint.features and (await endpoint.http.get(INFO, timeout=PROBE_SECONDS))["lease"] is None:
-            raise EngineError(f"{endpoint.name}: {problem}")
+    if "lease" in endpoint.features and await endpoint.holder() == "":
+        raise EngineError(f"{endpoint.name}: {problem}")
     logger.warning("vgen: %s: %s", endpoint.name, problem)
 
 

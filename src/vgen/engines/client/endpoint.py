@@ -14,6 +14,7 @@ from ...errors import ServerError
 from ...types import Completion
 from ..lora_adapters import Fingerprint
 from ..server_api import INFO, Feature
+from .call_watch import ANSWER_SECONDS
 from .http import HttpClient
 from .lease_holder import LeaseHolder
 
@@ -31,6 +32,8 @@ STOCK_VERSION = "default"
 """vLLM's name for the weights that a server starts with."""
 _ASLEEP = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\} 0(\.0)?$', re.MULTILINE)
 """What vLLM's metrics say while memory is asleep: `PrometheusStatLogger` in `vllm/v1/metrics/loggers.py`."""
+TRAINERS_WAY_BACK = "another client has stopped it, and sync_weights() starts it again"
+FROZEN_WAY_BACK = "its trainer must call wake_up() or resume(), or you POST to its route /wake_up or /resume"
 SPEED_SMOOTHING = 0.7
 """Weight of earlier calls in `Endpoint.speed`."""
 
@@ -96,8 +99,10 @@ class Endpoint:
     """How often this client has had the server abort all its requests."""
     stopped: bool = field(default=False, init=False)
     """Whether this client has paused it or put it to sleep."""
-    way_back: str = field(default="", init=False)
-    """What starts it again if another client has stopped it; the engine sets it."""
+    updating: bool = field(default=False, init=False)
+    """Whether this client replaces its weights now."""
+    frozen: bool = field(default=False, init=False)
+    """Whether this client changes nothing of it, so that only another one can start it again; the engine sets it."""
     speed: float | None = field(default=None, init=False)
     """Completion tokens per second, smoothed over the calls; None before the first."""
     lease: LeaseHolder | None = field(default=None, init=False)
@@ -174,7 +179,7 @@ class Endpoint:
         if self.unknown:
             return False
         try:
-            await self.http.get("/health", timeout=PROBE_SECONDS)
+            await self.http.get("/health", timeout=ANSWER_SECONDS)
             held = await held_version(self.http)
             half_updated = await self._is_half_updated()
             asleep = self.controlled and await self.is_asleep()
@@ -211,8 +216,29 @@ class Endpoint:
             return f"the server is paused: {self._advice()}"
         return ""
 
+    async def why_stuck(self) -> str:
+        """Why it samples nothing before somebody acts; empty if it runs, or whoever has stopped it may start it again.
+
+        A trainer pauses its servers for each weight sync.
+        """
+        if self.stopped or self.updating or not (reason := await self.why_stopped()):
+            return ""
+        leased = "lease" in self.features
+        if self.frozen:
+            return reason if leased and await self.holder() == "" else ""
+        return reason if leased or await self.is_asleep(STATE_SECONDS) else ""
+
+    async def holder(self) -> str | None:
+        """Who has its lease: empty if nobody, None if it does not tell."""
+        with suppress(ServerError, KeyError, TypeError):
+            lease = (await self.http.get(INFO, timeout=PROBE_SECONDS))["lease"]
+            return "" if lease is None else str(lease["holder"])
+        return None
+
     def _advice(self) -> str:
-        return "call wake_up() or resume()" if self.stopped else self.way_back
+        if self.stopped:
+            return "call wake_up() or resume()"
+        return FROZEN_WAY_BACK if self.frozen else TRAINERS_WAY_BACK
 
     async def is_asleep(self, timeout: float = PROBE_SECONDS) -> bool:
         """Whether memory of the server is asleep, as far as it tells.

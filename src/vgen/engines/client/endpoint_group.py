@@ -13,7 +13,7 @@ from ...weights.transports.buckets import FORMS, FORMS_NAME, TIES
 from ...weights.transports.sync_errors import as_sync_error
 from .. import server_api
 from .endpoint import Endpoint
-from .http import EventLoopThread
+from .event_loop_thread import EventLoopThread
 
 
 def call_all(

@@ -22,8 +22,9 @@ from ..lora_adapters import fingerprint
 from ..memory import MemoryReading, sleep_report, sum_of_workers, wake_report
 from .discovery import discover, require_running
 from .endpoint import RESET_PREFIX_CACHE, Endpoint
+from .event_loop_thread import EventLoopThread
 from .frozen_weights import FrozenWeights
-from .http import EventLoopThread, HttpClient, connection_limit
+from .http import HttpClient, connection_limit
 from .lease_holder import LeaseHolder
 from .load_balancer import LoadBalancer
 from .weight_update import WeightUpdater, note_aborts
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the servers to take their leases back."""
-TRAINERS_WAY_BACK = "another client has stopped it, and sync_weights() starts it again"
-FROZEN_WAY_BACK = "its trainer must call wake_up() or resume(), or you POST to its route /wake_up or /resume"
 
 
 class ServerEngine:
@@ -106,7 +105,7 @@ class ServerEngine:
                 self.vocabulary_size = min(endpoint.shape["vocab_size"] for endpoint in self.endpoints)
             for endpoint in self.endpoints:
                 endpoint.vocabulary_size, endpoint.sampler = self.vocabulary_size, self._balancer.stream
-                endpoint.way_back = FROZEN_WAY_BACK if frozen else TRAINERS_WAY_BACK
+                endpoint.frozen, endpoint.http.watch.why_stopped = frozen, endpoint.why_stuck
                 _check_model(endpoint, shape or {})
                 if fix := refusal(endpoint, weight_transport):
                     raise EngineError(f"{endpoint.name} takes no weights by {weight_transport}: {fix}")
@@ -224,8 +223,12 @@ class ServerEngine:
     def pause(self, mode: PauseMode) -> None:
         self._require_control("pause")
         note_aborts(self.endpoints, mode)
-        self._post_to(self.endpoints, f"/pause?mode={mode}")
-        self._note_stopped(True)
+        self._note_stopped(True)  # before the servers tell the calls that wait for them
+        try:
+            self._post_to(self.endpoints, f"/pause?mode={mode}")
+        except BaseException:
+            self._note_stopped(False)
+            raise
 
     def resume(self) -> None:
         self._require_control("resume")

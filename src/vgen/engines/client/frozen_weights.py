@@ -8,7 +8,7 @@ from contextlib import suppress
 from ...errors import EngineError, ServerError
 from ...types import Completion
 from .endpoint import Endpoint, held_version
-from .http import EventLoopThread
+from .event_loop_thread import EventLoopThread
 
 
 class FrozenWeights:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-import threading
-import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ...errors import MissingExtraError, ServerError
 from ...profiling.content_capture import public_url
 from ..server_api import CONTROL_HEADER, LEASE_HEADER
+from .call_watch import ANSWER_SECONDS, CallWatch
+from .keys import Key, KeyOrFile
 
 try:
     import aiohttp
     import msgspec
 except ImportError as error:
     raise MissingExtraError("ServerGeneration", "aiohttp and msgspec", "server") from error
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Headers: TypeAlias = Mapping[str, str]
@@ -33,101 +29,11 @@ RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which the same call may succeed: the server is busy, starting or stopping."""
 _MESSAGE_LIMIT = 2000
 """An error quotes at most this many characters of the server's message."""
+WATCHED_SECONDS = 10.0
+"""A call with a longer deadline asks for the server's health while it waits."""
 SPARE_DESCRIPTORS = 64
 """How many file descriptors connections leave to the rest of the process."""
 LEAST_CONNECTIONS = 4
-
-
-class EventLoopThread:
-    """Runs an asyncio event loop on its own thread, for callers that are not asynchronous.
-
-    The thread ends with `close` or `close_after`, or when nobody has this object any more.
-    """
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name="vgen-http", daemon=True)
-        self._thread.start()
-        self._stop = weakref.finalize(self, _stop, self._loop, os.getpid())
-        self._ending: asyncio.Future[None] | None = None
-
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start the coroutine and return its future."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run the coroutine and return its result.
-
-        An exception in the calling thread (`KeyboardInterrupt`, for example) cancels the coroutine. Raises
-        `TimeoutError` if it takes longer than `timeout` seconds.
-        """
-        future = self.start(coroutine)
-        try:
-            return future.result(timeout)
-        finally:
-            future.cancel()  # has no effect on a coroutine that has ended
-
-    def run_all(self, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Run the coroutines concurrently and return their results. All of them end before an error is raised."""
-
-        async def together() -> list[T]:
-            tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-            await asyncio.gather(*tasks, return_exceptions=True)
-            return [task.result() for task in tasks]
-
-        return self.run(together())
-
-    def close(self) -> None:
-        """Stop the loop and wait for its thread."""
-        self._stop()
-        self._thread.join(5.0)
-
-    def close_after(self, last: Coroutine[Any, Any, object], then: Callable[[], object], timeout: float) -> None:
-        """Have the loop's thread run `last`, for at most `timeout` seconds, then call `then`, and end. Returns at once.
-
-        A finalizer may call it: it takes no lock and waits for nothing, whichever thread the finalizer runs in.
-        """
-
-        async def end() -> None:
-            try:
-                await asyncio.wait_for(last, timeout)
-            except Exception as error:
-                logger.warning("vgen: connections were left open: %s", type(error).__name__)
-            try:
-                then()
-            finally:
-                self._stop()
-
-        def begin() -> None:
-            self._ending = asyncio.ensure_future(end())
-
-        try:
-            self._loop.call_soon_threadsafe(begin)
-        except RuntimeError:  # the loop is closed already
-            last.close()
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """The loop's thread. It has no reference to the `EventLoopThread`, so that this can be collected."""
-    try:
-        loop.run_forever()
-        loop.run_until_complete(_cancel_others())
-    finally:
-        loop.close()
-
-
-async def _cancel_others() -> None:
-    """Cancel all tasks of the loop but this one, and wait for them."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
-def _stop(loop: asyncio.AbstractEventLoop, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child has a copy of the loop, and not its thread
-        with suppress(RuntimeError):  # it is closed already
-            loop.call_soon_threadsafe(loop.stop)
 
 
 def connection_limit(servers: int = 1) -> int:
@@ -148,12 +54,14 @@ class HttpClient:
     """Calls the routes of one vLLM server. Every call has a deadline, and every failure is a `ServerError`.
 
     Credentials in `base_url` are sent if there is no `api_key`. No error or log line contains a key or a password.
-    This class never retries: only its caller knows which calls are safe to repeat.
+    This class repeats a call only when a key was refused and its file holds another one: only the caller knows which
+    other calls are safe to repeat.
 
     Args:
         base_url: Address of the server, `http://` or `https://`.
         api_key: Sent to all routes as a bearer token; vLLM requires it on its inference routes.
-        control_key: Sent to all routes except inference, in the header `X-Vgen-Control-Key`.
+        control_key: Sent to all routes except inference, in the header `X-Vgen-Control-Key`. Both keys may be files,
+            as a `pathlib.Path`: they are read again when the server refuses a key, and the call is repeated once.
         timeout: Seconds for a whole call, unless the call says otherwise.
         connect_timeout: Seconds for connecting.
         ssl: An `ssl.SSLContext` for `https`, or None for the system's certificates.
@@ -163,8 +71,8 @@ class HttpClient:
         self,
         base_url: str,
         *,
-        api_key: str | None = None,
-        control_key: str | None = None,
+        api_key: KeyOrFile = None,
+        control_key: KeyOrFile = None,
         timeout: float = 600.0,
         connect_timeout: float = 10.0,
         ssl: Any = None,
@@ -176,19 +84,21 @@ class HttpClient:
         """The lease token, sent with every call that changes the server."""
         self.connections: int | None = None
         """The most inference calls at a time; the others wait. None: as many as this process has descriptors for."""
-        self._authorization = _authorization(base_url, api_key)
+        self.watch = CallWatch(self.name, self._health_problem)
+        """Ends the calls that wait when the server is gone or stopped."""
+        self._url = base_url
+        self._api_key, self._control_key = Key("api_key", api_key), Key("control_key", control_key)
         self._connect_timeout = connect_timeout
         self._ssl = ssl if ssl is not None else True
-        self._control = {CONTROL_HEADER: control_key} if control_key else {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
         """GET `path` and return the JSON of the answer, or None if its body is empty."""
-        return self._json("GET", path, await self._call("GET", path, None, timeout, self._control))
+        return self._json("GET", path, await self._call("GET", path, timeout))
 
     async def get_text(self, path: str, *, timeout: float | None = None) -> str:
         """GET `path` and return the body of the answer as text."""
-        return (await self._call("GET", path, None, timeout, self._control)).decode("utf-8", "replace")
+        return (await self._call("GET", path, timeout)).decode("utf-8", "replace")
 
     async def post(
         self,
@@ -202,14 +112,14 @@ class HttpClient:
 
         Returns the JSON of the answer, or None if its body is empty or `json_answer` is False.
         """
-        headers = {**self._control, **({LEASE_HEADER: self.lease} if self.lease else {})}
+        headers = {LEASE_HEADER: self.lease} if self.lease else {}
         content = None if body is None else msgspec.json.encode(body)
-        raw = await self._call("POST", path, content, timeout, headers)
+        raw = await self._call("POST", path, timeout, body=content, headers=headers)
         return self._json("POST", path, raw) if json_answer else None
 
     async def infer(self, path: str, body: bytes, headers: Headers, decode: Callable[[bytes], T], timeout: float) -> T:
         """POST to an inference route, without the control key, and return the decoded answer."""
-        raw = await self._call("POST", path, body, timeout, headers, reuse=True)
+        raw = await self._call("POST", path, timeout, body=body, headers=headers, inference=True)
         try:
             return decode(raw)
         except (ValueError, TypeError, KeyError) as error:
@@ -223,7 +133,7 @@ class HttpClient:
         A frame is its length in bytes (four bytes, big-endian) and its content. Raises `ServerError` also if no frame
         comes for `silence` seconds. Closing the generator early closes the connection, which aborts the call.
         """
-        async with self._request("POST", path, body, timeout, {}, reuse_connection=True, silence=silence) as response:
+        async with self._request("POST", path, body, timeout, {}, inference=True, silence=silence) as response:
             while True:
                 try:
                     length = await response.content.readexactly(4)
@@ -238,16 +148,31 @@ class HttpClient:
                     raise self._no_answer(f"POST {path} returned an unknown frame") from error
                 yield decoded
 
+    async def _health_problem(self) -> ServerError | None:
+        """Why the server cannot answer any call, as far as its `/health` says so."""
+        try:
+            await self._call("GET", "/health", ANSWER_SECONDS)
+        except ServerError as error:
+            return error if error.status is None or error.status >= 500 else None
+        return None
+
     async def close(self) -> None:
         """Close the pooled connections."""
         for session in self._sessions.values():
             await session.close()
 
     async def _call(
-        self, method: str, path: str, body: bytes | None, timeout: float | None, headers: Headers, reuse: bool = False
+        self,
+        method: str,
+        path: str,
+        timeout: float | None,
+        *,
+        body: bytes | None = None,
+        headers: Headers | None = None,
+        inference: bool = False,
     ) -> bytes:
         limit = self.timeout if timeout is None else timeout
-        async with self._request(method, path, body, limit, headers, reuse_connection=reuse) as response:
+        async with self._request(method, path, body, limit, headers or {}, inference=inference) as response:
             return await response.read()
 
     @asynccontextmanager
@@ -259,30 +184,48 @@ class HttpClient:
         limit: float,
         headers: Headers,
         *,
-        reuse_connection: bool = False,
+        inference: bool = False,
         silence: float | None = None,
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """Send a request and yield the response to read its body. All failures become `ServerError`."""
         limits = aiohttp.ClientTimeout(
             total=limit, sock_connect=min(self._connect_timeout, limit), sock_read=min(silence or limit, limit)
         )
+        watched = self.watch.guarding(inference=inference) if limit > WATCHED_SECONDS else nullcontext()
         try:
-            async with self._session(reuse_connection).request(
-                method,
-                self.name + path,
-                data=body,
-                headers={**self._authorization, **headers, "Content-Type": "application/json"},
-                timeout=limits,
-                ssl=self._ssl,
-                allow_redirects=False,  # a redirect would send the keys to another server
-            ) as response:
-                if response.status >= 300:
-                    raise self._refusal(method, path, response.status, await response.read())
-                yield response
+            async with watched:
+                for attempt in range(2):
+                    keys = self._keys(control=not inference)
+                    async with self._session(inference).request(
+                        method,
+                        self.name + path,
+                        data=body,
+                        headers={**keys, **headers, "Content-Type": "application/json"},
+                        timeout=limits,
+                        ssl=self._ssl,
+                        allow_redirects=False,  # a redirect would send the keys to another server
+                    ) as response:
+                        if response.status == 401 and not attempt and self._replaced(keys, control=not inference):
+                            continue  # the server has refused the call, so that it may be repeated
+                        if response.status >= 300:
+                            raise self._refusal(method, path, response.status, await response.read())
+                        yield response
+                        return
         except TimeoutError as error:
             raise self._no_answer(f"{method} {path} was not answered within {limit:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise self._no_answer(f"{method} {path} failed: {_reason(error)}") from None
+
+    def _keys(self, *, control: bool) -> dict[str, str]:
+        """The headers with the keys. Inference routes do not get the control key."""
+        key = self._control_key.value if control else ""
+        return _authorization(self._url, self._api_key.value) | ({CONTROL_HEADER: key} if key else {})
+
+    def _replaced(self, keys: Headers, *, control: bool) -> bool:
+        """Whether the files hold other keys than these, which the server has refused."""
+        self._api_key.read_again()
+        self._control_key.read_again()
+        return self._keys(control=control) != keys
 
     def _session(self, reuse_connection: bool) -> aiohttp.ClientSession:
         """The connection pool, or the session that opens a new connection for each call.
@@ -323,7 +266,7 @@ class HttpClient:
         return ServerError(problem, url=self.name, retryable=True)
 
 
-def _authorization(url: str, api_key: str | None) -> dict[str, str]:
+def _authorization(url: str, api_key: str) -> dict[str, str]:
     if api_key:
         return {"Authorization": f"Bearer {api_key}"}
     parts = urlsplit(url)

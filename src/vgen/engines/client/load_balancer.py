@@ -16,7 +16,7 @@ from ...errors import EngineError, ServerError
 from ...types import Completion
 from . import batch_client, openai_client
 from .endpoint import Endpoint, was_restarted
-from .http import EventLoopThread
+from .event_loop_thread import EventLoopThread
 
 CONCURRENCY = 1024
 """The most calls to one server at a time, if each call is for one completion."""

@@ -23,7 +23,7 @@ from .. import server_api
 from ..audit_report import audit_attributes, joined
 from .endpoint import RESET_PREFIX_CACHE, Endpoint, held_version, was_restarted
 from .endpoint_group import ServerGroup, call_all
-from .http import EventLoopThread
+from .event_loop_thread import EventLoopThread
 
 logger = logging.getLogger("vgen.engines.client.engine")
 
@@ -62,6 +62,26 @@ class WeightUpdater:
         compared every destination with its source.
         """
         endpoints = self._reachable(trace)
+        for each in endpoints:
+            each.updating = True
+        try:
+            self._update(endpoints, source, version, trace, verify, mode=mode, resume=resume)
+        finally:
+            for each in endpoints:
+                each.updating = False
+        return endpoints
+
+    def _update(
+        self,
+        endpoints: list[Endpoint],
+        source: Source,
+        version: str,
+        trace: SyncTrace,
+        verify: Verify | None,
+        *,
+        mode: PauseMode,
+        resume: bool,
+    ) -> None:
         self._wake(endpoints)
         on_gpu = [each for each in endpoints if "resident" in each.features and each.device_type == "cuda"]
         self._call_all([each for each in on_gpu if each.devices is None], "pause", _ask_devices)
@@ -89,7 +109,6 @@ class WeightUpdater:
                 self._call_all(endpoints, "resume", lambda each: each.http.post("/resume"))
         trace.set({semconv.PAUSED_SECONDS: time.monotonic() - paused_at, **_load_report(endpoints)})
         _note_version(endpoints, version)
-        return endpoints
 
     def close(self) -> None:
         """Free the memory of the buckets, and leave process groups."""

@@ -1,0 +1,37 @@
+"""The event loop's thread: calls that run together, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+
+import pytest
+from helpers.waiting import wait_until
+
+from vgen.engines.client.event_loop_thread import EventLoopThread
+
+
+def test_run_all_ends_every_call_before_it_raises(loop):
+    ended = []
+
+    async def slow():
+        await asyncio.sleep(0.05)
+        ended.append(True)
+
+    async def fails():
+        raise OSError("first")
+
+    with pytest.raises(OSError, match="first"):
+        loop.run_all([fails(), slow()])
+    assert ended == [True]
+    assert loop.run_all([]) == []
+
+
+def test_a_loop_that_is_dropped_ends_its_thread():
+    made = EventLoopThread()
+    (thread,) = [each for each in threading.enumerate() if each.name == "vgen-http"][-1:]
+    assert made.run(asyncio.sleep(0, "ran")) == "ran"
+    del made
+    gc.collect()
+    wait_until(lambda: not thread.is_alive())
