@@ -36,7 +36,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the result's
 
-from vgen import Completion, RequestTracing, Sampling, ServerConnection, ServerGeneration
+from pairs import interval
+
+from vgen import Completion, Generation, RequestTracing, Sampling, ServerConnection, ServerGeneration
 from vgen.engines.server.launcher import on_cpu, start_server
 from vgen.engines.server.server_process import ServerProcess
 
@@ -72,6 +74,8 @@ print(server.server_port, flush=True)
 server.serve_forever()
 """
 IN_FLIGHT = 4096
+PRECISION = 0.03
+"""Of the ratios in process: half the width of their 95 % interval. Pairs are added until it is reached."""
 DECODED = 256, 2048
 TRL = "TRL's VLLMClient"
 
@@ -199,24 +203,84 @@ def connect(server: ServerProcess, tracing: ServerProcess, key: str) -> dict[str
     }
 
 
-def bare(folder: str, prompts: list[list[int]], tokens: int, rounds: int) -> list[float]:
-    """`vllm.LLM` in this process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
+def in_process(size: str, prompts: list[list[int]], tokens: int, least: int, minutes: float) -> dict[str, Any]:
+    """One engine in this process: its bare `vllm.LLM`, vgen without profiling, vgen with every sink, in turn."""
+    from vgen import ColocateGeneration, ProfilingContext
+    from vgen.testing import tiny_model
 
-    more: dict[str, Any] = {"gpu_memory_utilization": 0.3}
-    if on_cpu():
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        more = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
-    llm = LLM(folder, max_model_len=4096, logprobs_mode="processed_logprobs", **more)
+    with tempfile.TemporaryDirectory(prefix="vgen-benchmark-") as folder:
+        model, _ = tiny_model(folder, **SIZES[size])
+        options: dict[str, Any] = {"gpu_memory_utilization": 0.4, "max_model_length": 1024}
+        if not on_cpu():
+            import torch
+
+            model = model.to("cuda", torch.bfloat16)
+        options["engine_kwargs"] = {"enable_prefix_caching": False}
+        recording = ProfilingContext(every_sink(folder))
+        with ColocateGeneration(model, max_num_seqs=len(prompts), **options) as generation:
+            generation.sync_weights()
+            # The same engine, held by a second object that records.
+            recorded = Generation(generation.engine, None, profiling=recording)
+            rows = compare_in_process(generation, recorded, recording, prompts, tokens, least, minutes)
+        recording.close()
+    return rows
+
+
+def every_sink(folder: str) -> list[Any]:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from vgen.profiling.sinks.jsonl import JsonlSink
+    from vgen.profiling.sinks.otel import OTelSink
+
+    spans = TracerProvider()
+    spans.add_span_processor(BatchSpanProcessor(InMemorySpanExporter()))
+    return [JsonlSink(f"{folder}/run"), OTelSink(spans, MeterProvider(metric_readers=[InMemoryMetricReader()]))]
+
+
+def compare_in_process(
+    off: Any, recorded: Any, recording: Any, prompts: list[list[int]], tokens: int, least: int, minutes: float
+) -> dict[str, Any]:
+    from vllm import SamplingParams
+
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
     inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
-    found: list[float] = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        llm.generate(inputs, params, use_tqdm=False)
-        found.append(time.perf_counter() - start)
-    return found[1:]
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+    steps = iter(range(1 << 30))
+
+    def with_sinks() -> None:
+        with recording.step(next(steps)):
+            recorded.generate(prompts, sampling)
+
+    ways: dict[str, Callable[[], object]] = {
+        "vllm.LLM, in process": lambda: off.engine.llm.generate(inputs, params, use_tqdm=False),
+        "vgen, in process": lambda: off.generate(prompts, sampling),
+        "vgen, in process, with every sink": with_sinks,
+    }
+    bare, *others = ways
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()  # warms up
+    ends = time.monotonic() + 60 * minutes
+
+    def ratio(name: str) -> dict[str, Any]:
+        return interval([a / b for a, b in zip(seconds[name], seconds[bare], strict=True)])
+
+    while len(seconds[bare]) < least or any(ratio(name)["reach"] > PRECISION for name in others):
+        if time.monotonic() > ends:
+            break
+        for name in list(ways) if len(seconds[bare]) % 2 == 0 else reversed(ways):
+            start = time.perf_counter()
+            ways[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {"seconds": statistics.median(row), "min": min(row), "max": max(row)}
+        | ({} if name == bare else {"of_llm": ratio(name)})
+        for name, row in seconds.items()
+    }
 
 
 def decode(rounds: int = 5) -> dict[str, Any]:
@@ -331,9 +395,21 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     from vgen.testing import tiny_model
 
+    size, many, tokens, rounds = options.size, options.prompts, options.tokens, options.rounds
+    prompts = [[1 + (i * 31 + j) % 250 for j in range(32)] for i in range(many)]
+    found: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "size": size,
+        "prompts": many,
+        "tokens": tokens,
+        "rounds": rounds,
+    }
+    alone = {} if options.no_bare else in_process(size, prompts, tokens, options.least, options.minutes)
+    if options.in_process:
+        return found | {"rows": alone}
     folder = tempfile.mkdtemp(prefix="vgen-benchmark-")
     model, _ = tiny_model(folder, **SIZES[size])
     if size != "tiny":
@@ -343,15 +419,6 @@ def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> 
         model.save_pretrained(folder)
     key = "benchmark-key"
     del model
-    prompts = [[1 + (i * 31 + j) % 250 for j in range(32)] for i in range(many)]
-    found: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "size": size,
-        "prompts": many,
-        "tokens": tokens,
-        "rounds": rounds,
-    }
-    alone = bare(folder, prompts, tokens, rounds) if with_bare else None
     arguments = ["--max-model-len", "4096", "--no-enable-prefix-caching"]
     arguments += ["--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 30)] if on_cpu() else []
     if not on_cpu():
@@ -384,9 +451,7 @@ def measure(size: str, many: int, tokens: int, rounds: int, with_bare: bool) -> 
             }
             for name, row in seconds.items()
         }
-        if alone is not None:
-            row = {"seconds": statistics.median(alone), "min": min(alone), "max": max(alone)}
-            found["rows"] = {"vllm.LLM, in process": row, **found["rows"]}
+        found["rows"] = {**alone, **found["rows"]}
         found["in_flight"] = in_flight(generation["vgen"], prompts, min(tokens, 64))
         for each_one in generation.values():
             each_one.close()
@@ -412,6 +477,15 @@ def page(found: dict[str, Any]) -> str:
     lines += [
         "",
         "Ratios are medians of the ratios within each round.",
+        *(_of_llm(name, row["of_llm"]) for name, row in found["rows"].items() if "of_llm" in row),
+    ]
+    if "decode" in found:
+        lines += _servers(found)
+    return "\n".join(lines) + "\n"
+
+
+def _servers(found: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         "`vgen` is the batch route of a server that `vgen serve` started ([why there is one](servers.md#why-there-is-a-"
         "batch-route)): one call, with timing, weight versions and a seed of its own for every completion. With *stock "
@@ -442,7 +516,14 @@ def page(found: dict[str, Any]) -> str:
         f"{flight['growth_bytes'] / 1e6:.1f} MB; a `/v1/completions` reply would be "
         f"{flight['reply_as_json_bytes'] / 1e6:.1f} MB.",
     ]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _of_llm(name: str, ratio: dict[str, Any]) -> str:
+    between = f"{ratio['low']:.3f} to {ratio['high']:.3f}, 95 %"
+    return (
+        f"`{name}` takes {ratio['ratio']:.3f} ({between}, {ratio['pairs']} pairs) of the time of its bare `vllm.LLM`."
+    )
 
 
 def main() -> int:
@@ -452,6 +533,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-bare", action="store_true", help="do not measure vllm.LLM")
+    parser.add_argument("--in-process", action="store_true", help="measure nothing else")
+    parser.add_argument("--least", type=int, default=15, help="pairs in process, at least")
+    parser.add_argument("--minutes", type=float, default=30.0, help="for the pairs in process, at most")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--from",
@@ -461,10 +545,7 @@ def main() -> int:
         help="show the result that --json printed, and measure nothing",
     )
     options = parser.parse_args()
-    if options.result is not None:
-        found = json.loads(options.result.read_text())
-    else:
-        found = measure(options.size, options.prompts, options.tokens, options.rounds, not options.no_bare)
+    found = measure(options) if options.result is None else json.loads(options.result.read_text())
     print(json.dumps(found, indent=1) if options.json else page(found))
     return 0
 

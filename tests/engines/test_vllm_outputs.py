@@ -14,21 +14,26 @@ from vgen.engines.vllm_outputs import completion_of, timing_of
 REQUEST = Request(3, 1, [7, 8], None, rank=2)
 
 
-def logprob(value: float, rank: int) -> SimpleNamespace:
-    return SimpleNamespace(logprob=value, rank=rank)
+def flat(*positions: list[tuple[int, float, int]]) -> SimpleNamespace:
+    """Lists as in vLLM's `FlatLogprobs`: at each position `(token id, log-probability, rank)`, the token itself first."""
+    entries = [entry for position in positions for entry in position]
+    ends = [sum(map(len, positions[: index + 1])) for index in range(len(positions))]
+    starts = [end - len(position) for end, position in zip(ends, positions, strict=True)]
+    tokens, logprobs, ranks = (list(column) for column in zip(*entries, strict=True))
+    return SimpleNamespace(start_indices=starts, end_indices=ends, token_ids=tokens, logprobs=logprobs, ranks=ranks)
 
 
 def output(**changes) -> SimpleNamespace:
     result = {
         "token_ids": (5, 6),
-        "logprobs": [{5: logprob(-0.5, 2), 9: logprob(-0.25, 1)}, {6: logprob(math.nan, 1)}],
+        "logprobs": flat([(5, -0.5, 2), (9, -0.25, 1), (5, -0.5, 2)], [(6, math.nan, 1), (6, math.nan, 1)]),
         "finish_reason": "length",
         "weight_versions": [SimpleNamespace(version="a", start=0, end=1), SimpleNamespace(version="b", start=1, end=2)],
     }
     whole = {
         "request_id": "vgen-1",
         "prompt_token_ids": [7, 8],
-        "prompt_logprobs": [None, {8: logprob(-1.5, 1)}],
+        "prompt_logprobs": flat([], [(8, -1.5, 1)]),
         "metrics": None,
         "num_cached_tokens": None,
     }
@@ -44,6 +49,22 @@ def test_a_completion_has_everything_that_vllm_reports_under_its_requests_number
     assert completion.prompt_logprobs == [None, -1.5]
     assert (completion.weight_version, completion.weight_versions) == ("b", [("a", 0, 1), ("b", 1, 2)])
     assert (completion.finish_reason, completion.request_id, completion.timing) == ("length", "vgen-1", None)
+
+
+def test_one_log_probability_for_each_token_is_taken_as_it_is():
+    plain = flat([(5, -0.5, 1)], [(6, -0.25, 1)])
+    completion = completion_of(REQUEST, output(logprobs=plain), top=False)
+    assert completion.logprobs is plain.logprobs
+
+
+def test_as_many_log_probabilities_as_tokens_that_are_not_one_for_each_are_told_apart():
+    lopsided = flat([], [(6, -0.25, 1), (9, -3.0, 2)])
+    assert completion_of(REQUEST, output(logprobs=lopsided), top=False).logprobs == [None, -0.25]
+
+
+def test_fewer_log_probabilities_than_tokens_are_an_error():
+    with pytest.raises(ValueError, match="log-probabilities of 1 tokens where there are 2"):
+        completion_of(REQUEST, output(logprobs=flat([(5, -0.5, 1)])), top=False)
 
 
 def test_what_was_not_asked_for_is_absent():

@@ -15,9 +15,12 @@ PLAIN_FIELDS = (
 
 
 def sampling_params(sampling: Sampling, seed: int | None) -> Any:
-    """vLLM's `SamplingParams` for one request. Raises `ValueError` or `TypeError` for values that vLLM refuses."""
+    """vLLM's `SamplingParams` for one request, with one output at its end, and log-probabilities in flat lists.
+
+    Raises `ValueError` or `TypeError` for values that vLLM refuses.
+    """
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     kwargs: dict[str, Any] = {
         **{name: getattr(sampling, name) for name in PLAIN_FIELDS},
@@ -25,6 +28,10 @@ def sampling_params(sampling: Sampling, seed: int | None) -> Any:
         "stop_token_ids": list(sampling.stop_token_ids) or None,
         "seed": seed,
         "detokenize": bool(sampling.stop),  # vLLM finds stop strings in the text only
+        # Without these vLLM makes several objects for each token of each request.
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+        "flat_logprobs": True,
+        "skip_clone": True,  # the parameters are this request's own
     }
     if sampling.structured_outputs is not None:
         kwargs["structured_outputs"] = sampling.structured_outputs

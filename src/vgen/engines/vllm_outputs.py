@@ -19,12 +19,11 @@ def completion_of(request: Request, output: Any, *, top: bool) -> Completion:
     token_ids = list(result.token_ids)
     logprobs = top_logprobs = None
     if result.logprobs is not None:
-        logprobs = none_for_nan([at[token].logprob for at, token in zip(result.logprobs, token_ids, strict=True)])
+        logprobs = _firsts(result.logprobs, len(token_ids))
         if top:
-            top_logprobs = [_likeliest(at) for at in result.logprobs]
+            top_logprobs = _likeliest(result.logprobs)
     if output.prompt_logprobs is not None:
-        pairs = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)
-        prompt_logprobs = none_for_nan([math.nan if at is None else at[token].logprob for at, token in pairs])
+        prompt_logprobs = _firsts(output.prompt_logprobs, len(output.prompt_token_ids))
     versions = [(span.version, span.start, span.end) for span in result.weight_versions or ()] or None
     return Completion(
         rank=request.rank,
@@ -68,6 +67,27 @@ def timing_of(stats: Any, cached_tokens: int) -> RequestTiming | None:
     )
 
 
-def _likeliest(at: Any) -> list[tuple[int, float | None]]:
-    ordered = sorted(at.items(), key=lambda item: item[1].rank)
-    return [*zip((token for token, _ in ordered), none_for_nan([entry.logprob for _, entry in ordered]), strict=True)]
+def _firsts(flat: Any, count: int) -> list[float | None]:
+    """The first log-probability of each position, which is that of the token itself; None where there is none.
+
+    `flat` is vLLM's `FlatLogprobs`, whose lists hold all alternatives of all positions.
+    """
+    logprobs, starts = flat.logprobs, flat.start_indices
+    if len(starts) != count:
+        raise ValueError(f"vLLM returned log-probabilities of {len(starts)} tokens where there are {count}")
+    if len(logprobs) != count or starts != list(range(count)):  # several at a position, or none at the first
+        ends = flat.end_indices
+        logprobs = [logprobs[start] if start < end else math.nan for start, end in zip(starts, ends, strict=True)]
+    return none_for_nan(logprobs)
+
+
+def _likeliest(flat: Any) -> list[list[tuple[int, float | None]]]:
+    """At each position `(token id, log-probability)`, likeliest first, each token once."""
+    rows: list[list[tuple[int, float | None]]] = []
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        # The token itself comes first, and again among the alternatives if it is one of them.
+        ranked = sorted(zip(flat.ranks[start:end], range(start, end), strict=True))
+        tokens = dict.fromkeys(flat.token_ids[index] for _, index in ranked)
+        values = dict(zip(flat.token_ids[start:end], none_for_nan(flat.logprobs[start:end]), strict=True))
+        rows.append([(token, values[token]) for token in tokens])
+    return rows
