@@ -14,6 +14,8 @@ class RefusalReason(StrEnum):
     """409: another client holds the lease, or the caller's lease has ended. `error.lease` says who holds it."""
     WEIGHTS = "vgen_weights"
     """409 or 503: the state of the weights does not permit the call."""
+    ENGINE = "vgen_engine"
+    """503: the engine cannot work. A process of it has ended, is stopped, or answers nothing."""
     BAD_REQUEST = "vgen_bad_request"
     """400 or 413: the body is not a valid request."""
     NOT_FOUND = "vgen_not_found"

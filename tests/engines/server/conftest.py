@@ -28,3 +28,12 @@ def instead(monkeypatch):
         monkeypatch.setattr(launcher, "server_command", run)
 
     return install
+
+
+@pytest.fixture
+def call():
+    """Calls the control middleware; its `app`, `clock` and `middleware` are at hand."""
+    pytest.importorskip("msgspec", reason="msgspec is not installed: pip install 'vgen[server]'")
+    from helpers.control_calls import Caller
+
+    return Caller()

@@ -49,7 +49,8 @@ class Engine:
 def answer(engine, inputs=([1], [2]), **wanted):
     asked = [codec.Wanted(place, None, None) for place in range(len(inputs))]
     batch = codec.BatchRequest("call", [], wanted.get("wanted", asked), {})
-    return BatchAnswer(batch, engine, list(inputs), [SimpleNamespace(logprobs=0)] * len(batch.wanted), None)
+    parameters = [SimpleNamespace(logprobs=0)] * len(batch.wanted)
+    return BatchAnswer(batch, engine, list(inputs), parameters, None, wanted.get("problem", str))
 
 
 def decoded(chunk: bytes) -> list:
@@ -103,7 +104,8 @@ async def test_a_server_that_works_for_long_says_how_far_it_is(monkeypatch):
     stats = SimpleNamespace(num_generation_tokens=5)
     states = engine.output_processor.request_states
     states["a"] = SimpleNamespace(external_req_id="call-0", stats=stats)
-    states["b"] = SimpleNamespace(external_req_id="other-0", stats=stats)
+    for other in ("other-0", "call-1", "call-0-0", "call-00", "cal"):  # of calls whose IDs begin alike
+        states[other] = SimpleNamespace(external_req_id=other, stats=stats)
     stream = answer(engine, inputs=[[1]]).frames()
     assert decoded(await anext(stream)) == [codec.Alive(1, 5)]
     del engine.output_processor
@@ -111,6 +113,20 @@ async def test_a_server_that_works_for_long_says_how_far_it_is(monkeypatch):
     engine.gates["call-0"].set()
     rest = [frame async for chunk in stream for frame in decoded(chunk)]
     assert [type(frame) for frame in rest if not isinstance(frame, codec.Alive)] == [codec.Done, codec.End]
+
+
+async def test_an_engine_that_cannot_work_ends_the_signs_of_life_with_the_reason(monkeypatch):
+    monkeypatch.setattr(codec, "HEARTBEAT_SECONDS", 0.01)
+    engine, problem = Engine(), [""]
+    engine.gates = {"call-1": asyncio.Event()}
+    stream = answer(engine, problem=lambda: problem[0]).frames()
+    assert [type(frame) for frame in decoded(await anext(stream))] == [codec.Done]
+    assert decoded(await anext(stream)) == [codec.Alive(1, 0)]
+    problem[0] = "the engine is stopped"
+    rest = [frame async for chunk in stream for frame in decoded(chunk)]
+    assert rest == [codec.Failed(1, 503, "the engine is stopped"), codec.End()]
+    await asyncio.sleep(0)
+    assert engine.cancelled == ["call-1"]  # once it goes on, it has nothing to sample for nobody
 
 
 async def test_leaving_early_aborts_what_is_not_finished():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,78 +11,10 @@ import pytest
 
 pytest.importorskip("msgspec", reason="msgspec is not installed: pip install 'vgen[server]'")
 
+from helpers.control_calls import HAS_KEY, KEY, App, Caller
+
 from vgen.engines.server import middleware
-from vgen.engines.server.lease import LeaseBook
 from vgen.engines.server.middleware import KEY_FILE_VARIABLE, ControlMiddleware
-
-KEY = "the-control-key"
-HAS_KEY = {"x-vgen-control-key": KEY}
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class App:
-    """Answers everything with 200, or with what `answers` has for the path; an exception there is raised."""
-
-    def __init__(self) -> None:
-        self.reached: list[str] = []
-        self.answers: dict[str, Any] = {}
-        self.paused = True
-        self.state = SimpleNamespace(engine_client=self)
-
-    async def is_paused(self) -> bool:
-        return self.paused
-
-    async def __call__(self, scope, receive, send) -> None:
-        self.reached.append(scope.get("path", scope["type"]))
-        answer = self.answers.get(scope.get("path", ""), 200)
-        if isinstance(answer, Exception):
-            raise answer
-        if callable(answer):
-            await answer()
-            answer = 200
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": answer, "headers": []})
-            await send({"type": "http.response.body", "body": b"{}"})
-
-
-class Caller:
-    def __init__(self) -> None:
-        self.app, self.clock = App(), Clock()
-        self.middleware = ControlMiddleware(self.app, key=KEY, leases=LeaseBook(self.clock))
-
-    async def __call__(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **scope: Any
-    ) -> tuple[int, Any]:
-        sent: list[Any] = []
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
-
-        async def receive():
-            return {"type": "http.request", "body": raw, "more_body": False}
-
-        async def send(message) -> None:
-            sent.append(message)
-
-        pairs = [(name.encode(), value.encode()) for name, value in (HAS_KEY if headers is None else headers).items()]
-        request = {"type": "http", "method": method, "path": path, "headers": pairs, "app": self.app, **scope}
-        await self.middleware(request, receive, send)
-        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
-
-    async def lease(self, holder: str = "me", **wants: Any) -> dict[str, str]:
-        status, answer = await self("POST", "/vgen/lease", {"holder": holder, **wants})
-        assert status == 200, answer
-        return {**HAS_KEY, "x-vgen-lease": answer["token"]}
-
-
-@pytest.fixture
-def call() -> Caller:
-    return Caller()
-
 
 CHANGES = [
     "/pause",
@@ -381,14 +313,6 @@ async def test_info_says_what_there_is(call):
     assert token not in str(info)
 
 
-async def test_info_says_why_no_weights_may_be_synced(call):
-    transfer = SimpleNamespace(kv_connector="LMCacheConnectorV1")
-    call.app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
-    assert "LMCacheConnectorV1" in (await call("GET", "/vgen/info"))[1]["kv_store_refusal"]
-    transfer.kv_connector = "OffloadingConnector"
-    assert (await call("GET", "/vgen/info"))[1]["kv_store_refusal"] is None
-
-
 @pytest.mark.parametrize("failure", [500, RuntimeError("an answer is made of it further out")])
 @pytest.mark.parametrize("path", ["/update_weights", "/finish_weight_update"])
 async def test_after_a_failed_update_nothing_is_inferred_until_one_succeeds(call, path, failure):
@@ -460,3 +384,100 @@ async def test_a_scheduler_step_during_an_update_is_prevented(call):
         assert (await call("POST", path))[0] == 409
     await call("POST", "/finish_weight_update")
     assert (await call("POST", "/resume"))[0] == 200
+
+
+# The engine's health
+
+
+class Health:
+    problem = ""
+    changes = 0
+
+    @contextmanager
+    def changing(self):
+        self.changes += 1
+        yield
+
+
+@pytest.fixture
+def health(call):
+    call.middleware._health = Health()
+    return call.middleware._health
+
+
+async def test_while_the_engine_cannot_work_whoever_needs_it_is_told_why(call, health):
+    mine = await call.lease()
+    health.problem = "the engine is stopped"
+    needs = [("GET", path) for path in ("/health", "/ping", "/v1/models", "/is_paused", "/server_info")]
+    for method, path in [*needs, *(("POST", path) for path in ("/v1/completions", "/tokenize", *CHANGES))]:
+        status, answer = await call(method, path, headers=mine)
+        assert (status, answer["error"]["type"], answer["error"]["message"]) == (503, "vgen_engine", health.problem)
+    assert call.app.reached == []
+    for method, path in (("GET", "/metrics"), ("GET", "/version"), ("GET", "/vgen/instance")):
+        assert (await call(method, path, headers={}))[0] == 200
+    assert (await call("GET", "/vgen/info"))[1]["problem"] == health.problem
+    assert (await call("POST", "/vgen/lease/renew", headers=mine))[0] == 200
+    assert (await call("GET", "/is_paused", headers={}))[0] == 401  # still
+    health.problem = ""
+    assert (await call("GET", "/health", headers={}))[0] == 200
+
+
+async def test_a_call_that_changes_the_server_may_have_the_engine_wait(call, health):
+    during: list[int] = []
+
+    async def note() -> None:
+        during.append(health.changes)
+
+    call.app.answers = dict.fromkeys(("/update_weights", "/v1/completions"), note)
+    await call("POST", "/update_weights")
+    await call("POST", "/v1/completions")
+    assert during == [1, 1]
+
+
+async def test_the_servers_life_is_watched_and_its_end_is_bounded(call):
+    pytest.importorskip("starlette", reason="starlette is not installed")
+    pytest.importorskip("psutil", reason="psutil is not installed")
+    from starlette.applications import Starlette
+
+    app, engine = Starlette(), SimpleNamespace(errored=True)
+    app.state.server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None), should_exit=False)
+    app.state.engine_client = engine
+
+    async def live(scope, receive, send) -> None:
+        async with asyncio.timeout(10):
+            while not app.state.server.should_exit:
+                await asyncio.sleep(0.01)
+
+    call.middleware.app = live
+    await call.middleware({"type": "lifespan", "app": app}, None, None)
+    assert app.state.server.config.timeout_graceful_shutdown == middleware.GRACEFUL_SECONDS
+    assert app.state.vgen_health.gone
+
+
+# Two resumes in a row
+
+
+@pytest.mark.parametrize("path", ["/resume", "/wake_up"])
+async def test_an_engine_that_runs_is_not_resumed_again(call, path):
+    async def resume() -> None:
+        await asyncio.sleep(0)
+        call.app.paused = False
+
+    call.app.answers[path] = resume
+    answers = await asyncio.gather(*(call("POST", path) for _ in range(3)))
+    assert [status for status, _ in answers] == [200, 200, 200]
+    assert call.app.reached == [path]
+    call.app.paused = True
+    await call("POST", path)
+    assert call.app.reached == [path, path]
+
+
+async def test_engines_that_do_not_agree_or_do_not_tell_are_resumed(call):
+    async def disagree() -> bool:
+        raise RuntimeError("Engines returned different is_scheduler_paused results")
+
+    call.app.is_paused = disagree
+    assert (await call("POST", "/resume"))[0] == 200
+    del call.app.state.engine_client
+    assert (await call("POST", "/resume"))[0] == 200
+    assert call.app.reached == ["/resume", "/resume"]

@@ -10,12 +10,12 @@ import asyncio
 import functools
 import io
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ... import completion_codec as codec
-from ...completion_codec import Alive, BatchRequest, Done, End, Failed
+from ...completion_codec import Alive, BatchRequest, Done, End, Failed, Frame
 from ...engine_protocol import Request as EngineRequest
 from ...errors import PromptError
 from .. import vllm_prompts
@@ -24,6 +24,8 @@ from ..vllm_outputs import completion_of
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+
+    from .core_health import CoreHealth
 
 
 async def generate(request: Request) -> Response:
@@ -81,9 +83,19 @@ PIXEL_LIMIT = 1 << 26
 class BatchAnswer:
     """The completions of one call, while the engine samples them."""
 
-    def __init__(self, batch: BatchRequest, engine: Any, inputs: list[Any], parameters: list[Any], lora: Any) -> None:
+    def __init__(
+        self,
+        batch: BatchRequest,
+        engine: Any,
+        inputs: list[Any],
+        parameters: list[Any],
+        lora: Any,
+        problem: Callable[[], str] = str,
+    ) -> None:
         self._batch, self._engine, self._inputs, self._parameters = batch, engine, inputs, parameters
-        self._lora, self._finished = lora, asyncio.Queue[Done | Failed]()
+        self._lora, self._problem, self._finished = lora, problem, asyncio.Queue[Done | Failed]()
+        self._unfinished = {index: f"{batch.id}-{index}" for index in range(len(batch.wanted))}
+        """The IDs by which the engine knows the completions to come, by their indices."""
 
     @classmethod
     async def of(cls, batch: BatchRequest, state: Any) -> BatchAnswer:
@@ -101,39 +113,47 @@ class BatchAnswer:
                 raise ValueError(f"there is no LoRA adapter named {batch.lora_name!r} here")
             lora = adapters[batch.lora_name]
         inputs = await asyncio.gather(*(_input(batch, i, state) for i in range(len(batch.prompts))))
-        return cls(batch, state.engine_client, list(inputs), parameters, lora)
+        health: CoreHealth | None = getattr(state, "vgen_health", None)
+        problem = str if health is None else lambda: health.problem
+        return cls(batch, state.engine_client, list(inputs), parameters, lora, problem)
 
     async def frames(self) -> AsyncIterator[bytes]:
         """The answer's frames. Leaving the iteration early aborts the unfinished completions."""
-        unfinished = len(self._batch.wanted)
-        tasks = [asyncio.create_task(self._sample(index)) for index in range(unfinished)]
+        tasks = [asyncio.create_task(self._sample(index, name)) for index, name in self._unfinished.items()]
         try:
-            while unfinished:
-                try:
-                    async with asyncio.timeout(codec.HEARTBEAT_SECONDS):
-                        ready = [await self._finished.get()]
-                except TimeoutError:
-                    yield codec.frame_bytes(Alive(unfinished, self._tokens()))
-                    continue
-                while not self._finished.empty():  # what one scheduler step has finished goes out in one piece
-                    ready.append(self._finished.get_nowait())
-                unfinished -= len(ready)
-                yield b"".join(map(codec.frame_bytes, ready))
+            while self._unfinished:
+                yield b"".join(map(codec.frame_bytes, await self._next()))
             yield codec.frame_bytes(End())
         finally:
             for task in tasks:
                 task.cancel()
 
+    async def _next(self) -> Sequence[Frame]:
+        """The completions that have finished, or a sign of life; failures if the engine cannot work."""
+        try:
+            async with asyncio.timeout(codec.HEARTBEAT_SECONDS):
+                ready = [await self._finished.get()]
+        except TimeoutError:
+            if not (problem := self._problem()):
+                return [Alive(len(self._unfinished), self._tokens())]
+            failed = [Failed(index, 503, problem) for index in self._unfinished]
+            self._unfinished.clear()
+            return failed
+        while not self._finished.empty():  # what one scheduler step has finished goes out in one piece
+            ready.append(self._finished.get_nowait())
+        for frame in ready:
+            del self._unfinished[frame.index]
+        return ready
+
     def _tokens(self) -> int | None:
         """How many tokens the unfinished completions have."""
-        prefix = f"{self._batch.id}-"
         try:
-            states = self._engine.output_processor.request_states.values()
-            return sum(s.stats.num_generation_tokens for s in states if s.external_req_id.startswith(prefix))
+            states, own = self._engine.output_processor.request_states.values(), set(self._unfinished.values())
+            return sum(s.stats.num_generation_tokens for s in states if s.external_req_id in own)
         except AttributeError:  # another version of vLLM, or one that runs without statistics
             return None
 
-    async def _sample(self, index: int) -> None:
+    async def _sample(self, index: int, request_id: str) -> None:
         wanted, parameters = self._batch.wanted[index], self._parameters[index]
         engine_input = self._inputs[wanted.prompt]
         try:
@@ -142,7 +162,7 @@ class BatchAnswer:
             stream = self._engine.generate(
                 engine_input,
                 parameters,
-                f"{self._batch.id}-{index}",
+                request_id,
                 lora_request=self._lora,
                 trace_headers={"traceparent": wanted.traceparent} if wanted.traceparent else None,
                 priority=self._batch.priority,

@@ -74,10 +74,11 @@ class LeaseBook:
         with self.using(token) as lease:
             return {"epoch": lease.epoch, "ttl_seconds": lease.ttl_seconds}
 
-    def release(self, token: str | None) -> None:
-        """End the caller's lease."""
-        with self.using(token):
+    def release(self, token: str | None) -> str:
+        """End the caller's lease, and return its holder."""
+        with self.using(token) as lease:
             self._lease = None
+            return lease.holder
 
     def check(self, token: str | None) -> None:
         """Raise `LeaseConflict` if this is not the token of the current lease. Does not renew the lease."""
@@ -101,6 +102,11 @@ class LeaseBook:
     def free(self) -> bool:
         """Whether nobody holds the lease."""
         return self._current() is None
+
+    @property
+    def expired_holder(self) -> str | None:
+        """The last holder, if the lease has expired and was neither released nor taken since."""
+        return self._lease.holder if self._lease is not None and self.free else None
 
     def describe(self) -> dict[str, Any] | None:
         """Who holds the lease, without its token; None if nobody does."""

@@ -7,40 +7,43 @@ its routes.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import hmac
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..._addresses import this_host
-from ..._version import __version__
-from .. import kv_stores, server_api
+from .. import server_api
 from ..refusal_reasons import RefusalReason
-from ..server_api import CONTROL_HEADER, EXTENSION, INSTANCE, KEY_FILE_VARIABLE, LEASE_HEADER, SHAPE, Feature
+from ..server_api import CONTROL_HEADER, INSTANCE, KEY_FILE_VARIABLE, LEASE_HEADER, Feature
+from . import audit_log
 from .lease import LeaseBook, LeaseConflict, LeaseRequest
+from .server_facts import attribute, facts, features
 from .server_process import INSTANCE_VARIABLE
 
-FEATURES = (Feature.BATCH, Feature.CONTROL_KEY, Feature.LEASE, Feature.PAUSE, Feature.WEIGHTS_STATE)
-WEIGHT_FEATURES = (Feature.SHARED_MEMORY, Feature.GROUP, Feature.RESIDENT, Feature.RECORDED)
-"""The features of a server whose workers have vgen's weight-transfer engine."""
+if TYPE_CHECKING:
+    from .core_health import CoreHealth
 
+FEATURES = (Feature.BATCH, Feature.CONTROL_KEY, Feature.LEASE, Feature.PAUSE, Feature.WEIGHTS_STATE)
 INFERENCE = ("/v1", "/v2", "/inference", "/cohere")
 """Prefixes of the routes that vLLM's own API key guards."""
 READABLE = frozenset({"/health", "/ping", "/version", "/metrics"})
 """Routes that anyone may read, as `INSTANCE`: load balancers and Prometheus use them."""
+HEALTH = frozenset({"/health", "/ping"})
 ADAPTERS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Routes under an inference prefix that change what the server computes."""
 HARMLESS = frozenset({"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/invocations"})
 """POST routes that change nothing. They need the control key, because vLLM's API key does not guard them."""
-_MODEL_FACTS = ("model", "max_model_len", "logprobs_mode", "quantization")
+GRACEFUL_SECONDS = 5.0
+"""How long a server that ends waits for its connections. vLLM has aborted their requests by then."""
 _LEASE_LIMIT = 1 << 16
 _CHANGE_LIMIT = 256 << 20
 """How many bytes the body of a call that changes the server may have. Weights do not travel in it, only their names,
@@ -50,6 +53,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Note = Callable[[int], None]
+"""Writes a call to the audit log, with the status of its answer."""
 
 
 class Refusal(Exception):
@@ -65,7 +70,8 @@ class ControlMiddleware:
 
     While nobody holds the lease, every client with the control key may change the server, as a stock server. But a
     request with the token of an ended lease is refused even then. After a failed weight update, inference is refused
-    until an update succeeds. During an update, `/resume` and `/wake_up` are refused.
+    until an update succeeds. During an update, `/resume` and `/wake_up` are refused. While the engine cannot work, all
+    calls that need it are refused, `/health` too.
     """
 
     def __init__(self, app: App, *, key: str | None = None, leases: LeaseBook | None = None) -> None:
@@ -76,12 +82,13 @@ class ControlMiddleware:
         """Tells this server process from others behind the same address, and its launcher that it is the right one."""
         self._weights = "ready"
         """`ready`, `updating`, or `failed`: some weights are old and some new."""
+        self._health: CoreHealth | None = None
+        self._resuming = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
-            if scope["type"] == "lifespan" and "app" in scope:
-                _add_routes(scope["app"])
-            await self.app(scope, receive, send)
+            async with self._serving(scope):
+                await self.app(scope, receive, send)
             return
         try:
             await self._handle(scope, receive, send)
@@ -90,6 +97,38 @@ class ControlMiddleware:
         except LeaseConflict as conflict:
             await self._refuse(scope, send, Refusal(409, RefusalReason.LEASE, str(conflict)))
 
+    @asynccontextmanager
+    async def _serving(self, scope: Scope) -> AsyncIterator[None]:
+        """Runs the application's life in the block: with vgen's routes, its audit log, and a watch over its engine."""
+        app = scope.get("app")
+        if scope["type"] != "lifespan" or app is None:
+            yield
+            return
+        _add_routes(app)
+        audit_log.show()
+        server = attribute(app, "state.server")
+        if server is not None:
+            server.config.timeout_graceful_shutdown = GRACEFUL_SECONDS  # uvicorn's default waits for ever
+        if attribute(app, "state.engine_client") is None:
+            yield
+            return
+        from .core_health import watched
+
+        def end() -> None:
+            if server is not None:
+                server.should_exit = True
+
+        self._health = app.state.vgen_health = watched(app)
+        watch = asyncio.create_task(self._health.watch(end))
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    def _require_engine(self) -> None:
+        if self._health is not None and self._health.problem:
+            raise Refusal(503, RefusalReason.ENGINE, self._health.problem)
+
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = _path(scope), scope.get("method", "")
         reads = method in ("GET", "HEAD")
@@ -97,6 +136,10 @@ class ControlMiddleware:
             if self._weights == "failed" and not reads and method != "OPTIONS":
                 message = "the last weight update failed: some weights are old and some new until an update succeeds"
                 raise Refusal(503, RefusalReason.WEIGHTS, message)
+            self._require_engine()
+            await self.app(scope, receive, send)
+        elif reads and path in HEALTH:
+            self._require_engine()
             await self.app(scope, receive, send)
         elif reads and (path in READABLE or _under(path, ("/metrics",))):
             await self.app(scope, receive, send)
@@ -110,19 +153,26 @@ class ControlMiddleware:
         """A request with the right control key to a route that is not inference."""
         if _under(path, ("/vgen",)) and path not in (server_api.PAUSE, server_api.WEIGHTS):
             await _answer(send, 200, await self._own_route(path, method, scope, receive))
-        elif method in ("GET", "HEAD") or path in HARMLESS:
+            return
+        self._require_engine()
+        if method in ("GET", "HEAD") or path in HARMLESS:
             await self.app(scope, receive, send)
         else:
             token = _header(scope, LEASE_HEADER)
             if token is not None or not self._leases.free:
                 self._leases.check(token)  # refuses before the body is read
+            raw = b""
             if scope["type"] == "http":
                 # A lease does not expire during a call. A client that never sends the rest of a body must not keep it.
-                if (raw := await _body(receive, _CHANGE_LIMIT)) is None:
+                if (whole := await _body(receive, _CHANGE_LIMIT)) is None:
                     return
-                receive = _again(raw, receive)
-            with nullcontext() if token is None and self._leases.free else self._leases.using(token):
-                await self._change(path, scope, receive, send)
+                raw, receive = whole, _again(whole, receive)
+            with nullcontext() if token is None and self._leases.free else self._leases.using(token) as lease:
+                note = functools.partial(audit_log.changed, scope, path, lease and lease.holder, raw)
+                if path in ("/resume", "/wake_up"):
+                    await self._start_again(path, scope, receive, send, note)
+                else:
+                    await self._change(path, scope, receive, send, note)
 
     def _authenticate(self, scope: Scope) -> None:
         key = _header(scope, CONTROL_HEADER)
@@ -131,12 +181,25 @@ class ControlMiddleware:
             fix = f"send this server's key in the header {CONTROL_HEADER} (`vgen serve` prints which file holds it)"
             raise Refusal(401, RefusalReason.CONTROL_KEY, f"{problem}: {fix}")
 
-    async def _change(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on that changes the server, and keep track of the weights' state."""
-        if path in ("/resume", "/wake_up") and self._weights == "updating":
+    async def _start_again(self, path: str, scope: Scope, receive: Receive, send: Send, note: Note) -> None:
+        """Resume or wake the engine, if it is paused or asleep.
+
+        vLLM's data-parallel engines wait for each other when they resume, also if they run already. One that has taken
+        a request meanwhile does not come, and then the others wait for ever.
+        """
+        if self._weights == "updating":
             # During an update, layers are on the meta device. One scheduler step would end the engine.
             raise Refusal(409, RefusalReason.WEIGHTS, "a weight update is in progress: finish it first")
-        if path in (server_api.START_UPDATE, server_api.WEIGHTS) and await _is_paused(scope) is False:
+        async with self._resuming:
+            if await _is_stopped(scope, "is_paused" if path == "/resume" else "is_sleeping") is not False:
+                await self._change(path, scope, receive, send, note)
+                return
+        await _answer(send, 200, {"status": "resumed" if path == "/resume" else "awake"})
+        note(200)
+
+    async def _change(self, path: str, scope: Scope, receive: Receive, send: Send, note: Note) -> None:
+        """Pass a request on that changes the server, and keep track of the weights' state."""
+        if path in (server_api.START_UPDATE, server_api.WEIGHTS) and await _is_stopped(scope, "is_paused") is False:
             message = "pause the server first: its layers are unusable during a weight update"
             raise Refusal(409, RefusalReason.WEIGHTS, message)
         status = 500  # if the app raises, a middleware outside this one answers with 500
@@ -151,54 +214,43 @@ class ControlMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_note_status)
+            with self._health.changing() if self._health is not None else nullcontext():
+                await self.app(scope, receive, send_and_note_status)
         finally:
             if path == server_api.WEIGHTS:  # a status of 4xx means that nothing was changed
                 self._weights = "ready" if status < 400 else before if status < 500 else "failed"
             else:
                 self._weights = _state_after(self._weights, path, ok=status < 400)
+            note(status)
 
     async def _own_route(self, path: str, method: str, scope: Scope, receive: Receive) -> dict[str, Any]:
         """The answer of one of vgen's own routes."""
         token = _header(scope, LEASE_HEADER)
         if (method, path) == ("GET", server_api.INFO):
-            return self._info(scope)
+            problem = self._health.problem if self._health is not None else ""
+            state = {"lease": self._leases.describe(), "weights": self._weights, "problem": problem}
+            return {"features": [*FEATURES, *features(scope.get("app"))], **state, **facts(scope.get("app"))}
         if (method, path) == ("POST", server_api.LEASE):
             try:
                 request = msgspec.json.decode(await _body(receive, _LEASE_LIMIT) or b"", type=LeaseRequest)
             except msgspec.DecodeError as error:
                 raise Refusal(400, RefusalReason.BAD_REQUEST, f"this is no request for a lease: {error}") from None
-            return self._leases.take(request.holder, request.ttl_seconds, takeover=request.takeover)
+            return self._take_lease(scope, request)
         if (method, path) == ("POST", server_api.LEASE_RENEW):
             return self._leases.renew(token)
         if (method, path) in (("POST", server_api.LEASE_RELEASE), ("DELETE", server_api.LEASE)):
-            self._leases.release(token)
+            holder = self._leases.release(token)
+            audit_log.write(scope, "release_lease", holder=holder)
             return {}
         raise Refusal(404, RefusalReason.NOT_FOUND, f"{method} {path} is not one of vgen's routes")
 
-    def _info(self, scope: Scope) -> dict[str, Any]:
-        config = _attribute(scope.get("app"), "state.vllm_config")
-        model, parallel = _attribute(config, "model_config"), _attribute(config, "parallel_config")
-        backend = _attribute(config, "weight_transfer_config.backend")
-        transports = WEIGHT_FEATURES if backend == "vgen_shm" else ()
-        extended = getattr(parallel, "worker_extension_cls", "") == EXTENSION
-        return {
-            "vgen": __version__,
-            "features": [*FEATURES, *transports, *([Feature.MEMORY] if extended else [])],
-            "lease": self._leases.describe(),
-            "weights": self._weights,
-            **{name: getattr(model, name, None) for name in _MODEL_FACTS},
-            "dtype": str(getattr(model, "dtype", "")).removeprefix("torch.") or None,
-            "device": _attribute(config, "device_config.device_type"),
-            "max_num_seqs": _attribute(config, "scheduler_config.max_num_seqs"),
-            "shape": _shape(model),
-            "world_size": getattr(parallel, "world_size_across_dp", None),
-            "enable_eplb": getattr(parallel, "enable_eplb", None),
-            "kv_store_refusal": kv_stores.refusal(config),
-            "weight_transfer": backend,
-            "shared_memory_directory": _shared_directory() if transports else None,
-            "host": this_host(),
-        }
+    def _take_lease(self, scope: Scope, request: LeaseRequest) -> dict[str, Any]:
+        holder, current, expired = request.holder, self._leases.describe(), self._leases.expired_holder
+        answer = self._leases.take(holder, request.ttl_seconds, takeover=request.takeover)
+        event = "take_over_lease" if current else "retake_lease" if expired == holder else "take_lease"
+        before = current["holder"] if current else expired
+        audit_log.write(scope, event, holder=holder, epoch=answer["epoch"], before=before)
+        return answer
 
     async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
         if scope["type"] == "websocket":
@@ -210,18 +262,6 @@ class ControlMiddleware:
         await _answer(send, refusal.status, {"error": error})
 
 
-def _attribute(value: Any, path: str) -> Any:
-    """The attribute at a dotted path; None if one of the attributes is missing."""
-    return functools.reduce(lambda parent, name: getattr(parent, name, None), path.split("."), value)
-
-
-def _shape(model: Any) -> dict[str, int]:
-    """The sizes of the model, by which a trainer recognizes its own."""
-    config = getattr(model, "hf_text_config", None)
-    sizes = {name: getattr(config, name, None) for name in SHAPE}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
-
-
 def _add_routes(app: Any) -> None:
     """Add vgen's routes to vLLM's application, behind vLLM's own middleware. A second call has no effect."""
     from starlette.routing import Route
@@ -231,12 +271,6 @@ def _add_routes(app: Any) -> None:
     routes, present = app.router.routes, {getattr(route, "path", None) for route in app.router.routes}
     added = {**batch_route.ROUTES, **weights_route.ROUTES}
     routes[:0] = [Route(path, answer, methods=["POST"]) for path, answer in added.items() if path not in present]
-
-
-def _shared_directory() -> str:
-    from ...weights.transports.shared_memory import shared_directory
-
-    return str(shared_directory())
 
 
 def _state_after(weights: str, path: str, *, ok: bool) -> str:
@@ -279,10 +313,15 @@ def _header(scope: Scope, name: str) -> str | None:
     return next((value.decode("latin-1") for key, value in scope.get("headers", ()) if key.lower() == encoded), None)
 
 
-async def _is_paused(scope: Scope) -> bool | None:
-    """Whether the engine is paused; None if there is no engine to ask."""
-    engine = _attribute(scope.get("app"), "state.engine_client")
-    return None if engine is None else bool(await engine.is_paused())
+async def _is_stopped(scope: Scope, question: str) -> bool | None:
+    """What the engine answers to `is_paused` or `is_sleeping`; None if it does not tell."""
+    engine = attribute(scope.get("app"), "state.engine_client")
+    if engine is None:
+        return None
+    try:
+        return bool(await getattr(engine, question)())
+    except RuntimeError:  # data-parallel engines that do not agree, because they are about to pause
+        return None
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:

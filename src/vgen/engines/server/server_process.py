@@ -30,6 +30,8 @@ STOP_SECONDS = 30.0
 LAST_LINES = 15
 """How many lines of the log an error repeats."""
 _ERROR = re.compile(r"([\w.]+(Error|Exception)|[\w.]+: error): \S")
+_CAUSE_IS_ABOVE = ("See root cause above", "See stack trace (above)")
+"""What vLLM writes of an error that it has logged already."""
 _NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
 """OpenSSL's reasons for an answer that is not TLS."""
 _LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s?)?")
@@ -120,7 +122,7 @@ class ServerProcess:
         """The last error in the log, which holds the tracebacks of several processes. vLLM repeats errors upwards."""
         lines = [_LOG_PREFIX.sub("", line).strip() for line in self._log_lines()]
         errors = [line for line in lines if _ERROR.match(line)]
-        causes = [error for error in errors if "See root cause above" not in error]
+        causes = [error for error in errors if not any(words in error for words in _CAUSE_IS_ABOVE)]
         return (causes or errors or ["the log has no error"])[-1]
 
     def _log_end(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 from ...weights.transports.shared_memory import BACKEND
 from ..cpu_seeds import keep_seeds
-from .parent_watchdog import follow_parent
+from .parent_watchdog import LAUNCHER_VARIABLE, follow_parent
 from .weight_receiver import VgenEngine
 from .weight_sender import SharedMemorySender
 
@@ -27,6 +28,17 @@ def register() -> None:
         # Without this, the first bf16 matrix product ends the process with an illegal instruction.
         torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
         _mend_seeds()
+    if LAUNCHER_VARIABLE in os.environ:
+        _end_cores()
+
+
+@functools.cache
+def _end_cores() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    from .core_health import end_with_socket_threads
+
+    end_with_socket_threads(EngineCoreProc)
 
 
 @functools.cache
