@@ -117,6 +117,7 @@ def _live_fields(model: Any, untied: bool) -> dict[str, Any]:
             part["tie_word_embeddings"] = False  # untied by hand or by an adapter: one tensor could not hold both
     if str(fields.get("model_type")).startswith("deepseek_v3"):
         fields.setdefault("topk_method", "noaux_tc")  # its routing, which transformers knows without this field
+        fields.setdefault("scoring_func", "sigmoid")
     return fields
 
 
