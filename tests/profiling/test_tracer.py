@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
+import re
 import threading
 import time
 import tracemalloc
@@ -12,11 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
+from helpers.sources import SmallSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vgen import Generation
 from vgen.profiling import Instrument, ProfilingContext, Span, semconv
 from vgen.profiling.sinks.memory import MemorySink
+from vgen.testing import FakeEngine
 
 COUNTER = Instrument("tokens", "counter")
 GAUGE = Instrument("rate", "gauge")
@@ -200,6 +206,125 @@ async def test_steps_in_tasks_keep_apart(profiling: ProfilingContext):
     steps = await asyncio.gather(*(train(number) for number in range(1, 6)))
     assert len({step.trace_id for step in steps}) == 5
     assert profiling.summary()["tokens"] == sum(number * number for number in range(1, 6))
+
+
+# Work that has lost its step ---------------------------------------------------------------------------------------
+
+
+def span_in_a_thread(profiling: ProfilingContext) -> None:
+    with profiling.span("reward"):
+        pass
+
+
+def generate_in_a_thread(profiling: ProfilingContext) -> None:
+    with Generation(FakeEngine(), SmallSource(), profiling=profiling) as generation:
+        generation.generate([[1]])
+
+
+MEASURED = {
+    "a span": (span_in_a_thread, "reward.duration.count"),
+    "a value": (lambda profiling: profiling.record(COUNTER, 1), "tokens"),
+    "values": (lambda profiling: profiling.record_many(HISTOGRAM, [1.0, 2.0]), "e2e.count"),
+    "a detached span": (lambda profiling: profiling.finish(profiling.detached("reward")), "reward.duration.count"),
+    "a generation": (generate_in_a_thread, "vgen.generate.duration.count"),
+}
+"""What a thread may measure, and where it shows in a summary."""
+
+
+@pytest.mark.parametrize("how", MEASURED)
+def test_a_thread_that_measures_without_the_open_step_is_reported_once(how: str, caplog, profiling: ProfilingContext):
+    measure, shown = MEASURED[how]
+    with ThreadPoolExecutor(4) as pool:
+        for number in (7, 8):
+            with profiling.step(number) as step:
+                for _ in pool.map(measure, [profiling, profiling.bind(a=1)] * 4):
+                    pass
+            assert shown not in step.summary()
+    [warning] = caplog.messages
+    assert re.search(r"^vgen: \S+ was measured without a step, while step 7 is open on another thread", warning)
+    assert "profiling.carry(function)" in warning
+    assert profiling.summary()[shown] >= 16, "nothing is lost for the run"
+
+
+@pytest.mark.parametrize("how", MEASURED)
+def test_what_is_carried_belongs_to_the_step_and_is_no_reason_to_warn(how: str, caplog, profiling: ProfilingContext):
+    measure, shown = MEASURED[how]
+    with ThreadPoolExecutor(4) as pool, profiling.step(1) as step:
+        for _ in pool.map(profiling.carry(measure), [profiling] * 4):
+            pass
+    assert step.summary()[shown] >= 4
+    assert not caplog.messages
+
+
+async def test_a_task_that_is_older_than_the_step_is_reported(caplog, profiling: ProfilingContext):
+    opened = asyncio.Event()
+
+    async def work() -> None:
+        await opened.wait()
+        profiling.record(COUNTER, 1)
+
+    task = asyncio.create_task(work())
+    with profiling.step(1):
+        opened.set()
+        await task
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("how", MEASURED)
+def test_no_step_is_missed_where_none_is_open(how: str, caplog, profiling: ProfilingContext):
+    (measure, _), other = MEASURED[how], ProfilingContext()
+    with ThreadPoolExecutor(1) as pool:
+        for step in (contextlib.nullcontext(), other.step(1)):
+            with step:
+                pool.submit(measure, profiling).result()
+        with profiling.step(1):
+            pool.submit(measure, other).result()
+        pool.submit(measure, profiling).result()
+        with pytest.raises(KeyError), profiling.step(2):
+            raise KeyError
+        pool.submit(measure, profiling).result()
+    assert not caplog.messages
+
+
+def test_a_span_that_is_older_than_its_threads_step_is_no_reason_to_warn(caplog, profiling: ProfilingContext):
+    stream = profiling.detached("stream")
+    with profiling.step(1):
+        profiling.finish(stream)
+    assert not caplog.messages
+
+
+def test_metrics_of_an_engine_and_of_the_process_need_no_step(caplog, profiling: ProfilingContext):
+    own = [each for each in vars(semconv).values() if isinstance(each, Instrument) and each.name in semconv.STEPLESS]
+    with ThreadPoolExecutor(1) as pool, profiling.step(1):
+        for instrument in own:
+            pool.submit(profiling.record, instrument, 1).result()
+    assert len(own) == len(semconv.STEPLESS)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("open_step", [True, False])
+def test_a_forked_child_misses_no_step_of_its_parent(open_step: bool, caplog, profiling: ProfilingContext):
+    def measure() -> tuple[int, float]:
+        """Warnings, and what the run has then."""
+        thread = threading.Thread(target=profiling.record, args=(COUNTER, 1))
+        thread.start()
+        thread.join()
+        return len(caplog.messages), profiling.summary()["tokens"]
+
+    profiling.record(COUNTER, 5)
+    with profiling.step(1) if open_step else contextlib.nullcontext():
+        pid = os.fork()
+        if pid == 0:
+            code = 9
+            try:
+                before = measure()
+                with profiling.step(2):
+                    pass
+                code = int((before, measure()) != ((0, 1), (0, 2)))
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert measure() == (int(open_step), 6), "the parent's own thread has missed the step"
 
 
 def test_each_step_is_a_trace_linked_to_the_one_before(profiling: ProfilingContext):

@@ -95,7 +95,8 @@ class ProfilingContext:
 
         If a span is already open, the step becomes its child instead. At its end the row closes: `summary()` is
         final and sinks write the row. A value belongs to the innermost step that was open when it was measured; a
-        value that arrives after that step's end belongs only to the run.
+        value that arrives after that step's end belongs only to the run. So does one from a thread that knows of no
+        step, of which the log warns once while a step is open elsewhere: see `carry`.
         """
         if self._tracer is None:
             return _DISABLED_SCOPE
@@ -166,7 +167,7 @@ class ProfilingContext:
             self._tracer.finish(span, time.monotonic_ns() if end_ns is None else end_ns, error)
 
     def carry(self, function: F) -> F:
-        """Bind `function` to the open span, for a thread or an executor: they do not inherit the span.
+        """Bind `function` to the open span and step, for a thread or an executor: they do not inherit them.
 
         With `executor.map(profiling.carry(reward), rollouts)`, the spans of each call become children of the open
         span.

@@ -367,6 +367,9 @@ DEVICE_TIME = _histogram("vgen.device.time", "s", "Device time of a span's work,
 DEVICE_PENDING = _gauge("vgen.device.pending", "{span}", "Timed spans whose device work is not done yet.")
 DROPPED = _counter("vgen.telemetry.dropped", "{record}", "Telemetry records lost to a full queue or a dead sink.", SINK)
 
+STEPLESS = frozenset(each.name for each in (ENGINE_STATE, STALLED, STALLS, DEVICE_TIME, DROPPED))
+"""Metrics that vgen's own threads may measure, of an engine or of this process and not of a step's work."""
+
 # Events -------------------------------------------------------------------------------------------------------------
 EXCEPTION_EVENT = _event("exception", "An exception ended the span. Only `OTelSink` has this event.", EXCEPTION)
 STATE_CHANGED = _event("vgen.engine.state", "The engine's state changed.", STATE_FROM, STATE)

@@ -112,13 +112,16 @@ class StepScope(SpanScope):
         step.number, step.row, step.step = self._attributes[semconv.STEP_NUMBER], Row(tracer.run), step
         # Each step is a trace, linked to the step before: no viewer can show one trace of a whole run.
         step.links = () if tracer.last_step is None else (tracer.last_step,)
-        return self._open(tracer, step, parent)  # type: ignore[return-value]
+        self._open(tracer, step, parent)
+        tracer.begin_step(step)
+        return step
 
     async def __aenter__(self) -> Step:
         return self.__enter__()
 
     def _finish(self, span: Span, now: int, error: str | None) -> None:
         assert isinstance(span, Step)
+        self._tracer.forget_step(span)
         self._tracer.read_gauges(span)
         super()._finish(span, now, error)
         self._tracer.end_step(span)

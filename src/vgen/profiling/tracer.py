@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +25,12 @@ from .span_model import IdentitySink, Link, Sink, Span, Step
 from .value_conversion import numeric, plain
 
 logger = logging.getLogger("vgen.telemetry")
+
+_STEP_MISSING = (
+    "vgen: %s was measured without a step, while step %d is open on another thread or task. It counts for the run, and "
+    "is not in that step's summary(). Threads and executors do not inherit the open step: let them call "
+    "profiling.carry(function). This is said once."
+)
 
 CLOSE_TIMEOUT = 2.0
 """Seconds that `flush` and `close` may take by default."""
@@ -85,7 +92,12 @@ class Tracer:
         self.guarded = any(outlet.inline and not getattr(outlet.sink, "quiet", False) for outlet in self.outlets)
         """Whether `current` is `NO_SPAN` while sinks are called: an inline sink may record through this tracer."""
         load_ddsketch()
-        self.run = Row()
+        self.run: Row = Row()
+        self.stepless: Row | _StepMissing = self.run
+        """Takes what is measured without a step."""
+        self.open_steps: set[Step] = set()
+        self.step_missing_said = threading.Lock()
+        """Taken for good by the thread that says it."""
         self.last_step: Link | None = None
         self.observed_gauges: list[ObservedGauge] = []
         self._at_exit = weakref.finalize(self, flush_or_close_all, "close", self.outlets, CLOSE_TIMEOUT)
@@ -153,11 +165,23 @@ class Tracer:
         span.error = error
         step = span.step
         if span.current or span.name not in semconv.SELECTED:
-            (self.run if step is None else step.row).add(span.name, (span.end_ns - span.start_ns) / 1e9)  # type: ignore[operator]
+            (self.stepless if step is None else step.row).add(span.name, (span.end_ns - span.start_ns) / 1e9)  # type: ignore[operator]
         if self.guarded:
             self.current.set(NO_SPAN)
         for on_end in self.on_end:
             on_end(span)
+
+    def begin_step(self, step: Step) -> None:
+        """Note that a step is open: work on other threads and tasks that knows of none may have lost it."""
+        self.open_steps.add(step)
+        if not self.step_missing_said.locked():
+            self.stepless = _StepMissing(self)
+
+    def forget_step(self, step: Step) -> None:
+        """Note that a step is not open any more."""
+        self.open_steps.discard(step)
+        if not self.open_steps:
+            self.stepless = self.run
 
     def end_step(self, step: Step) -> None:
         """Close the row of a step that has ended, and call the sinks. Changes the current span as `end` does."""
@@ -208,7 +232,7 @@ class Tracer:
             return
         span = span or current
         step = None if span is None else span.step
-        (self.run if step is None else step.row).record(instrument, values)
+        (self.stepless if step is None else step.row).record(instrument, values)
         if not self.on_measurement:
             return
         attributes = plain(attributes)
@@ -266,7 +290,8 @@ class Tracer:
         """
         for outlet in self.outlets:
             outlet.after_fork()
-        self.run = Row()
+        self.run = self.stepless = Row()
+        self.open_steps.clear()
         span, now = self.current.get(), time.monotonic_ns()
         while span is not None:
             if span.end_ns is None:
@@ -280,6 +305,36 @@ class Tracer:
         multiprocessing: Any = sys.modules.get("multiprocessing.util")
         if hasattr(multiprocessing, "register_after_fork"):
             multiprocessing.register_after_fork(self, _close_with_process)
+
+
+class _StepMissing:
+    """In the place of the run's row while a step is open: says once that a value came without one.
+
+    So nothing is asked where values are measured, which is where time is short.
+    """
+
+    __slots__ = ("_tracer",)
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def add(self, span_name: str, seconds: float) -> None:
+        self._say(span_name)
+        self._tracer.run.add(span_name, seconds)
+
+    def record(self, instrument: Instrument, values: Sequence[float]) -> None:
+        self._say(instrument.name)
+        self._tracer.run.record(instrument, values)
+
+    def _say(self, name: str) -> None:
+        tracer = self._tracer
+        current, steps = tracer.current.get(), tuple(tracer.open_steps)
+        # A span that was opened before the step of its own thread has no step either, and has lost none.
+        if name in semconv.STEPLESS or not steps or (current is not None and current.step is not None):
+            return
+        if tracer.step_missing_said.acquire(blocking=False):
+            tracer.stepless = tracer.run
+            logger.warning(_STEP_MISSING, name, min(step.number for step in steps))
 
 
 class ObservedGauge:
