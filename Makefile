@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow families matrix faults check build clean
+.PHONY: help demo test slow families matrix faults mutants check build clean
 
 python := .venv/bin/python
 
@@ -34,6 +34,10 @@ matrix: ## check every architecture, which makes docs/support.md (about 40 minut
 faults: ## plant faults and count which of them verification finds (about 20 minutes; ARGS)
 	@scripts/install.sh slow
 	@$(python) benchmarks/planted_faults.py $(ARGS)
+
+mutants: ## change 300 places of the source and count the changes that the tests notice (up to 150 minutes; ARGS)
+	@scripts/install.sh test
+	@$(python) scripts/mutants.py $(ARGS)
 
 check: ## check lint, format, types and complexity
 	@scripts/install.sh lint

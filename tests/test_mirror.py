@@ -48,7 +48,6 @@ WAITS: dict[str, int] = {
     "profiling/sinks/test_otel_faults.py": 1,
     "profiling/test_faults.py": 1,
     "profiling/test_processes.py": 1,
-    "recordings/export/test_follow.py": 1,
 }
 NOT_MIRRORED = ("real", "gpu", "helpers")
 

@@ -103,6 +103,12 @@ def test_values_at_the_ends_of_floats_range():
     assert summary["h.sum"] == math.inf
 
 
+def test_a_summarys_percentiles_are_those_that_their_names_say():
+    summary = of([float(n) for n in range(1, 10_001)]).summary("h")
+    for percent in (50, 90, 99):
+        assert summary[f"h.p{percent}"] == pytest.approx(percent * 100, rel=ACCURACY * 1.1)
+
+
 def test_nothing_was_measured():
     assert Row().summary() == {}
     assert math.isnan(Histogram().quantile(0.5))

@@ -532,3 +532,16 @@ def test_losses_a_sink_knows_of_count_and_not_what_is_in_its_hands(contexts: Mak
     profiling.flush()
     assert profiling.dropped() == {"Batching": 1}
     assert exercise(profiling, 2).summary()[semconv.DROPPED.name] == 1
+
+
+def test_what_is_lost_after_the_last_step_is_in_the_runs_summary(contexts: Make):
+    class Failing(Recorder):
+        def on_end(self, span: Span) -> None:
+            raise OSError("full")
+
+    profiling = contexts(Failing())
+    with profiling.span("after the last step"):
+        pass
+    profiling.flush()
+    profiling.close()
+    assert profiling.summary()[semconv.DROPPED.name] == 1

@@ -86,6 +86,15 @@ def test_attributes_events_and_links_that_come_while_it_is_open(traced: Traced):
     assert link.attributes == {"why": "weights"}
 
 
+def test_a_link_that_a_span_opens_with_is_exported_once_beside_those_that_come_later(traced: Traced):
+    with traced.profiling.step(1) as first, traced.profiling.span("sync") as sync:
+        pass
+    with traced.profiling.step(2) as second:
+        second.link(sync)
+    links = traced.spans()[semconv.STEP].links  # the second step's
+    assert [trace.format_span_id(link.context.span_id) for link in links] == [first.span_id, sync.span_id]
+
+
 def test_each_step_is_a_trace_that_points_at_the_one_before(traced: Traced):
     for number in range(2):
         with traced.profiling.step(number), traced.profiling.span("work"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 RUN = """
 import sys, time
@@ -65,8 +64,11 @@ def test_ctrl_c_ends_it(tmp_path):
         text=True,
     )
     assert follow.stderr is not None
-    follow.stderr.readline()
-    time.sleep(0.3)
-    follow.send_signal(signal.SIGINT)
-    assert follow.wait(30) == 0
-    assert follow.stderr.read() == ""
+    try:
+        follow.stderr.readline()
+        follow.send_signal(signal.SIGINT)
+        assert follow.wait(30) == 0
+        assert follow.stderr.read() == ""
+    finally:
+        follow.kill()
+        follow.wait()

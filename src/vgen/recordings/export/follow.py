@@ -85,9 +85,9 @@ def follow(place: Path, step: int | None) -> int:
     A terminal shows the latest trace, or the one of the step, as a waterfall. A pipe gets a line when
     a span ends, and also when a long span starts, but none for `vgen.request`.
     """
-    if not recording_format.files(place):
-        print(f"vgen trace: waiting for a record in {place}", file=sys.stderr)
     with suppress(KeyboardInterrupt):
+        if not recording_format.files(place):
+            print(f"vgen trace: waiting for a record in {place}", file=sys.stderr)
         (_draw if sys.stdout.isatty() else _print)(Follower(place), step)
     return 0
 
