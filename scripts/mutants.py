@@ -74,7 +74,7 @@ ARITHMETIC: dict[type, type] = {
 }
 OPPOSITE = {"min": "max", "max": "min", "any": "all", "all": "any"}
 LOGGING = ("debug", "info", "warning", "error", "exception", "critical")
-SYMMETRIC = ("getattr", "setattr", "hasattr", "zip", "max", "min", "print")
+SYMMETRIC = ("getattr", "setattr", "hasattr", "max", "min", "print")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Mutations(ast.NodeVisitor):
     """All changes of a module: what tests cannot or need not see is left alone.
 
     That is: texts and what only makes texts (f-strings, `__repr__`, what is raised, log calls), annotations, imports,
-    decorators, and floats (seconds and tolerances whose exact size nobody promises).
+    decorators, `zip`'s `strict`, and floats (seconds and tolerances whose exact size nobody promises).
     """
 
     def __init__(self, source: bytes) -> None:
@@ -267,6 +267,10 @@ class Mutations(ast.NodeVisitor):
         if name in ("isinstance", "issubclass"):
             self.visit(node.args[0])
             return
+        if name == "zip":  # its `strict` only asserts
+            for argument in node.args:
+                self.visit(argument)
+            return
         if name in OPPOSITE and isinstance(node.func, ast.Name):
             self._add("opposite", node.func, OPPOSITE[name])
         first = node.args[:2]
@@ -317,30 +321,45 @@ def draw(rooms: tuple[str, ...] = ROOMS) -> list[Mutant]:
 # --- in a child process: pytest on a copy ----------------------------------------------------------------------------
 
 
+REACHED = "VGEN_MUTANTS_REACHED"
+TRACER = """
+import os, sys, threading
+
+class Tracer:
+    def __init__(self, source, place):
+        self.source, self.place, self.names = source, place, {}
+        sys.settrace(self)
+        threading.settrace(self)
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        if id(code) not in self.names:
+            self.names[id(code)] = code
+            if code.co_filename.startswith(self.source):
+                with open(self.place, "a") as file:
+                    file.write(f"{code.co_filename[len(self.source):]}::{code.co_qualname}\\n")
+
+if os.environ.get("VGEN_MUTANTS_REACHED"):
+    Tracer(*os.environ["VGEN_MUTANTS_REACHED"].split(os.pathsep))
+"""
+"""Writes the functions of vgen that a process calls: as `sitecustomize`, also in the processes that tests start."""
+
+
 class Reached:
     """A pytest plugin: which functions of vgen each test calls, whether it passes, and how long it takes."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, folder: Path) -> None:
         self.tests: dict[str, dict] = {}
-        self._source = source
-        self._now: set[str] = set()
-        self._names: dict[object, str | None] = {}
-
-    def _call(self, frame, event, argument) -> None:
-        code = frame.f_code
-        try:
-            name = self._names[code]
-        except KeyError:
-            inside = code.co_filename.startswith(self._source)
-            name = f"{code.co_filename[len(self._source) :]}::{code.co_qualname}" if inside else None
-            self._names[code] = name
-        if name is not None:
-            self._now.add(name)
+        self._source, self._place = source, folder / "functions"
+        self._tracer: dict = {}
+        (folder / "sitecustomize.py").write_text(TRACER)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+        exec(TRACER, self._tracer)
 
     def pytest_runtest_protocol(self, item, nextitem) -> None:
-        self._now = set()
-        sys.settrace(self._call)
-        threading.settrace(self._call)
+        self._place.write_text("")
+        os.environ[REACHED] = os.pathsep.join([self._source, str(self._place)])
+        self._tracer["Tracer"](self._source, self._place)
 
     def pytest_runtest_logreport(self, report) -> None:
         test = self.tests.setdefault(report.nodeid, {"seconds": 0.0, "passed": True})
@@ -349,7 +368,7 @@ class Reached:
         if report.when == "teardown":
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]
-            test["functions"] = sorted(self._now)
+            test["functions"] = sorted(set(self._place.read_text().split()))
 
 
 class Chosen:
@@ -396,7 +415,7 @@ def child(tree: Path, answer: Path, log: Path, tests: list[str] | None, files: l
 
         arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", "-m", SELECTION, *files]
         if tests is None:
-            plugin = Reached(f"{tree}/src/vgen/")
+            plugin = Reached(f"{tree}/src/vgen/", answer.parent)
             status = int(pytest.main(arguments, plugins=[plugin]))
             answer.write_text(json.dumps(plugin.tests))
         else:

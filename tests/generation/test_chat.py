@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from helpers.sources import SmallSource
 
-from vgen import Generation, PromptError
+from vgen import ArgumentError, Generation, PromptError
+from vgen.generation.chat import Chat
 
 jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed: it comes with the engine")
 
@@ -63,3 +66,18 @@ def test_a_conversation_that_the_template_refuses_is_raised_or_marked(generation
 def test_a_template_that_is_wrong_itself_is_no_conversations_fault(generation):
     with pytest.raises(jinja2.TemplateSyntaxError):
         generation.chat([said("broken")], refused="mark")
+
+
+def test_a_template_of_the_call_serves_a_tokenizer_that_has_none_and_without_either_it_is_refused():
+    class Bare(Tokenizer):
+        chat_template = None
+
+    def encode(index, text):
+        return [len(text)]
+
+    bare = Bare()
+    assert Chat(bare, {"chat_template": "{{ messages }}"}, encode).render(0, said("hello")) == ([5], [])
+    assert bare.settings[0]["chat_template"] == "{{ messages }}"
+    for without in (bare, SimpleNamespace(tokenizer=bare)):
+        with pytest.raises(ArgumentError, match="chat_template"):
+            Chat(without, {}, encode)

@@ -207,3 +207,12 @@ def test_an_unknown_keyword_is_refused_before_an_engine_starts(engines):
     with pytest.raises(ArgumentError, match=r"ColocateGeneration\(request_spans=\) is not an argument: it takes"):
         ColocateGeneration(Model(), request_spans=3)  # pyright: ignore[reportCallIssue]
     assert engines == []
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("max_model_length", 2), ("max_num_seqs", 1), ("tensor_parallel_size", 1), ("drift_every", 1)]
+)
+def test_the_least_value_of_each_number_is_accepted_and_one_less_refused(engines, name, least):
+    with pytest.raises(ArgumentError, match=name):
+        ColocateGeneration(Model(), **{name: least - 1})
+    ColocateGeneration(Model(), **{name: least}).close()

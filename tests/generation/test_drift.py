@@ -221,3 +221,20 @@ def test_what_renormalizes():
 def test_a_wrong_interval_is_refused(trainer, every):
     with pytest.raises(ValueError, match="drift_every must be None or an integer of at least 1"):
         Generation(Engine(), trainer, drift_every=every)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("top_p", 0.999),
+        ("top_k", 1),
+        ("min_p", 0.001),
+        ("repetition_penalty", 1.001),
+        ("presence_penalty", -0.001),
+        ("frequency_penalty", 0.001),
+        ("min_tokens", 1),
+    ],
+)
+def test_the_least_change_of_each_parameter_is_named(name, least):
+    assert renormalized_by(Sampling(max_tokens=3, **{name: least})) == name
+    assert renormalized_by(Sampling(max_tokens=3)) is None

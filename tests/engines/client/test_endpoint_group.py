@@ -69,3 +69,15 @@ def test_the_servers_seconds_are_attributes_of_the_span(loop):
         span.attributes[n] for n in (semconv.RECEIVER_MIN, semconv.RECEIVER_MEDIAN, semconv.RECEIVER_MAX)
     )
     assert 0 < low <= middle <= high
+
+
+def test_an_update_in_one_call_says_what_the_server_does_not_know_yet(loop):
+    with FaultyServer() as server:
+        group = group_of(loop, server)
+        group.update_in_one_call({"table": "one"}, "7", {"handles": [1]})
+        group.update_in_one_call({"table": "one"}, "8")
+        sent = [body for _, _, body in server.seen if isinstance(body, dict) and "update_info" in body]
+    assert sent == [
+        {"update_info": {"table": "one"}, "weight_version": "7", "init_info": {"handles": [1]}},
+        {"update_info": {"table": "one"}, "weight_version": "8"},
+    ]

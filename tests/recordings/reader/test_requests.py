@@ -61,3 +61,16 @@ def test_starts_without_seconds_and_numbers_that_do_not_match_give_no_times(tmp_
     writer.measure(semconv.REQUEST_E2E, [3.0, 4.0], under=step, **call)
     writer.measure(semconv.REQUEST_START, [0.5], under=step, **call)
     assert Recording(tmp_path).requests.times == {}
+
+
+def test_times_of_a_clock_that_is_put_right_move_together(tmp_path):
+    writer = Writer(tmp_path)
+    step = writer.step(1, 0, 10)
+    writer.generate(step, 2, 9, [(3.0, 5.0)], server="http://a")
+    recording = Recording(tmp_path)
+    ((trace, _), number), times = next(iter(recording.requests.times.items()))
+    recording.requests.shift(number, {trace: ns(7)})
+    recording.requests.shift(number + 1, {trace: ns(100)})
+    recording.requests.shift(number, {trace + 1: ns(100)})
+    assert (list(times.starts), list(times.ends)) == ([BEGIN + ns(10)], [BEGIN + ns(12)])
+    assert times.servers["http://a"][0] == BEGIN + ns(12)

@@ -49,3 +49,11 @@ def test_something_worse_is_status_3_and_the_same_run_is_status_0(run, tmp_path,
     baseline = tmp_path / "baseline.json"
     baseline.write_text(capsys.readouterr().out.splitlines()[-1])
     assert main(["report", str(run), "--compare", str(baseline)]) == 0
+
+
+def test_what_is_wrong_with_the_run_to_compare_with_is_said(run, tmp_path, capsys):
+    other = usual_run(tmp_path / "other")
+    (file,) = other.glob("*.jsonl")
+    file.write_text(file.read_text() + "no record\n")
+    main(["report", str(run), "--compare", str(other)])
+    assert f"vgen report: {other}: " in capsys.readouterr().err

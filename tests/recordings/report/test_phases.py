@@ -91,3 +91,18 @@ def test_the_step_number_is_found_wherever_it_stands_among_the_attributes(tmp_pa
     writer.span(semconv.GENERATE, 1, 2, under=step)
     (found,) = step_times(Recording(tmp_path))
     assert (found.number, found.phases["generate"]) == (9, pytest.approx(1.0))
+
+
+def test_a_span_without_a_step_number_is_of_the_step_during_which_it_started(tmp_path):
+    trainer, worker = Writer(tmp_path, pid=1, rank=None), Writer(tmp_path, pid=2, rank=None)
+    first = trainer.step(3, 0, 10)
+    second = trainer.step(4, 10, 20, trace=first["trace_id"])
+    unknown = {"trace_id": first["trace_id"], "span_id": "ee" * 8, "attributes": {}}  # a parent that was not recorded
+    for start, end in ((2, 5), (10, 11), (20, 22)):
+        worker.span(semconv.GENERATE, start, end, under=unknown)
+    found = step_times(Recording(tmp_path))
+    assert second["trace_id"] == first["trace_id"]
+    assert [(step.number, step.phases.get("generate")) for step in found] == [
+        (3, pytest.approx(3.0)),
+        (4, pytest.approx(1.0)),
+    ]

@@ -50,3 +50,14 @@ def test_what_servers_took_for_a_phase_and_how_many_syncs_failed(tmp_path, capsy
     shown = words(capsys.readouterr().out)
     assert "2 syncs, generation paused for 1.500 s, the slowest server took 2.000 s in load" in shown
     assert "the median 0.500 s, 1 failed" in shown
+
+
+def test_the_slowest_requests_are_shown_with_all_that_is_known_of_them(tmp_path, capsys):
+    writer = Writer(tmp_path)
+    step = writer.step(4, 0, 10)
+    writer.generate(step, 1, 9, [(2.0, 8.5)], tokens=[321], server="http://a:1", spans=1)
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    (row,) = [line.split() for line in shown.splitlines() if "6.500" in line and "321" in line]
+    assert [row[0], row[1], row[2], row[3]] == ["4", "0", "0", "6.500"]
+    assert row[-3:] == ["321", "stop", "http://a:1"]

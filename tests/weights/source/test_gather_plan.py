@@ -84,3 +84,16 @@ def test_a_filter_leaves_out_what_it_says_and_the_parts_for_it():
     assert all(name.endswith("norm.weight") for name in names)
     with pytest.raises(ValueError, match="two tensors the name 'x'"):
         plan_of(tiny("qwen2"), rename=lambda name: "x")
+
+
+def test_a_tie_is_found_behind_a_tensor_that_is_converted(monkeypatch):
+    """Both stand in one step: the converted tensor `both` comes first."""
+
+    def convert(tensors):
+        both = {"both": tensors["a"] * 2 + tensors["b"]} if {"a", "b"} <= tensors.keys() else {}
+        return both | tensors
+
+    model = torch.nn.ParameterDict({name: torch.randn(2) for name in "ab"})
+    model["c"] = model["a"]
+    monkeypatch.setattr(gather_plan, "revert_of", lambda root: convert)
+    assert plan_of(model).ties == {"c": "a"}

@@ -123,3 +123,13 @@ def test_a_default_directory_that_vgen_did_not_make_is_refused(worker, tmp_path,
     place.chmod(0o700)
     shared_memory(worker).replace_weights([])
     assert not stale.exists()
+
+
+def test_a_file_is_closed_once(tmp_path, monkeypatch):
+    """A second close would close what the process has opened under the number since."""
+    bucket = module.SharedMemoryBucket(tmp_path, 64)
+    closed, close = list[int](), os.close
+    monkeypatch.setattr(module.os, "close", lambda number: (closed.append(number), close(number)))
+    bucket.close()
+    bucket.close()
+    assert len(closed) == 1
