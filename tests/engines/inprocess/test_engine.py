@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +18,13 @@ from vgen.engine_protocol import Batch, Request
 from vgen.engines import vllm_prompts
 from vgen.engines.inprocess import prompt_admission
 from vgen.engines.inprocess.engine import ColocateEngine
+
+
+def _flat(token_ids: Sequence[int], logprobs: list[float]) -> SimpleNamespace:
+    """Like vLLM's `FlatLogprobs`, with one log-probability for each token."""
+    starts = list(range(len(token_ids)))
+    ends = [start + 1 for start in starts]
+    return SimpleNamespace(token_ids=list(token_ids), logprobs=logprobs, start_indices=starts, end_indices=ends)
 
 
 class LLM:
@@ -78,7 +86,7 @@ class LLM:
                         token_ids=token_ids,
                         finish_reason="stop",
                         weight_versions=[SimpleNamespace(version="3", start=0, end=len(token_ids))],
-                        logprobs=[{token: SimpleNamespace(logprob=float("nan"), rank=1)} for token in token_ids],
+                        logprobs=_flat(token_ids, [float("nan")] * len(token_ids)),
                     )
                 ],
             )
