@@ -391,7 +391,10 @@ async def test_a_scheduler_step_during_an_update_is_prevented(call):
 
 class Health:
     problem = ""
-    changes = 0
+    changes = looks = 0
+
+    def look(self) -> None:
+        self.looks += 1
 
     @contextmanager
     def changing(self):
@@ -419,7 +422,9 @@ async def test_while_the_engine_cannot_work_whoever_needs_it_is_told_why(call, h
     assert (await call("POST", "/vgen/lease/renew", headers=mine))[0] == 200
     assert (await call("GET", "/is_paused", headers={}))[0] == 401  # still
     health.problem = ""
+    health.looks = 0
     assert (await call("GET", "/health", headers={}))[0] == 200
+    assert health.looks == 1  # it says what is true now
 
 
 async def test_a_call_that_changes_the_server_may_have_the_engine_wait(call, health):

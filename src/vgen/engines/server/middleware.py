@@ -37,7 +37,7 @@ INFERENCE = ("/v1", "/v2", "/inference", "/cohere")
 """Prefixes of the routes that vLLM's own API key guards."""
 READABLE = frozenset({"/health", "/ping", "/version", "/metrics"})
 """Routes that anyone may read, as `INSTANCE`: load balancers and Prometheus use them."""
-HEALTH = frozenset({"/health", "/ping"})
+HEALTH = frozenset({server_api.HEALTH, "/ping"})
 ADAPTERS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Routes under an inference prefix that change what the server computes."""
 HARMLESS = frozenset({"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify", "/invocations"})
@@ -139,6 +139,8 @@ class ControlMiddleware:
             self._require_engine()
             await self.app(scope, receive, send)
         elif reads and path in HEALTH:
+            if self._health is not None:
+                self._health.look()
             self._require_engine()
             await self.app(scope, receive, send)
         elif reads and (path in READABLE or _under(path, ("/metrics",))):
