@@ -20,6 +20,7 @@ SEVERAL_MODULES: dict[str, str] = {
     # Test files of a folder that test several of its modules together, each with what it tests.
     "checks/test_page.py": "docs/check.md",
     "dashboards/test_page.py": "docs/dashboards.md",
+    "distributed/test_calls_in_steps.py": "calls of leader ranks that are held at one step, and their connections",
     "engines/client/test_many_callers.py": "the client's engine under many threads and tasks",
     "profiling/sinks/test_every_sink.py": "the contract that all sinks keep",
     "profiling/sinks/test_otel_faults.py": "the OpenTelemetry sink with a dead, slow or raising backend",
