@@ -34,6 +34,7 @@ def run(name: str, dtype: str, **engine_kwargs: Any) -> dict[str, Any]:
         model = family(name, getattr(torch, dtype)).to("cuda" if cuda else "cpu")
         kwargs = ({"kv_cache_memory_bytes": 1 << 30} if cuda else {}) | engine_kwargs
         options = dict(max_model_length=128, max_num_seqs=4, enable_sleep_mode=cuda, engine_kwargs=kwargs)
+        options["gpu_memory_utilization"] = 0.05  # of a device that others use too
         with ColocateGeneration(model, **options) as generation:
             for step in range(3):
                 refresh(model, step + 1)
