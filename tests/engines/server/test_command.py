@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -62,6 +64,67 @@ def test_a_server_that_ends_by_itself_is_status_1_and_its_log_is_repeated(instea
     error = capfd.readouterr().err
     assert "vgen serve: vLLM ended with status 3 before it was ready" in error
     assert error.count("ValueError: the one reason") == 3  # in the log, as the cause, and at the log's end
+
+
+CHATTY = """
+import sys
+from vgen.engines.server import command, launcher
+code = sys.argv[2]
+launcher.server_command = lambda *_, port, **__: [sys.executable, "-c", code.replace("PORT", str(port))]
+raise SystemExit(command.run(sys.argv[1], host="127.0.0.1", quiet="--quiet" in sys.argv))
+"""
+"""A `vgen serve` whose vLLM is the program in its second argument."""
+
+
+def chatty(model: str, code: str, *arguments: str, stderr: int) -> subprocess.Popen[bytes]:
+    called = [sys.executable, "-c", CHATTY, model, "print('x' * (1 << 20), flush=True)\n" + code, *arguments]
+    return subprocess.Popen(called, stdout=subprocess.PIPE, stderr=stderr)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--quiet"]])
+def test_standard_error_that_nobody_reads_does_not_block_its_end(instead, model, arguments):
+    unread, stderr = os.pipe()
+    os.set_blocking(stderr, False)
+    while True:  # full already, so that the first line of the command's own does not fit either
+        try:
+            os.write(stderr, bytes(1 << 16))
+        except BlockingIOError:
+            break
+    os.set_blocking(stderr, True)
+    with chatty(model, SERVER, *arguments, stderr=stderr) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"http://")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            os.close(unread)
+            os.close(stderr)
+
+
+def test_standard_error_that_is_closed_does_not_end_it(instead, model):
+    unread, stderr = os.pipe()
+    os.close(unread)
+    with chatty(model, SERVER, stderr=stderr) as process:
+        os.close(stderr)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"http://")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_a_long_log_arrives_whole_with_a_slow_reader(instead, model):
+    with chatty(model, "raise SystemExit(3)", stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        text = b""
+        while chunk := os.read(process.stderr.fileno(), 1 << 12):
+            text += chunk
+    assert text.count(b"x") >= 1 << 20
+    assert b"vgen serve: vLLM ended with status 3" in text
 
 
 def test_a_key_comes_from_a_file_or_else_from_the_command_line(tmp_path):

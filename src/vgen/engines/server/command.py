@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
-import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,8 @@ from .launcher import start_server
 from .server_process import ServerProcess
 
 FOLLOW_SECONDS = 0.2
+UNREAD_SECONDS = 2.0
+"""How long the end waits for somebody to read standard error."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -51,9 +54,9 @@ def run(
                 print(json.dumps(_described(server)), flush=True)
             else:
                 print(server.url, flush=True)
-                print(f"vgen serve: the control key is in {server.control_key_file}", file=sys.stderr)
+                log.say(f"the control key is in {server.control_key_file}")
             if settings.get("host") not in LOOPBACK and not settings.get("api_key"):
-                print("vgen serve: anyone who reaches this port can generate: pass --api-key-file", file=sys.stderr)
+                log.say("anyone who reaches this port can generate: pass --api-key-file")
             server.process.wait()
             raise server.death("while it was serving")
     except _Signalled as signalled:
@@ -61,7 +64,7 @@ def run(
         return 0 if number == signal.SIGTERM else 128 + number
     except (EngineError, MissingExtraError, ValueError) as error:
         log.close()
-        print(f"vgen serve: {error}", file=sys.stderr)
+        log.say(str(error))
         return 1
     finally:
         log.close()
@@ -97,7 +100,10 @@ def _signals_raise() -> Iterator[None]:
 
 
 class LogFollower:
-    """Copies a growing file to standard error, in a thread."""
+    """Copies a growing file to standard error, in a thread.
+
+    Standard error may be a pipe that nobody reads. Then what is left of the log is dropped at the end.
+    """
 
     def __init__(self) -> None:
         self._ended = threading.Event()
@@ -109,6 +115,10 @@ class LogFollower:
         # Only now: a signal may interrupt `start`, and a thread that has not started cannot be joined.
         self._thread = thread
 
+    def say(self, message: str) -> None:
+        """Write a line of this command's own."""
+        self._write(f"vgen serve: {message}\n".encode(errors="backslashreplace"), time.monotonic() + UNREAD_SECONDS)
+
     def close(self) -> None:
         self._ended.set()
         if self._thread is not None:
@@ -119,4 +129,16 @@ class LogFollower:
             ended = False
             while not ended:
                 ended = self._ended.wait(FOLLOW_SECONDS)
-                os.write(2, file.read())
+                self._write(file.read())
+
+    def _write(self, text: bytes, deadline: float | None = None) -> None:
+        """Write to standard error until `deadline`, or for as long as it takes, and a little longer after the end."""
+        with suppress(OSError):  # it is closed
+            while text:
+                if select.select([], [2], [], FOLLOW_SECONDS)[1]:
+                    # A pipe that is ready takes so much at once. More of it would wait for a reader.
+                    text = text[os.write(2, text[: select.PIPE_BUF]) :]
+                elif deadline is None and self._ended.is_set():
+                    deadline = time.monotonic() + UNREAD_SECONDS
+                elif deadline is not None and time.monotonic() > deadline:
+                    return
