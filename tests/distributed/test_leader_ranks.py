@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from vgen import Completion, PromptError
@@ -11,6 +13,10 @@ from vgen.errors import EngineStateError, RankError
 pytest.importorskip("msgspec", reason="msgspec is not installed: pip install 'vgen[server]'")
 
 from helpers.socket_ranks import on_leader_ranks
+from helpers.waiting import wait_until
+
+from vgen.distributed.rank_messages import Message
+from vgen.distributed.rank_sockets import ready
 
 
 def test_what_the_leader_returns_all_ranks_return(monkeypatch):
@@ -111,3 +117,77 @@ def test_calls_of_different_channels_do_not_wait_for_each_other(monkeypatch):
             return between, call.share(lambda: "generated")
 
     assert on_leader_ranks(monkeypatch, 2, work) == [("paused", "generated")] * 2
+
+
+def test_of_several_ranks_errors_the_one_that_came_first_is_raised_whatever_the_order_of_ranks(monkeypatch):
+    two_has_failed = threading.Event()
+
+    def work(ranks):
+        try:
+            with ranks.call("sync_weights") as call:
+                if ranks.leading:
+                    wait_until(lambda: len(ready(call._connections, 0)) == 2)
+                    call.raise_reported()
+                assert ranks.index == 2 or two_has_failed.wait(10)
+                raise ValueError(f"of rank {ranks.index}")
+        finally:
+            if ranks.index == 2:
+                two_has_failed.set()
+
+    leader, *_ = on_leader_ranks(monkeypatch, 3, work)
+    assert (str(leader), leader.raised_on, leader.__notes__) == ("of rank 2", 2, ["raised on rank 2"])
+
+
+def test_a_rank_that_gave_up_after_it_asked_is_heard_before_the_call_begins(monkeypatch):
+    two_has_failed = threading.Event()
+
+    def work(ranks):
+        try:
+            with ranks.call("generate") as call:
+                if ranks.index == 2:
+                    call._send(0, Message("ask", 0, 0, {"terms": {}}, []))
+                    raise ValueError("gave up")
+                assert two_has_failed.wait(10)
+                call.gather([], {})
+                return "went on"
+        finally:
+            if ranks.index == 2:
+                two_has_failed.set()
+
+    leader, one, _ = on_leader_ranks(monkeypatch, 3, work)
+    assert str(leader) == str(one) == "gave up"
+    assert leader.raised_on == one.raised_on == 2
+
+
+@pytest.mark.parametrize("when", ["reports", "scatter"])
+def test_of_several_ranks_that_are_gone_the_first_is_named(monkeypatch, when):
+    both_are_gone = threading.Barrier(3)
+
+    def work(ranks):
+        with ranks.call("generate") as call:
+            call.gather([], {})
+            if not ranks.leading:
+                ranks.close()
+                both_are_gone.wait(10)
+                return None
+            both_are_gone.wait(10)
+            call.raise_reported() if when == "reports" else call.scatter([])
+
+    leader, *_ = on_leader_ranks(monkeypatch, 3, work)
+    assert (type(leader), leader.rank) == (RankError, 1)
+
+
+def test_of_several_ranks_that_do_not_come_the_error_names_all_and_bears_the_first(monkeypatch):
+    leader_gave_up = threading.Event()
+
+    def work(ranks):
+        if not ranks.leading:
+            assert leader_gave_up.wait(10)
+            return
+        try:
+            ranks.lead("pause", dict)
+        finally:
+            leader_gave_up.set()
+
+    leader, *_ = on_leader_ranks(monkeypatch, 3, work, timeout=0.3)
+    assert (str(leader), leader.rank) == ("ranks 1, 2 did not come to pause within 0.3 s", 1)

@@ -88,6 +88,17 @@ def test_what_one_rank_raises_all_ranks_raise():
     assert not hasattr(one, "__notes__")
 
 
+def test_of_several_ranks_errors_all_others_raise_the_first_with_its_rank():
+    def work(group):
+        with fail_together(group):
+            if group.rank:
+                raise ValueError(f"of rank {group.rank}")
+
+    zero, one, two = on_ranks(3, work)
+    assert (str(zero), zero.raised_on, zero.__notes__) == ("of rank 1", 1, ["raised on rank 1"])
+    assert [str(one), str(two)] == ["of rank 1", "of rank 2"]
+
+
 def test_ranks_that_all_succeed_go_on_together():
     def work(group):
         with fail_together(group):
@@ -196,3 +207,15 @@ def test_all_workers_learn_that_the_engine_refused_a_prompt_of_one():
 
     for error in on_ranks(2, work):
         assert (error.index, error.problem, error.__notes__) == (5, "is not to its taste", ["raised on rank 1"])
+
+
+def test_of_several_refused_prompts_the_first_by_rank_and_place_is_named_on_all_workers():
+    def work(group):
+        with TensorParallelRanks(group).call("generate") as call:
+            places = (6, 2) if group.rank == 0 else (1,)
+            prompts = call.gather([RankPrompt(place, [group.rank], rank=group.rank) for place in places], {})
+            call.scatter(completions(prompts, refuse=[[0], [1]])[::-1])
+            return call.refused
+
+    for error in on_ranks(2, work):
+        assert (error.index, error.__notes__) == (2, ["raised on rank 0"])
