@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vgen import Completion, Completions, ProfilingContext, PromptError, RequestTiming
 from vgen.generation.instrumentation import counts, measure, request_attributes
 from vgen.profiling import ContentCapture, semconv
@@ -99,3 +101,38 @@ def test_content_is_recorded_only_where_the_user_asked_for_it():
     assert semconv.OUTPUT_CONTENT not in plain
     shown = request_attributes(completion, PROMPTS[0], ContentCapture(), lambda ids: "-".join(map(str, ids)))
     assert (shown[semconv.INPUT_CONTENT], shown[semconv.OUTPUT_CONTENT]) == ("1-2-3", "7-7")
+
+
+def test_a_requests_span_has_all_that_is_known_of_it():
+    completion = replace(
+        done(0, 2, 1.0, server="http://a"), weight_version="v2", weight_versions=[("v1", 0, 1), ("v2", 1, 2)]
+    )
+    attributes = request_attributes(completion, PROMPTS[0], None, str)
+    assert {name: value for name, value in attributes.items() if value is not None} == {
+        semconv.INPUT_TOKENS: 3,
+        semconv.REQUEST_ID: "r0",
+        semconv.OUTPUT_TOKENS: 2,
+        semconv.FINISH_REASON: ["stop"],
+        semconv.WEIGHT_VERSION: "v2",
+        semconv.FIRST_VERSION: "v1",
+        semconv.SERVER: "http://a",
+        semconv.ADMISSION_SECONDS: 0.0,
+        semconv.QUEUE_SECONDS: 0.25,
+        semconv.PREFILL_SECONDS: 0.25,
+        semconv.DECODE_SECONDS: 0.5,
+        semconv.TTFT_SECONDS: 0.5,
+        semconv.E2E_SECONDS: 1.0,
+        semconv.PREEMPTIONS: 1,
+        semconv.CACHED_TOKENS: 2,
+    }
+
+
+def test_each_histogram_has_its_own_field_of_the_timing():
+    sink = recorded(result(done(0, 4, 3.0), done(1, 2, 1.0)))
+    assert values(sink, semconv.REQUEST_QUEUE) == [0.25, 0.25]
+    assert values(sink, semconv.REQUEST_DECODE) == [2.5, 0.5]
+    assert values(sink, semconv.REQUEST_TTFT) == [0.5, 0.5]
+    assert values(sink, semconv.REQUEST_TPOT) == []
+    assert values(sink, semconv.REQUEST_CACHED) == [4]
+    assert values(sink, semconv.PROMPT_TOKENS) == [4]
+    assert values(sink, semconv.GENERATED_TOKENS) == [6]

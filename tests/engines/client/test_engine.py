@@ -315,3 +315,20 @@ def test_a_server_whose_weight_update_has_failed_gets_no_requests_until_a_sync()
         made.sync_weights(version="2")
         assert tokens(made.generate(PROMPTS)) == PROMPTS
         assert len(calls(other, BATCH)) > asked
+
+
+@pytest.mark.parametrize(("device", "level", "kept"), [("cuda", 2, False), ("cuda", 1, True), ("cpu", 2, True)])
+def test_the_verifier_hears_of_the_first_sleep_of_each_level(server, monkeypatch, device, level, kept):
+    server.answers["/server_info"]["vllm_config"]["device_config"]["device"] = device
+    heard = list[tuple[list, int, bool]]()
+    with generation(server) as made:
+        monkeypatch.setattr(
+            made.engine._verifier,
+            "before_sleep",
+            lambda due, level, *, keeps_weights: heard.append((list(due), level, keeps_weights)),
+        )
+        made.sleep(level)
+        made.wake_up()
+        made.sleep(level)
+        endpoints = list(made.engine.endpoints)
+    assert heard == [(endpoints, level, kept), ([], level, kept)]

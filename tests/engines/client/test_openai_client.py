@@ -48,3 +48,19 @@ def test_the_open_spans_context_travels_with_every_request(server):
     traced = {f"00-{span.trace_id}-{span.span_id}-01" for span in sink.named(semconv.REQUEST) if not rebuilt(span)}
     assert len(traced) == 2
     assert sent == {f"00-{engine_span.trace_id}-{engine_span.span_id}-00", *traced}
+
+
+def test_likeliest_tokens_are_given_where_the_server_sent_more_than_the_sampled_one(server):
+    def with_top(body):
+        ids = body["prompt"][:1]
+        top = [{"token_id:7": -1.5, "token_id:3": -0.25}]
+        logprobs = {"token_logprobs": [-1.5], "top_logprobs": top}
+        choice = {"index": 0, "text": "", "token_ids": ids, "logprobs": logprobs, "finish_reason": "stop"}
+        return {"id": "cmpl", "choices": [choice], "metrics": None, "usage": {}}
+
+    with generation(server) as made:
+        (plain,) = made.generate([[7]], Sampling(max_tokens=1, logprobs=0))
+        server.faults[COMPLETIONS] = [with_top]
+        (top,) = made.generate([[7]], Sampling(max_tokens=1, logprobs=2))
+    assert (plain.logprobs, plain.top_logprobs) == ([-0.5], None)
+    assert (top.logprobs, top.top_logprobs) == ([-1.5], [[(3, -0.25), (7, -1.5)]])

@@ -326,3 +326,10 @@ def test_metrics_count_what_is_sampled_out_of_the_traces():
     points = metered.read()
     assert points["vgen.generate.duration"][0].count == points[semconv.REQUEST_E2E.name][0].count == 1
     assert not points[semconv.REQUEST_E2E.name][0].exemplars
+
+
+def test_a_detached_spans_seconds_count_and_those_of_a_rebuilt_one_do_not(metered: Metered):
+    detached = metered.profiling.detached("waiting")
+    metered.profiling.finish(detached)
+    metered.profiling.rebuilt("waiting", detached.start_ns, detached.start_ns + 1)
+    assert metered.read()["waiting.duration"][0].count == 1

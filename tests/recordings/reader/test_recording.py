@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 from helpers.handmade import BEGIN, Writer, ns, usual_run
 
 from vgen.profiling import semconv
@@ -64,3 +65,18 @@ def test_processes_with_the_same_rank_are_told_apart(tmp_path):
         Writer(tmp_path, pid=pid, rank=rank).span("x", 0, 1)
     labels = [process.label for process in Recording(tmp_path).processes]
     assert labels == ["rank 0 (one:1)", "rank 0 (one:2)", "rank 1"]
+
+
+@pytest.mark.parametrize("wrong", [{"span_id": "f" * 20}, {"parent_id": "f" * 20}, {"start_unix_ns": -(1 << 63)}])
+def test_a_record_that_no_column_can_hold_is_left_out_whole(tmp_path, wrong):
+    writer = Writer(tmp_path)
+    record = writer.step(1, 0, 10)
+    writer.line({**record, "span_id": "12" * 8, **wrong})
+    writer.step(2, 10, 20)
+    recording = Recording(tmp_path)
+    columns = (
+        *(recording.name, recording.span_id, recording.parent_id, recording.start, recording.end),
+        *(recording.step, recording.trace, recording.process),
+    )
+    assert [len(column) for column in columns] == [2] * 8
+    assert list(recording.step) == [1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -24,7 +25,7 @@ from vgen.cli import EXPORTS, main
 from vgen.profiling import semconv
 from vgen.recordings.export.follow import Follower
 from vgen.recordings.export.terminal import waterfall
-from vgen.recordings.reader.untrusted import text
+from vgen.recordings.reader.untrusted import MOST_NESTED, clean, text
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202eevil\u2066[/b]\x00\x7f\ud800\uffff"
 VISIBLE = r"\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202eevil\u2066[/b]\x00\x7f\ud800\uffff"
@@ -428,3 +429,14 @@ def test_no_changed_record_makes_a_stack_trace(tmp_path, capsys, data):
         console = Console(file=io.StringIO(), width=100)
         console.print(waterfall(followed))
         assert ACTS.findall(console.file.getvalue()) == []  # type: ignore[attr-defined]
+
+
+def test_lists_and_dicts_are_kept_to_the_promised_depth_and_no_deeper():
+    deep: Any = "kept"
+    for _ in range(MOST_NESTED):
+        deep = [deep]
+    record = {"attributes": {"a": deep, "b": [deep], "c": {"k": deep}}, "odd": math.nan}
+    cleaned = clean(record)["attributes"]
+    assert cleaned["a"] == deep
+    assert cleaned["b"] == [[["<list>"]]]
+    assert cleaned["c"] == {"k": [["<list>"]]}

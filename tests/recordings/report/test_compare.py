@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 from helpers.handmade import Writer, usual_run, usual_step, words
+from rich.console import Console
 
 from vgen.cli import main
+from vgen.recordings.report.compare import compare
+from vgen.recordings.report.figures import summarize
+from vgen.recordings.report.render import render_changes
 
 
 @pytest.fixture
@@ -68,3 +74,18 @@ def test_what_cannot_be_compared_is_said(runs, capsys):
     with pytest.raises(SystemExit) as left:
         main(["report", str(runs / "same"), "--threshold", "-1"])
     assert left.value.code == 2
+
+
+def test_what_got_worse_is_red_and_what_got_better_green(runs):
+    changes = compare(summarize(runs / "before"), summarize(runs / "worse"), 5.0)
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=120)
+    console.print(render_changes(changes, "before", 5.0))
+    lines = console.file.getvalue().splitlines()
+    colors = {
+        name: re.findall(r"\x1b\[(3\dm)", line)
+        for name in ("generate [s]", "update [s]")
+        for line in lines
+        if name in line
+    }
+    assert set(colors["generate [s]"]) == {"31m"}
+    assert set(colors["update [s]"]) == {"32m"}

@@ -61,3 +61,24 @@ def test_the_slowest_requests_are_shown_with_all_that_is_known_of_them(tmp_path,
     (row,) = [line.split() for line in shown.splitlines() if "6.500" in line and "321" in line]
     assert [row[0], row[1], row[2], row[3]] == ["4", "0", "0", "6.500"]
     assert row[-3:] == ["321", "stop", "http://a:1"]
+
+
+def test_without_servers_there_is_no_column_for_them(tmp_path, capsys):
+    usual_run(tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.split("slowest requests")[1].split("weight sync")[0]
+    assert "ended by" in shown
+    assert "server" not in shown
+
+
+def test_memory_that_grows_is_told_from_the_first_cycle_to_the_last(tmp_path, capsys):
+    writer = Writer(tmp_path)
+    for number, resident in enumerate((3_000_000, 9_000_000, 5_000_000), 1):
+        step = writer.step(number, 10 * number, 10 * number + 9)
+        memory = {"vgen__memory__host__resident": resident, "vgen__memory__device__free": 8_000_000 - resident // 2}
+        writer.span(semconv.SLEEP, 10 * number, 10 * number + 1, under=step, vgen__sleep__level=1)
+        writer.span(semconv.WAKE_UP, 10 * number + 2, 10 * number + 3, under=step, **memory)
+    assert main(["report", str(tmp_path)]) == 0
+    shown = words(capsys.readouterr().out)
+    assert "the host memory of rank 0 grew by 2.00 MB over 3 cycles" in shown
+    assert "free device memory beside rank 0 fell by 1.00 MB over 3 cycles" in shown

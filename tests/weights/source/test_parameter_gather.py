@@ -47,3 +47,27 @@ def test_every_way_of_fsdp(tmp_path, cases):
 )
 def test_zero3(tmp_path):
     on_two_ranks(tmp_path, ZERO3)
+
+
+def test_a_sharded_tensor_is_gathered_whole_in_order(tmp_path):
+    """One rank of a real mesh; two are in the slow tests."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from vgen.weights.source.module_source import source_of
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model, whole = torch.nn.Module(), {name: torch.randn(4, 3) for name in ("a", "b")}
+        for name, tensor in whole.items():
+            model.register_parameter(name, torch.nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])))
+        sent = dict(source_of(model))
+    finally:
+        dist.destroy_process_group()
+    assert sent.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert type(sent[name]) is torch.Tensor
+        assert torch.equal(sent[name], tensor)
