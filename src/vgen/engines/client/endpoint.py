@@ -12,7 +12,6 @@ from typing import Any
 from ...engine_protocol import Batch
 from ...errors import ServerError
 from ...types import Completion
-from ..lora_adapters import Fingerprint
 from ..server_api import INFO, Feature
 from .call_watch import ANSWER_SECONDS
 from .http import HttpClient
@@ -73,6 +72,8 @@ class Endpoint:
     """Worker processes of all data-parallel engines together."""
     backend: str | None = None
     """vLLM's own weight-transfer engine (`nccl`, `ipc`) that a stock server was started with."""
+    definition: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The arguments of vLLM by which a stock server in development mode has its model; see `definition_audit`."""
     devices: frozenset[str] | None = None
     """UUIDs of the workers' GPUs, once the server was asked."""
 
@@ -83,8 +84,8 @@ class Endpoint:
     """What the audit of the present weights says, if they came by vLLM's own ways; else that is in `load_report`."""
     audited: tuple[str, dict[str, Any]] = field(default=("", {}), init=False)
     """The name of the tensors that the last such audit was of, and its result."""
-    adapters: dict[str, Fingerprint] = field(default_factory=dict[str, Fingerprint], init=False)
-    """LoRA adapters that the server has loaded, by name."""
+    adapters: set[str] = field(default_factory=set[str], init=False)
+    """The versions of LoRA adapters that it has loaded: see `ServerAdapters`."""
     verified: bool = field(default=False, init=False)
     """Whether its log-probabilities were compared with the trainer's model since it started."""
     slept: set[int] = field(default_factory=set[int], init=False)
@@ -196,6 +197,7 @@ class Endpoint:
             self.mark_stale(held)
             return False
         self.lost = False
+        self.adapters.clear()  # it may have restarted
         return True
 
     async def _is_half_updated(self) -> bool:

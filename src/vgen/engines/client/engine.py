@@ -14,14 +14,14 @@ from typing import Any
 from ...engine_protocol import BUCKET_BYTES, Batch, HowVerified, PauseMode, Source, SyncTrace, Transport, Verify
 from ...errors import EngineError, EngineStateError, ServerError, WeightSyncError
 from ...profiling import semconv
-from ...types import Completion, LoRARequest, SleepReport, WeightVerification
+from ...types import Completion, SleepReport, WeightVerification
 from ...weights.transports.selection import refusal
 from ...weights.transports.weight_transport import TransportSettings
 from ...weights.verification.verification_phase import Verifier
-from ..lora_adapters import fingerprint
 from ..memory import MemoryReading, sleep_report, sum_of_workers, wake_report
+from .adapters import ServerAdapters
 from .discovery import discover, require_running
-from .endpoint import RESET_PREFIX_CACHE, Endpoint
+from .endpoint import Endpoint
 from .event_loop_thread import EventLoopThread
 from .frozen_weights import FrozenWeights
 from .http import HttpClient, connection_limit
@@ -94,7 +94,7 @@ class ServerEngine:
         self._verifier = Verifier()
         self._stopped = False
         """Whether the caller stopped the schedulers by `pause` or `sleep`. A weight sync then leaves them stopped."""
-        self._adapter_lock = threading.Lock()
+        self._adapters = ServerAdapters(self._loop, self.endpoints)
         self._cleanup = ExitStack()
         self._end = weakref.finalize(
             self, _let_go, self._loop, self.endpoints, self._clients, self._cleanup, os.getpid()
@@ -119,6 +119,7 @@ class ServerEngine:
         settings = TransportSettings(bucket_bytes, weights_folder, weights_port, timeout)
         self._updater = WeightUpdater(self.endpoints, self._loop, weight_transport, settings)
         self._cleanup.callback(self._updater.close)
+        self._cleanup.callback(self._adapters.close)
         if any(endpoint.reports_load for endpoint in self.endpoints):
             self.verifications = ("bits", *self.verifications)
         self.model: str = self.endpoints[0].model
@@ -135,18 +136,19 @@ class ServerEngine:
         """Yield each completion as it arrives. Closing early closes the connections, which aborts the rest."""
         if not batch.requests:
             return
-        self._load_adapter(batch.lora_request)
         endpoints = self._usable_endpoints()
         if any(request.images for request in batch.requests):
             endpoints = [endpoint for endpoint in endpoints if "batch" in endpoint.features]
             if not endpoints:
                 raise ValueError("a stock server takes no images beside token ids: start it with `vgen serve`")
-        if self._frozen is None:
-            yield from self._balancer.stream(batch, endpoints)
-            return
-        self._frozen.ask(self._loop, endpoints)
-        with closing(self._balancer.stream(batch, endpoints)) as completions:
-            yield from self._frozen.checked(completions)
+        with self._adapters.served(batch, endpoints) as served:
+            endpoints = [endpoint for endpoint in endpoints if not endpoint.lost]
+            if self._frozen is None:
+                yield from self._balancer.stream(served, endpoints)
+                return
+            self._frozen.ask(self._loop, endpoints)
+            with closing(self._balancer.stream(served, endpoints)) as completions:
+                yield from self._frozen.checked(completions)
 
     def _usable_endpoints(self) -> list[Endpoint]:
         """The servers that hold the expected weights. Asks lost servers whether they are back."""
@@ -303,28 +305,6 @@ class ServerEngine:
                 endpoint.lease = LeaseHolder(endpoint.http, endpoint.mark_unknown)
         leases = [endpoint.lease for endpoint in self.endpoints if endpoint.lease is not None]
         self._loop.run_all([lease.take(self._timeout, takeover=takeover) for lease in leases])
-
-    def _load_adapter(self, adapter: LoRARequest | None) -> None:
-        """Load a LoRA adapter into every server that does not have it, or has an older state of its folder."""
-        if adapter is None or not adapter.lora_path:
-            return
-        name = adapter.lora_name
-        with self._adapter_lock:
-            current = fingerprint(adapter.lora_path)
-            outdated = [endpoint for endpoint in self.endpoints if endpoint.adapters.get(name) != current]
-            body = {"lora_name": name, "lora_path": adapter.lora_path, "load_inplace": True}
-            self._hold_leases(outdated)
-            try:
-                self._post_to(outdated, "/v1/load_lora_adapter", body, json_answer=False)
-                # The prefix cache identifies an adapter by name and path, so it still has the old one's entries.
-                self._post_to([each for each in outdated if name in each.adapters], RESET_PREFIX_CACHE)
-            except ServerError as error:
-                raise ValueError(
-                    f"LoRA adapter {name!r} was not loaded: {error}; start the server by `vgen serve` with "
-                    "--enable-lora and --max-lora-rank, and pass its control_key"
-                ) from error
-            for endpoint in outdated:
-                endpoint.adapters[name] = current
 
     def _require_control(self, call: str) -> None:
         """Raise `EngineStateError`, before any server is changed, if this client may not change one of them."""

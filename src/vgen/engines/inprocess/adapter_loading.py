@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...types import LoRARequest
-from ..lora_adapters import Fingerprint, fingerprint
+from ..lora_adapters import AdapterCopy, fingerprint, is_newer
 
 
 class AdapterLoader:
@@ -17,8 +17,8 @@ class AdapterLoader:
 
     def __init__(self, llm: Any) -> None:
         self._llm, self._engine = llm, llm.llm_engine
-        self._loaded: dict[str, tuple[Fingerprint, int]] = {}
-        """By name: the folder's fingerprint, and the ID under which vLLM has the adapter."""
+        self._loaded: dict[str, tuple[AdapterCopy, int]] = {}
+        """By name: the copy of the folder, and the ID under which vLLM has the adapter."""
         self._last_id = 0
 
     def load(self, adapter: LoRARequest | None) -> Any:
@@ -38,22 +38,22 @@ class AdapterLoader:
                 f"LoRA adapter {name!r} needs an engine with LoRA: construct with "
                 "engine_kwargs={'enable_lora': True, 'max_lora_rank': ...}"
             )
-        current = fingerprint(path)
-        loaded, adapter_id = self._loaded.get(name, (None, 0))
+        copy, adapter_id = self._loaded.get(name, (None, 0))
         replaced_id = 0
-        if loaded != current:
+        if copy is None or is_newer(fingerprint(path), copy.fingerprint):
+            copy = AdapterCopy(path, None)
             self._last_id += 1
             replaced_id, adapter_id = adapter_id, self._last_id
-        request = EngineLoRARequest(name, adapter_id, path)
+        request = EngineLoRARequest(name, adapter_id, copy.path)
         try:
             self._engine.add_lora(request)  # also if it is loaded: vLLM then evicts other adapters first
         except Exception as error:
             raise ValueError(f"LoRA adapter {name!r} could not be loaded from {path!r}: {_reason(error)}") from error
         if replaced_id:
             self._engine.remove_lora(replaced_id)
-            # The prefix cache identifies an adapter by name and path, so it still has the old one's entries.
+            # The prefix cache identifies an adapter by name and path, which are the same if the folder was not copied.
             self._llm.reset_prefix_cache(reset_connector=True)
-        self._loaded[name] = current, adapter_id
+        self._loaded[name] = copy, adapter_id
         return request
 
 
