@@ -98,6 +98,7 @@ class GrpcCollector(Received):
         import grpc
 
         super().__init__()
+        self.requests = 0
         self._release = threading.Event()
         if not hang:
             self._release.set()
@@ -107,6 +108,7 @@ class GrpcCollector(Received):
 
         class Traces(trace_service_pb2_grpc.TraceServiceServicer):
             def Export(self, request: Any, context: Any) -> Any:
+                collector.requests += 1
                 collector._release.wait(60)
                 collector.headers.append(dict(context.invocation_metadata()))
                 collector.traces(request)
@@ -114,6 +116,7 @@ class GrpcCollector(Received):
 
         class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
             def Export(self, request: Any, context: Any) -> Any:
+                collector.requests += 1
                 collector._release.wait(60)
                 collector.measured(request)
                 return metrics_service_pb2.ExportMetricsServiceResponse()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from vgen.profiling import ProfilingContext, Sink
+from vgen.profiling import ProfilingContext, Sink, sink_pipeline
 from vgen.profiling.sinks.memory import MemorySink
 
 
@@ -34,3 +35,40 @@ def contexts() -> Iterator[Callable[..., ProfilingContext]]:
     yield make
     for context in made:
         context.close(0.1)
+
+
+class Waits(list[float]):
+    """How many seconds `flush` and `close` were ready to wait, one number for each sink that they waited for.
+
+    A deadline is kept if a sink that hangs is waited for first and the sum is within it. This does not depend on what
+    else the machine does.
+    """
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+    """Called at the beginning of each wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[bool] = []
+        """Whether the sink had done what it was waited for."""
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    waits = Waits()
+
+    class Noted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append(timeout)
+            waits.meanwhile()
+            waits.ended.append(super().wait(timeout))
+            return waits.ended[-1]
+
+    class Command(sink_pipeline.Command):
+        def __init__(self, method: str, deadline: float) -> None:
+            super().__init__(method, deadline)
+            self.done = Noted()
+
+    monkeypatch.setattr(sink_pipeline, "Command", Command)
+    return waits

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import threading
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -179,7 +178,7 @@ def test_no_value_is_lost_between_threads():
         thread.start()
     while any(thread.is_alive() for thread in threads):
         row.summary()
-        time.sleep(0.001)
+        threads[0].join(0.001)  # a moment for the others
     assert row.summary()["c"] == row.summary()["x.duration.count"] == 4 * each
 
 
@@ -198,8 +197,7 @@ def test_a_signal_handler_may_measure_while_its_thread_is_summing_up():
     before = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
     try:
-        until = time.monotonic() + 1.0
-        while time.monotonic() < until:
+        while handled <= 200 and own < 500_000:
             own += 1
             row.record(COUNTER, (1,))
             row.record(HISTOGRAM, (1.0, 2.0))
@@ -207,6 +205,6 @@ def test_a_signal_handler_may_measure_while_its_thread_is_summing_up():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert handled > 10
+    assert handled > 200
     assert row.summary()["c"] == handled + own
     assert row.summary()["h.count"] == handled + 2 * own

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 
 import pytest
+from helpers.clock import Clock
 
 from vgen.profiling import ProfilingContext, semconv
 from vgen.profiling.content_capture import ContentCapture
@@ -51,20 +52,26 @@ def test_a_decorator_times_every_call(profiling: ProfilingContext, memory: Memor
     assert all(span.attributes == {"kind": "test"} for span in memory.spans)
 
 
-async def test_a_decorator_of_a_coroutine_function_covers_its_awaits(profiling: ProfilingContext, memory: MemorySink):
+async def test_a_decorator_of_a_coroutine_function_covers_its_awaits(
+    profiling: ProfilingContext, memory: MemorySink, monkeypatch: pytest.MonkeyPatch
+):
+    clock = Clock(monkeypatch)
+
     class Callable:
         async def __call__(self) -> None:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
+            clock.advance(0.5)
 
     @profiling.span("work")
     async def work() -> None:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+        clock.advance(0.5)
 
     assert inspect.iscoroutinefunction(work)
     await asyncio.gather(work(), work())
     await profiling.span("object")(Callable())()
     assert [span.parent for span in memory.spans] == [None, None, None]
-    assert all(span.duration >= 0.009 for span in memory.spans)
+    assert [span.duration for span in memory.spans] == [0.5, 1.0, 0.5], "the second covers the first's work, too"
 
 
 @pytest.mark.parametrize("off", [True, False])

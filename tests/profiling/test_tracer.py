@@ -8,7 +8,6 @@ import gc
 import os
 import re
 import threading
-import time
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +57,8 @@ def test_the_recorded_tree_is_the_one_that_was_run(roots: list[Tree]):
     def run(tree: Tree, name: str, pool: ThreadPoolExecutor) -> None:
         with profiling.span(name, {name: 1}) as span:
             assert profiling.current_span() is span
-            time.sleep(tree.pause / 10_000)
+            for _ in range(tree.pause):
+                os.sched_yield()
             for number in range(len(tree.children)):
                 intended[f"{name}.{number}"] = name
             waits: list[threading.Thread] = []

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import math
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,11 +58,9 @@ def healthy(profiling: ProfilingContext, witness: MemorySink, refused: dict[str,
     with profiling.step(99), profiling.span("after"):
         profiling.record(COUNTER, 1)
     assert [span.name for span in witness.spans[before:]] == ["after", semconv.STEP]
-    assert profiling.flush()
+    assert profiling.flush(30)
     assert profiling.dropped() == (refused or {})
-    start = time.monotonic()
-    assert profiling.close()
-    assert time.monotonic() - start < 2.2
+    assert profiling.close(30)
     assert profiling.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -103,14 +102,13 @@ def test_odd_names_arrive_among_the_others(client: Any, run: Any) -> None:
     assert points(client, run, "reward_0_") + points(client, run, "plain") == [(0, 2), (0, 3)]
 
 
-def test_a_server_that_refuses_is_a_counted_loss_and_no_failure_of_the_work(client: Any) -> None:
+def test_a_server_that_refuses_is_a_counted_loss_and_no_failure_of_the_work(client: Any, waits: Any) -> None:
     profiling = ProfilingContext([MlflowSink(client, "0" * 32)])
     for n in range(3):
         with profiling.step(n):
             pass
-    started = time.monotonic()
     profiling.close()
-    assert time.monotonic() - started < 2.2
+    assert sum(waits) < 2.01
     assert profiling.dropped() == {"MlflowSink": 3}
 
 

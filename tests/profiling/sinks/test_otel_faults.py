@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 from helpers.collectors import GrpcCollector, HttpCollector, refusing
-from helpers.otel_tracing import DEADLINE, SLACK, exporting, loop
+from helpers.operations import calls_made
+from helpers.otel_tracing import DEADLINE, exporting, loop
 from helpers.waiting import wait_until
 
 from vgen.profiling import ProfilingContext, semconv
@@ -30,7 +30,9 @@ def healthy() -> HttpCollector:
 
 
 class Refusing:
-    """Nobody listens."""
+    """Nobody listens, so that nobody sees a request either."""
+
+    requests = "unseen"
 
     def __init__(self) -> None:
         self.endpoint = refusing()
@@ -51,45 +53,43 @@ FAULTS: dict[str, Callable[[], Any]] = {
 def faulty(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     collector = FAULTS[request.param]()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
     yield collector
     collector.close()
 
 
-def test_the_end_comes_in_time_and_says_what_was_lost(faulty: Any, caplog: Any):
-    check_the_end(caplog)
+def test_the_end_comes_in_time_and_says_what_was_lost(faulty: Any, caplog: Any, waits: Any):
+    check_the_end(faulty, caplog, waits)
 
 
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])
-def test_the_end_comes_in_time_over_grpc_too(fault: str, caplog: Any, monkeypatch: pytest.MonkeyPatch):
+def test_the_end_comes_in_time_over_grpc_too(fault: str, caplog: Any, waits: Any, monkeypatch: pytest.MonkeyPatch):
     collector = Refusing() if fault == "refuses" else GrpcCollector(hang=True)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
-    check_the_end(caplog)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+    check_the_end(collector, caplog, waits)
     collector.close()
 
 
-def check_the_end(caplog: Any) -> None:
+def check_the_end(collector: Any, caplog: Any, waits: Any) -> None:
     """A loop, then the three ends in turn, each within its own deadline."""
     providers, profiling = exporting()
     loop(profiling)
-    time.sleep(0.1)  # the trainer is busy with other work, and the exporter tries meanwhile
+    wait_until(lambda: collector.requests)
     loop(profiling)
-    start = time.perf_counter()
+    start = time.monotonic()
     with caplog.at_level(logging.WARNING, "vgen.telemetry"):
-        assert not profiling.flush(DEADLINE)
-        flushed = time.perf_counter()
-        assert not profiling.close(DEADLINE)
-        closed = time.perf_counter()
+        for end in (profiling.flush, profiling.close):
+            waits.clear()
+            assert not end(DEADLINE)
+            assert sum(waits) < DEADLINE + 0.01
         assert not providers.close(DEADLINE)
-        ended = time.perf_counter()
-    assert flushed - start < DEADLINE + SLACK
-    assert closed - flushed < DEADLINE + SLACK
-    assert ended - closed < DEADLINE + SLACK
     assert providers.lost > 0
     (warning,) = [record.getMessage() for record in caplog.records if "spans were not delivered" in record.getMessage()]
     assert f"{providers.lost} spans" in warning
     assert not providers.close(DEADLINE), "twice does no harm, and tells the same"
-    assert time.perf_counter() - ended < SLACK
+    assert time.monotonic() - start < 20, "nobody has waited for the exporter, which tries for a minute"
 
 
 def test_traces_that_hang_do_not_keep_the_metrics_back(monkeypatch: pytest.MonkeyPatch):
@@ -122,31 +122,17 @@ def test_a_collector_that_comes_back_gets_the_totals(monkeypatch: pytest.MonkeyP
     collector.close()
 
 
-def spans(profiling: ProfilingContext) -> tuple[float, float]:
-    """Seconds of a thousand spans, and the 99th percentile of one."""
-    taken: list[float] = []
-    begin = time.perf_counter()
-    for _ in range(1000):
-        start = time.perf_counter()
-        with profiling.span("work", prompts=1):
-            pass
-        taken.append(time.perf_counter() - start)
-    return time.perf_counter() - begin, statistics.quantiles(taken, n=100)[98]
-
-
 @pytest.mark.parametrize("faulty", list(FAULTS), indirect=True)
-def test_the_loop_is_as_fast_as_with_a_healthy_collector(faulty: Any, monkeypatch: pytest.MonkeyPatch):
+def test_the_loop_does_what_it_does_with_a_healthy_collector(faulty: Any, monkeypatch: pytest.MonkeyPatch):
     dead_providers, dead = exporting()
     collector = HttpCollector()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
     alive_providers, alive = exporting()
-    # In turn, and the quietest round of each: other processes use this machine too.
-    rounds = [(spans(alive), spans(dead)) for _ in range(8)]
-    (seconds, p99), (dead_seconds, dead_p99) = (
-        (min(found[which][0] for found in rounds), min(found[which][1] for found in rounds)) for which in (0, 1)
-    )
-    assert dead_seconds < 1.5 * seconds + 0.02
-    assert dead_p99 < 2 * p99 + 0.005, "a slice of the scheduler's: benchmarks/overhead.py measures without"
+    start = time.monotonic()
+    for _ in range(3):  # together more than the SDK's queue holds
+        operations = calls_made(lambda: loop(alive, 80))
+        assert calls_made(lambda: loop(dead, 80)) < 1.1 * operations
+    assert time.monotonic() - start < 30, "it has not waited for the exporter, which tries for a minute"
     alive_providers.close(5)
     dead_providers.close(0.0)
     collector.close()
@@ -167,11 +153,12 @@ def test_the_other_sinks_and_readers_get_all_of_it(faulty: Any):
 
 
 def forgets_to_close(protocol: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Such a process, and when it had ended."""
+    """Such a process, and the seconds that it took."""
     code = f"""
-import os, time
+import os
 os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = {refusing()!r}
 os.environ["OTEL_EXPORTER_OTLP_PROTOCOL"] = {protocol!r}
+os.environ["OTEL_EXPORTER_OTLP_TIMEOUT"] = "100"
 from vgen.profiling import ProfilingContext
 from vgen.profiling.sinks.otel import OTelSink
 from vgen.profiling.sinks.otel_sdk import otlp_providers
@@ -179,20 +166,19 @@ providers = otlp_providers()
 profiling = ProfilingContext([OTelSink(providers.tracer_provider, providers.meter_provider)])
 with profiling.step(1):
     pass
-print(time.time(), flush=True)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    return run, time.time()
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150)
+    return run, time.monotonic() - start
 
 
 def test_a_process_that_forgets_to_close_exits_in_time():
     with ThreadPoolExecutor() as pool:  # at once: each waits for most of its time
         found = list(pool.map(forgets_to_close, ["http/protobuf", "grpc"]))
-    for run, ended in found:
+    for run, seconds in found:
         assert run.returncode == 0, run.stderr
-        # the context's deadline and the providers', 2 s each, and the interpreter's own end on a busy machine
-        assert ended - float(run.stdout) < 2 * 2.0 + 2 * SLACK + 2.0
-        assert "1 spans were not delivered" in run.stderr
+        assert seconds < 60, "the exporters try for longer"
+        assert "1 spans were not delivered, and not everything ended within 2.0 s" in run.stderr
 
 
 def test_a_process_that_forgets_to_close_delivers_where_it_can(monkeypatch: pytest.MonkeyPatch):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import wandb_runs
+from helpers.operations import calls_made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,9 +139,8 @@ def test_a_trainer_on_its_own_thread_in_a_hurry(run: Any) -> None:
     done = threading.Event()
 
     def train() -> None:
-        while not done.is_set():
+        while not done.wait(0.002):
             run.log({"loss": float(next(logged))})
-            time.sleep(0.002)
 
     trainer = threading.Thread(target=train)
     trainer.start()
@@ -240,7 +238,7 @@ def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) 
     assert [row["_step"] for row in rows if "train_runtime" in row] == [2]
 
 
-def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any) -> None:
+def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, waits: Any) -> None:
     sink = WandbSink(run)
     profiling = ProfilingContext([sink])
     with profiling.step(0):
@@ -250,9 +248,8 @@ def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any) -> None:
     for n in (1, 2):
         with profiling.step(n):
             work(profiling, n)
-    started = time.monotonic()
-    profiling.close()
-    assert time.monotonic() - started < 0.5
+    profiling.close(20)
+    assert waits.ended[-1], "it does not hang until the deadline"
     assert profiling.dropped() == {"WandbSink": 2}
     check_steps(wandb_runs.rows(run), 1)
 
@@ -512,20 +509,16 @@ def test_merging_steps_leaves_their_own_rows_alone() -> None:
     assert (histogram.count, histogram.quantile(1.0)) == (3, before)
 
 
-def test_the_callers_thread_pays_next_to_nothing(run: Any) -> None:
-    def once(profiling: ProfilingContext) -> float:
-        time.sleep(0.0005)
-        started = time.perf_counter()
+def test_the_callers_thread_does_next_to_nothing_more(run: Any) -> None:
+    def step(profiling: ProfilingContext) -> None:
         with profiling.step(0):
             with profiling.span("a"):
                 pass
             profiling.record(TOKENS, 1)
-        return time.perf_counter() - started
-
-    def difference() -> float:
-        pairs = [(once(shown), once(alone)) for _ in range(200)]
-        return statistics.median(pair[0] for pair in pairs) - statistics.median(pair[1] for pair in pairs)
 
     alone = ProfilingContext()
     with ProfilingContext([WandbSink(run)]) as shown:
-        assert min(difference() for _ in range(3)) < 10e-6
+        for profiling in (alone, shown):
+            step(profiling)
+        operations = calls_made(lambda: step(alone))
+        assert calls_made(lambda: step(shown)) <= operations + 12  # to queue the row, and to ask for losses
