@@ -43,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
         if folder == "real" and importlib.util.find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed: pip install 'vgen[cpu]'"))
+        if deadlines := [row.kwargs["within"] for row in item.iter_markers("fault")]:  # a row of docs/faults.md
+            item.add_marker(pytest.mark.timeout(max(deadlines), func_only=True), append=False)
 
 
 def _cuda() -> bool:

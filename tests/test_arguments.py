@@ -83,6 +83,12 @@ def test_what_means_the_same_is_accepted(field, value, normal):
         ({"nucleus": 1}, "is not an argument: it takes"),
     ],
 )
+@pytest.mark.fault(
+    point="arguments and prompts",
+    did="Values that vLLM takes and then fails to decode",
+    happens="`ArgumentError` before they reach the engine",
+    within=20,
+)
 def test_what_would_end_an_engine_is_refused(fields, says):
     with pytest.raises(ArgumentError, match=says):
         Sampling(**fields)
@@ -321,6 +327,12 @@ OPTIONS = ("num_generations", "images", "lora_request", "priority", "refused", "
 
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(st.one_of(VALUES, st.lists(VALUES, max_size=3)), st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=2))
+@pytest.mark.fault(
+    point="arguments and prompts",
+    did="Arguments are drawn at random",
+    happens="A typed error or success; the next call succeeds",
+    within=60,
+)
 def test_any_call_succeeds_or_raises_a_typed_error_and_the_next_succeeds(prompts, options):
     if isinstance(options.get("num_generations"), int) and options["num_generations"] > 50:
         options["num_generations"] = 2  # as many as asked for would be made

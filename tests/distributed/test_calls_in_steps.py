@@ -33,6 +33,12 @@ def one_each(prompts) -> list[Completion]:
     ]
 
 
+@pytest.mark.fault(
+    point="a call of all ranks",
+    did="Two ranks fail, one after the other",
+    happens="Every rank raises the first error with its rank",
+    within=20,
+)
 def test_of_two_ranks_errors_the_first_is_raised_on_the_leader(monkeypatch):
     """Rank 2 fails before rank 1, whose connection is looked at first."""
     second_has_failed, both_have_failed = threading.Event(), threading.Event()
@@ -152,6 +158,12 @@ def test_each_ranks_spans_say_how_many_bytes_it_sent_and_received(monkeypatch):
     assert min(leader.values()) > 30
 
 
+@pytest.mark.fault(
+    point="a call of all ranks",
+    did="A rank is gone when its completions come",
+    happens="`RankError` names it; the other ranks get theirs",
+    within=20,
+)
 def test_a_rank_that_is_gone_when_its_completions_come_is_named_and_the_others_get_theirs(monkeypatch):
     gone = threading.Event()
 
@@ -183,6 +195,12 @@ def test_a_message_within_less_than_a_second_is_waited_for(monkeypatch):
     assert on_leader_ranks(monkeypatch, 2, work) == [None, "done"]
 
 
+@pytest.mark.fault(
+    point="a call of all ranks",
+    did="The leader is silent",
+    happens="`RankError` after the given seconds",
+    within=20,
+)
 def test_silence_is_an_error_after_the_seconds_that_were_given(monkeypatch):
     ended = threading.Event()
 
@@ -226,6 +244,12 @@ def test_both_ends_count_a_message_alike(two, length):
 
 
 @pytest.mark.parametrize("begun", [b"", b"\0\0", b"\0" * 7 + b"\x05ab"])
+@pytest.mark.fault(
+    point="the ranks' connections",
+    did="A peer stops in the middle of a message",
+    happens="An error at the timeout; the connection is closed",
+    within=20,
+)
 def test_a_peer_that_stops_within_a_message_costs_the_timeout_and_the_connection(two, begun):
     one, other = two
     one._socket.sendall(begun)
@@ -325,6 +349,12 @@ def test_ranks_of_several_machines_meet_at_the_masters_address(met, monkeypatch)
     assert asked == ["the-master", "the-master"]
 
 
+@pytest.mark.fault(
+    point="the port of a server",
+    did="The ranks' port is taken on rank 0",
+    happens="`RankError` names the port on every rank",
+    within=20,
+)
 def test_a_port_that_is_taken_is_named_on_every_rank(met):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -146,6 +146,12 @@ def test_what_the_leaders_server_does_is_raised_on_every_rank(three):
     assert max(of["seconds"] for of in three["leader_fails"]) < TIMEOUT + GRACE + SLACK
 
 
+@pytest.mark.fault(
+    point="ranks as processes",
+    did="The leader's engine cannot start",
+    happens="Every rank raises its error",
+    within=300,
+)
 def test_a_leader_that_cannot_start_is_raised_on_every_rank(three):
     assert same([of["error"] for of in three["construction_fails"]]) == "ServerError"
     assert "/v1/models" in same([of["words"] for of in three["construction_fails"]])
@@ -165,6 +171,12 @@ def test_a_stream_is_refused_on_every_rank(three):
     assert "generate()" in same([of["words"] for of in three["streams"]])
 
 
+@pytest.mark.fault(
+    point="ranks as processes",
+    did="Ctrl-C on the leader",
+    happens="The others raise at once",
+    within=300,
+)
 def test_an_interrupted_leader_is_told_to_the_others(three):
     assert [of["error"] for of in three["leader_interrupted"]] == ["KeyboardInterrupt", "RankError", "RankError"]
     assert three["leader_interrupted"][1]["words"] == "rank 0 raised KeyboardInterrupt"
@@ -184,6 +196,12 @@ def test_all_ranks_iterate_a_collective_source_and_the_leader_alone_sends(three)
     assert [of["seen"] for of in (zero, one, two)] == [8, 8, 8]
 
 
+@pytest.mark.fault(
+    point="ranks as processes",
+    did="The receiver of a sync fails",
+    happens="All ranks finish the collective and raise",
+    within=300,
+)
 def test_a_receiver_that_fails_leaves_nobody_in_a_collective(three):
     found = [of["found"] for of in three["receiver_fails"]]
     assert same([of["raised"] for of in found])[0] == "WeightSyncError"
@@ -204,6 +222,12 @@ def test_a_plain_modules_weights_are_the_leaders_alone(three):
     assert [of["found"]["seen"] for of in three["plain_sync"]] == [1, 0, 0]
 
 
+@pytest.mark.fault(
+    point="ranks as processes",
+    did="The source fails on one rank",
+    happens="All ranks raise its error",
+    within=300,
+)
 def test_a_source_that_fails_on_one_rank_is_told_to_all(three):
     found = [of["found"] for of in three["source_fails"]]
     for of in found:
@@ -216,6 +240,12 @@ def test_a_source_that_fails_on_one_rank_is_told_to_all(three):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    point="ranks as processes",
+    did="A rank is stopped or killed, leader or not",
+    happens="The others raise `RankError` that names it",
+    within=300,
+)
 def test_ranks_that_stop_or_die_are_named_on_the_others(tmp_path):
     found = apart("deaths", 3, tmp_path)
     assert sorted(found) == [1]

@@ -89,6 +89,12 @@ def test_whoever_proves_nothing_is_not_let_in(listener, said):
     assert found.result(SOON) == [(3, 0)]
 
 
+@pytest.mark.fault(
+    point="the ranks' connections",
+    did="A stranger repeats a proof that it overheard",
+    happens="It is not let in",
+    within=60,
+)
 def test_a_proof_that_was_overheard_opens_nothing_again(listener):
     found = came(listener, 2)
     with socket.create_server(("127.0.0.1", 0)) as between, ThreadPoolExecutor(1) as pool:
@@ -118,6 +124,12 @@ def test_a_member_does_not_take_a_stranger_for_its_listener():
     assert SECRET not in said
 
 
+@pytest.mark.fault(
+    point="the ranks' connections",
+    did="Strangers connect and say nothing",
+    happens="Members are let in at once",
+    within=60,
+)
 def test_strangers_keep_no_member_waiting_and_are_let_go(listener):
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(3)]

@@ -49,6 +49,12 @@ def test_what_another_rank_raises_before_the_call_begins_all_ranks_raise(monkeyp
     assert [getattr(error, "__notes__", None) for error in errors] == [["raised on rank 2"], ["raised on rank 2"], None]
 
 
+@pytest.mark.fault(
+    point="a call of all ranks",
+    did="Two ranks call with different arguments",
+    happens="`ValueError` names the argument on all ranks",
+    within=20,
+)
 def test_terms_that_differ_are_named_on_all_ranks(monkeypatch):
     errors = on_leader_ranks(monkeypatch, 2, lambda ranks: ranks.lead("sleep", dict, level=ranks.index))
     assert [str(error) for error in errors] == ["rank 1 called sleep with another level than rank 0"] * 2
@@ -87,6 +93,12 @@ def test_a_refused_prompt_is_known_to_all_ranks(monkeypatch):
         assert (error.index, error.limit, error.__notes__) == (1, 7, ["raised on rank 1"])
 
 
+@pytest.mark.fault(
+    point="a call of all ranks",
+    did="A rank does not come to a call",
+    happens="`RankError` names it on the others",
+    within=20,
+)
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     def work(ranks):
         if ranks.index != 2:

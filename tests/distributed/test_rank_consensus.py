@@ -73,6 +73,12 @@ def test_an_error_that_is_passed_on_keeps_the_rank_that_raised_it():
     assert unpack_error(pack_error(first, 0)).__notes__ == ["raised on rank 2"]
 
 
+@pytest.mark.fault(
+    point="the workers of one engine in several processes",
+    did="One rank fails in a phase",
+    happens="All ranks raise its error",
+    within=20,
+)
 def test_what_one_rank_raises_all_ranks_raise():
     def work(group):
         with fail_together(group):
@@ -128,6 +134,12 @@ def test_whatever_fails_in_a_phase_of_a_sync_is_a_weight_sync_error_on_the_other
     assert zero.__notes__ == ["raised on rank 1"]
 
 
+@pytest.mark.fault(
+    point="the workers of one engine in several processes",
+    did="A rank is interrupted",
+    happens="It leaves at once",
+    within=20,
+)
 def test_an_interrupted_rank_does_not_wait_for_the_others():
     class Recorder(RankGroup):
         def _exchange(self, answer):
@@ -173,6 +185,12 @@ def test_workers_of_one_engine_ask_it_for_everything_and_keep_their_own():
     ]
 
 
+@pytest.mark.fault(
+    point="the workers of one engine in several processes",
+    did="One rank's prompts are refused before the ranks meet",
+    happens="All ranks raise",
+    within=20,
+)
 def test_a_prompt_error_before_the_ranks_meet_raises_on_all_workers():
     def work(group):
         with TensorParallelRanks(group).call("generate") as call:

@@ -25,6 +25,12 @@ def send_until_it_fails(connection: RankConnection) -> None:
     raise AssertionError("the peer is gone, and all sends went well")
 
 
+@pytest.mark.fault(
+    point="the ranks' connections",
+    did="The peer reports an error and is gone",
+    happens="Its report is still read",
+    within=20,
+)
 def test_the_last_words_of_a_peer_that_is_gone_are_heard_after_a_send_that_failed():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         here = RankConnection(socket.create_connection(listener.getsockname()))
@@ -56,6 +62,12 @@ def test_every_rank_is_connected_once_for_each_channel_whoever_else_connects():
                 assert by_channel[channel][rank].receive(1.0)[0] == f"{rank} {channel}".encode()
 
 
+@pytest.mark.fault(
+    point="the ranks' connections",
+    did="Strangers and another job's rank connect",
+    happens="They are let go within the deadline",
+    within=60,
+)
 def test_strangers_and_other_jobs_ranks_do_not_move_the_deadline():
     with rank_sockets._listen("127.0.0.1", 0, 8) as listener, ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         address = listener.getsockname()

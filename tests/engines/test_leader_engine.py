@@ -121,6 +121,12 @@ def test_a_plain_source_is_the_leaders_alone(monkeypatch):
     assert sync(monkeypatch, [Weights(collective=False), Weights(collective=False)]) == ([None, None], [4, 0])
 
 
+@pytest.mark.fault(
+    point="the workers of one engine in several processes",
+    did="The receiver leaves a pass of a sharded source",
+    happens="All ranks finish the pass",
+    within=20,
+)
 def test_a_pass_that_the_receiver_leaves_is_finished_on_all_ranks(monkeypatch):
     barrier = threading.Barrier(2)
     sources = [Weights(barrier=barrier), Weights(barrier=barrier)]

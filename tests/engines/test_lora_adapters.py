@@ -54,6 +54,12 @@ def test_a_copy_has_the_adapters_files_alone_and_stays_as_it_is(folder, tmp_path
     assert not Path(path).exists()
 
 
+@pytest.mark.fault(
+    point="an adapter behind a server",
+    did="The folder is rewritten while it is copied",
+    happens="It is copied again",
+    within=20,
+)
 def test_a_folder_that_is_written_to_meanwhile_is_copied_again(folder, tmp_path, monkeypatch):
     whole = shutil.copy
     writes = iter([b"22", b"333"])

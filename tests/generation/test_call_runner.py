@@ -21,6 +21,12 @@ from vgen.profiling import semconv
 from vgen.weights import source_of
 
 
+@pytest.mark.fault(
+    point="a call of `generate`",
+    did="The engine breaks in a call",
+    happens="`EngineError`; the state is `failed`",
+    within=20,
+)
 def test_an_engine_that_breaks_while_generating_is_failed(generation, engine):
     engine.raises["stream"] = EngineError("gone")
     with pytest.raises(EngineError):
@@ -95,6 +101,12 @@ def test_while_a_stream_is_open_its_thread_is_refused_and_closing_it_frees_the_e
     assert len(generation.generate([[1]])) == 1
 
 
+@pytest.mark.fault(
+    point="a call of `generate`",
+    did="The engine breaks in a stream",
+    happens="The stream raises, and its span is red",
+    within=20,
+)
 def test_a_stream_that_breaks_fails_the_engine_and_its_span(generation, engine, sink):
     engine.raises["stream"] = EngineError("gone")
     with pytest.raises(EngineError):
@@ -133,6 +145,12 @@ def test_random_requests_are_traced_from_their_dispatch_and_the_engine_is_told_o
     )
 
 
+@pytest.mark.fault(
+    point="a call of `generate`",
+    did="The engine loses a traced request",
+    happens="Its span ends with the error",
+    within=20,
+)
 def test_a_traced_request_that_the_engine_loses_ends_with_the_error(engine, sink):
     generation = Generation(engine, SmallSource(), profiling=ProfilingContext([sink]))
     engine.raises["stream"] = EngineError("gone")

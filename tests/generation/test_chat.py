@@ -56,6 +56,12 @@ def test_conversations_are_rendered_with_the_callers_settings(generation, tokeni
     assert tokenizer.settings == [expected, expected]
 
 
+@pytest.mark.fault(
+    point="a call of `generate`",
+    did="The chat template refuses a conversation",
+    happens="It is named; the others are generated",
+    within=20,
+)
 def test_a_conversation_that_the_template_refuses_is_raised_or_marked(generation):
     with pytest.raises(PromptError, match="prompt 1 was refused by the chat template: roles must alternate"):
         generation.chat([said("a"), said("no")])

@@ -159,6 +159,12 @@ def test_a_call_that_cannot_be_compared_leaves_it_to_the_next(trainer, profiling
     assert len(trainer.asked) == 1
 
 
+@pytest.mark.fault(
+    point="a weight sync of a generation",
+    did="The drift monitor's forward pass fails",
+    happens="The completions are returned",
+    within=20,
+)
 def test_a_forward_pass_that_fails_does_not_cost_the_completions(trainer, profiling, sink, monkeypatch):
     def fail(token_ids, temperature):
         raise CannotProbe("no memory for the trainer model's own forward pass")

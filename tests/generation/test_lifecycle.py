@@ -109,6 +109,12 @@ def test_a_call_that_the_engine_refuses_leaves_the_state_as_it_was(generation, e
 
 
 @pytest.mark.parametrize("error", [OSError("no memory"), KeyboardInterrupt()])
+@pytest.mark.fault(
+    point="the engine's states",
+    did="Device memory is full at `wake_up`",
+    happens="The engine stays asleep; the same call succeeds later",
+    within=20,
+)
 def test_a_wake_up_that_fails_can_be_tried_again(generation, engine, sink, error):
     generation.sleep(2)
     engine.raises["wake_up"] = error
@@ -126,6 +132,12 @@ def test_a_wake_up_that_fails_can_be_tried_again(generation, engine, sink, error
     assert "load" in engine.calls  # the sleep discarded the weights
 
 
+@pytest.mark.fault(
+    point="the engine's states",
+    did="`wake_up` fails for the second of two tags",
+    happens="The next call wakes the rest",
+    within=20,
+)
 def test_a_wake_up_that_fails_half_way_goes_on_with_the_rest(generation, engine):
     generation.sleep()
     engine.raises["wake_up"] = PartlyAwake("3 bytes are still to be allocated, and 2 are free", ["weights"])
@@ -139,6 +151,12 @@ def test_a_wake_up_that_fails_half_way_goes_on_with_the_rest(generation, engine)
 
 @pytest.mark.parametrize("call", ["sleep", "sync_weights"])
 @pytest.mark.parametrize("error", [OSError("x"), KeyboardInterrupt()])
+@pytest.mark.fault(
+    point="the engine's states",
+    did="An engine call raises",
+    happens="The state is `failed`; the next calls say so",
+    within=20,
+)
 def test_an_engine_call_that_raises_leaves_it_failed_with_a_red_span(generation, engine, sink, call, error):
     engine.raises["load" if call == "sync_weights" else call] = error
     kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else (EngineError, OSError)
@@ -273,6 +291,12 @@ def test_level_1_keeps_the_weights(generation, engine):
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.fault(
+    point="the engine's states",
+    did="`sleep` while other threads generate",
+    happens="It waits or is refused; nothing is cut off",
+    within=20,
+)
 def test_a_sleep_does_not_cut_off_what_other_threads_generate(engine, concurrent):
     engine.concurrent = concurrent
     made = Generation(engine, SmallSource())
@@ -302,6 +326,12 @@ def test_a_sleep_of_a_paused_engine_is_refused_at_once(generation):
         generation.sleep(wait_seconds=1000)
 
 
+@pytest.mark.fault(
+    point="the engine's states",
+    did="A forked child generates",
+    happens="`EngineStateError` at once; the parent's engine goes on",
+    within=60,
+)
 def test_a_forked_child_is_refused_at_once_and_closes_nothing(generation, engine):
     """As a data loader's worker that has inherited the generation object."""
 

@@ -48,6 +48,12 @@ def test_the_trainers_tokenizer_is_copied_and_again_when_it_grows():
     assert tokenizer._own() is not first
 
 
+@pytest.mark.fault(
+    point="arguments and prompts",
+    did="Another thread truncates with the trainer's tokenizer",
+    happens="No prompt is cut",
+    within=60,
+)
 def test_truncation_in_another_thread_does_not_cut_prompts():
     transformers = pytest.importorskip("transformers")
     from vgen.testing.tiny_models import byte_tokenizer
@@ -68,6 +74,12 @@ def test_text_without_a_tokenizer_names_the_argument():
     assert PrivateTokenizer(None).decode([1, 2]) == "[1, 2]"
 
 
+@pytest.mark.fault(
+    point="arguments and prompts",
+    did="One prompt holds half of a surrogate pair",
+    happens="Its own prompt alone is refused",
+    within=20,
+)
 def test_a_lone_surrogate_loses_its_own_prompt_alone():
     generation = Generation(FakeEngine(), SmallSource(), processing_class=Tokenizer())
     rollouts = generation.generate(["a b", "\ud800", "c"], refused="mark")

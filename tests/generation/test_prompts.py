@@ -50,6 +50,12 @@ def test_prompt_errors_hold_no_prompt(generation):
     ("prompt", "problem"),
     [([], "is empty"), ([1] * 1000, r"has 1000 tokens; at most \d+ leave room"), ([-1], "outside the vocabulary")],
 )
+@pytest.mark.fault(
+    point="arguments and prompts",
+    did="One prompt is too long",
+    happens="It is named; the others are generated",
+    within=20,
+)
 def test_a_prompt_that_the_engine_could_not_take_is_named_and_the_others_are_generated(
     generation, engine, prompt, problem
 ):

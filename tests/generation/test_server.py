@@ -43,6 +43,12 @@ def test_no_address_at_all_is_an_error_that_names_the_argument():
         ServerGeneration(Model(), base_urls=[])
 
 
+@pytest.mark.fault(
+    point="an API server that is silent",
+    did="No server listens at the address",
+    happens="`ServerError` names the address within the timeout",
+    within=60,
+)
 def test_a_server_that_is_not_there_is_an_error_within_the_timeout():
     with FaultyServer() as gone:
         url = gone.url

@@ -65,6 +65,12 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.fault(
+    point="a call of `generate`",
+    did="A call makes no progress",
+    happens="A gauge, a span and a warning say so while it lasts",
+    within=20,
+)
 def test_a_stall_shows_while_it_lasts_and_is_an_event_once_it_ends(call, sink, caplog, tmp_path, clock):
     held, run, spans = CALLS[call]
     engine, profiling = Held(held, after=1), ProfilingContext([sink, JsonlSink(tmp_path)])

@@ -45,6 +45,12 @@ def test_a_sync_after_waking_is_not_done_twice(generation, engine):
     assert engine.calls.count("load") == 1
 
 
+@pytest.mark.fault(
+    point="a weight sync of a generation",
+    did="A sync fails",
+    happens="Nothing is generated until the next sync succeeds",
+    within=20,
+)
 def test_a_failed_sync_is_brought_back_by_the_next(generation, engine):
     engine.raises["load"] = WeightSyncError("gone", phase="load", parameter="a")
     with pytest.raises(WeightSyncError, match="parameter 'a'"):

@@ -88,6 +88,12 @@ def test_the_switch_records_it_redacted_and_cut(tmp_path):
     assert "secret" not in text
 
 
+@pytest.mark.fault(
+    point="values and callbacks in telemetry",
+    did="The user's redaction raises",
+    happens="The text is withheld",
+    within=20,
+)
 def test_a_redaction_that_fails_withholds_and_goes_no_further(tmp_path):
     sink, text = recorded(tmp_path, ContentCapture(redact=lambda text: text.undefined))
     assert "secret" not in text

@@ -61,6 +61,12 @@ def emit(profiling: ProfilingContext, count: int, **attributes: object) -> None:
             pass
 
 
+@pytest.mark.fault(
+    point="the disk under a record",
+    did="The disk is full",
+    happens="Records are lost and counted, with one warning",
+    within=60,
+)
 def test_a_full_disk_costs_the_records_and_one_warning(small_disk: Path, caplog: pytest.LogCaptureFixture):
     ballast = small_disk / "ballast"
     sink = JsonlSink(small_disk)
@@ -110,6 +116,12 @@ profiling.close()
 """
 
 
+@pytest.mark.fault(
+    point="the disk under a record",
+    did="The file may not grow for a while",
+    happens="It is written again when it may",
+    within=60,
+)
 def test_a_file_that_may_not_grow_is_written_again_when_it_may(tmp_path: Path):
     out, err = finish(tmp_path, FULL, tmp_path / "run")
     assert int(out) >= 400
@@ -119,6 +131,12 @@ def test_a_file_that_may_not_grow_is_written_again_when_it_may(tmp_path: Path):
     assert 600 + 100 - len(spans) == int(out)
 
 
+@pytest.mark.fault(
+    point="the disk under a record",
+    did="The next part cannot be begun",
+    happens="It is begun later",
+    within=60,
+)
 def test_a_new_part_that_cannot_be_begun_is_begun_later(small_disk: Path):
     sink = JsonlSink(small_disk / "run", max_bytes=4000)
     profiling = ProfilingContext([sink])
@@ -134,6 +152,12 @@ def test_a_new_part_that_cannot_be_begun_is_begun_later(small_disk: Path):
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "parent"])
+@pytest.mark.fault(
+    point="the disk under a record",
+    did="The file is deleted",
+    happens="The record goes on in a new file",
+    within=60,
+)
 def test_a_record_that_is_deleted_goes_on_in_a_new_file(tmp_path: Path, what: str):
     folder = tmp_path / "runs" / "a"
     sink = JsonlSink(folder)
@@ -222,6 +246,12 @@ def test_nan_and_infinity_reach_every_sink(tmp_path: Path):
     assert len(memory.measurements) == len(read_whole(tmp_path).measurements) == 12
 
 
+@pytest.mark.fault(
+    point="the disk under a record",
+    did="The file system hangs",
+    happens="The work goes on, and the process ends",
+    within=60,
+)
 def test_a_folder_on_a_file_system_that_hangs_blocks_nobody(tmp_path: Path, waits: Any):
     """A pipe that nobody reads is a file whose writes block, as those to a dead NFS server do."""
     sink = JsonlSink(tmp_path)

@@ -48,6 +48,12 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
+@pytest.mark.fault(
+    point="the end of a process that records",
+    did="A process ends by itself, by an exception, by `sys.exit` or by Ctrl-C",
+    happens="Nothing is lost",
+    within=60,
+)
 def test_a_process_that_ends_loses_nothing(tmp_path: Path, end: str):
     inside, outside, returns = ENDS[end]
     finish(tmp_path, EXITS.replace("END_OUTSIDE", outside).replace("END", inside), tmp_path / "run", returns=returns)
@@ -57,6 +63,12 @@ def test_a_process_that_ends_loses_nothing(tmp_path: Path, end: str):
     assert len(run.rows) == 1
 
 
+@pytest.mark.fault(
+    point="the end of a process that records",
+    did="`os._exit`",
+    happens="What waits is lost; the file is whole",
+    within=60,
+)
 def test_os_exit_loses_what_waits_and_leaves_a_whole_file(tmp_path: Path):
     finish(
         tmp_path, EXITS.replace("END_OUTSIDE", "").replace("END", "profiling.flush(); os._exit(0)"), tmp_path / "run"
@@ -83,6 +95,12 @@ for n in range(100):
 
 
 @pytest.mark.parametrize("method", ["on_end", "close"])
+@pytest.mark.fault(
+    point="the end of a process that records",
+    did="A sink hangs at the process's end",
+    happens="The process ends after two seconds",
+    within=60,
+)
 def test_a_process_with_a_hanging_sink_ends_after_the_deadline_of_two_seconds(tmp_path: Path, method: str):
     _, err = finish(tmp_path, HANGS.replace("METHOD", method), tmp_path / "run")
     assert len(read_whole(tmp_path / "run").spans) == 100
@@ -120,6 +138,12 @@ with profiling.span("train"):
 """
 
 
+@pytest.mark.fault(
+    point="the end of a process that records",
+    did="SIGKILL",
+    happens="At most the last records are lost; the file can be read",
+    within=60,
+)
 def test_sigkill_loses_at_most_what_came_after_the_last_look_into_the_queue(tmp_path: Path):
     with start(tmp_path, KILLED, tmp_path / "run") as process:
         assert process.stdout is not None
@@ -233,6 +257,12 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.fault(
+    point="the end of a process that records",
+    did="Forked workers never close",
+    happens="Nothing is lost or doubled",
+    within=60,
+)
 def test_forked_workers_of_multiprocessing_lose_nothing_though_they_never_close(tmp_path: Path):
     finish(tmp_path, MULTIPROCESSING, tmp_path / "run")
     run = read_whole(tmp_path / "run")

@@ -58,6 +58,12 @@ def test_the_sampled_flag_travels():
 
 
 @pytest.mark.parametrize("header", MALFORMED, ids=str)
+@pytest.mark.fault(
+    point="values and callbacks in telemetry",
+    did="A received `traceparent` is malformed",
+    happens="It is passed over with one warning",
+    within=20,
+)
 def test_a_malformed_carrier_is_passed_over_with_one_warning(caplog: pytest.LogCaptureFixture, header: object):
     profiling = ProfilingContext(parent={"traceparent": header})  # type: ignore[dict-item]
     for _ in range(2):

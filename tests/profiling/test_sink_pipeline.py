@@ -74,6 +74,12 @@ def test_what_a_sink_does_not_override_costs_no_thread(contexts: Make):
     assert threading.active_count() == before
 
 
+@pytest.mark.fault(
+    point="a telemetry sink's methods",
+    did="A slow sink's queue is full",
+    happens="New records are dropped and counted",
+    within=20,
+)
 def test_a_full_queue_drops_the_newest_and_counts_them(contexts: Make, memory: MemorySink):
     gate = Gate()
     sink = faulty("on_start", gate)
@@ -160,6 +166,12 @@ def fail() -> None:
 
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("method", RECORDS)
+@pytest.mark.fault(
+    point="a telemetry sink's methods",
+    did="A sink raises in every call",
+    happens="It is switched off with one warning; others go on",
+    within=20,
+)
 def test_a_failing_sink_is_switched_off_with_one_warning_and_others_go_on(
     contexts: Make, caplog: pytest.LogCaptureFixture, method: str, inline: bool
 ):
@@ -235,6 +247,12 @@ def test_a_failing_flush_or_close_is_false_and_no_more(contexts: Make, command: 
 
 
 @pytest.mark.parametrize("odd", [SystemExit, KeyboardInterrupt, GeneratorExit, type("Panic", (BaseException,), {})])
+@pytest.mark.fault(
+    point="a telemetry sink's methods",
+    did="A sink raises `SystemExit` or `KeyboardInterrupt`",
+    happens="Its worker goes on",
+    within=20,
+)
 def test_no_exception_of_any_kind_ends_the_worker(contexts: Make, odd: type[BaseException]):
     def fail_oddly() -> None:
         if next(calls) < MAX_FAILURES - 1:
@@ -285,6 +303,12 @@ def test_a_failing_identity_leaves_a_span_with_ids_of_its_own(contexts: Make, me
 
 
 @pytest.mark.parametrize("method", [*RECORDS, "on_idle"])
+@pytest.mark.fault(
+    point="a telemetry sink's methods",
+    did="A sink blocks for ever",
+    happens="The work goes on; `close` ends at its deadline",
+    within=20,
+)
 def test_a_blocking_sink_costs_the_work_nothing_and_close_its_deadline(contexts: Make, caplog, waits: Any, method: str):
     gate, other = Gate(), Recorder()
     profiling = contexts(faulty(method, gate), other)
@@ -499,6 +523,12 @@ def test_what_a_sink_does_is_not_recorded(contexts: Make, memory: MemorySink, in
     assert not profiling.dropped()
 
 
+@pytest.mark.fault(
+    point="a telemetry sink's methods",
+    did="A sink closes its own context",
+    happens="No deadlock",
+    within=20,
+)
 def test_a_sink_that_flushes_or_closes_its_own_context_does_not_hang(contexts: Make, waits: Any):
     class Eager(Recorder):
         def on_step(self, step: Step) -> None:

@@ -21,6 +21,12 @@ def test_of_an_error_the_type_is_recorded_and_never_what_it_says(profiling: Prof
     assert "secret" not in repr(told)
 
 
+@pytest.mark.fault(
+    point="values and callbacks in telemetry",
+    did="An error's text cannot be made",
+    happens="The error itself is raised",
+    within=20,
+)
 def test_an_error_that_cannot_be_printed_is_still_the_one_that_is_raised():
     class Mute(Exception):
         def __str__(self) -> str:

@@ -403,6 +403,12 @@ def test_an_observed_object_is_not_kept_alive(profiling: ProfilingContext):
     assert "test.gauge" not in step.summary()
 
 
+@pytest.mark.fault(
+    point="values and callbacks in telemetry",
+    did="A gauge's callback raises",
+    happens="Its value is missing, with one warning",
+    within=20,
+)
 def test_a_failing_callback_costs_its_value_and_one_warning(profiling: ProfilingContext, caplog):
     def broken() -> float:
         raise OSError("http://user:password@host")

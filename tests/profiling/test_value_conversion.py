@@ -69,6 +69,12 @@ VALUES: list[tuple[object, object]] = [
 
 
 @pytest.mark.parametrize(("value", "recorded"), VALUES, ids=lambda value: type(value).__name__)
+@pytest.mark.fault(
+    point="values and callbacks in telemetry",
+    did="Attributes are of odd types",
+    happens="They are recorded as something simple",
+    within=20,
+)
 def test_odd_attributes_are_recorded_as_something_simple(profiling: ProfilingContext, value: object, recorded: object):
     with profiling.span("x", a=value) as span:
         span.set(b=value).event("e", c=value).link(span, d=value)

@@ -355,6 +355,12 @@ def interrupted(name, tensor):
         (interrupted, None),
     ],
 )
+@pytest.mark.fault(
+    point="a weight sync of a generation",
+    did="A tensor is cut on its way to a real engine",
+    happens="`WeightSyncError` names it; the next sync repairs the engine",
+    within=300,
+)
 def test_a_failed_sync_names_the_parameter_and_the_next_one_repairs_the_engine(real, breaks, parameter):
     with real.source.changed_by(breaks):
         kind = KeyboardInterrupt if breaks is interrupted else WeightSyncError

@@ -136,6 +136,12 @@ def test_a_servers_present_weights_are_verified_on_request_and_after_its_first_s
     assert generation.verify().ratio < report.bound
 
 
+@pytest.mark.fault(
+    point="a weight sync of a generation",
+    did="Wrong weights reach a real server",
+    happens="The sync fails until they are right",
+    within=300,
+)
 def test_weights_that_differ_from_the_trainers_fail_the_sync_until_they_are_right(server, generation, source, sink):
     with (
         source.changed_by(one_wrong),
@@ -331,6 +337,12 @@ def test_a_pause_outlasts_a_sync(server, generation):
     assert len(generation.generate([[1]], Sampling(max_tokens=2))) == 1
 
 
+@pytest.mark.fault(
+    point="a weight sync of a generation",
+    did="A tensor is cut on its way to a real server",
+    happens="`WeightSyncError` names both; the next sync repairs it",
+    within=300,
+)
 def test_a_failed_sync_names_the_parameter_and_the_server_and_the_next_one_repairs_it(server, generation, source):
     with source.changed_by(wrong_shape(K_PROJ)), pytest.raises(WeightSyncError, match="k_proj") as caught:
         generation.sync_weights()
@@ -396,6 +408,12 @@ def second(server) -> Iterator[ServerProcess]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.fault(
+    point="a real engine's processes",
+    did="SIGKILL for one of two real servers in a call, which then restarts",
+    happens="Each completion comes once; the new server is left out until a sync",
+    within=300,
+)
 def test_a_killed_server_loses_no_completion_and_is_used_again_only_with_the_right_weights(server, caplog):
     sampling, prompts = Sampling(max_tokens=60, ignore_eos=True), [[i, i + 1] for i in range(1, 33)]
     arguments = ["--max-model-len", "512", "--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20)]

@@ -127,6 +127,12 @@ def generate(generation: ServerGeneration) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.fault(
+    point="a real engine's processes",
+    did="SIGSTOP for the core of one of two real servers",
+    happens="The other server answers the whole call",
+    within=300,
+)
 def test_a_stopped_core_is_noticed_and_its_work_goes_to_the_other_server(model, servers, generation):
     first, second = servers
     core = first.core()
@@ -148,6 +154,12 @@ def test_a_stopped_core_is_noticed_and_its_work_goes_to_the_other_server(model, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.fault(
+    point="a real engine's processes",
+    did="SIGSTOP for a real core in a call",
+    happens="The signs of life end, and so does the call",
+    within=300,
+)
 def test_a_core_that_stops_under_a_call_ends_the_signs_of_life(servers, generation):
     first, _ = servers
     core, rollouts = first.core(), []
@@ -168,6 +180,12 @@ def test_a_core_that_stops_under_a_call_ends_the_signs_of_life(servers, generati
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.fault(
+    point="a real engine's processes",
+    did="SIGKILL for a real core",
+    happens="The call fails with the reason, and `vgen serve` ends",
+    within=300,
+)
 def test_a_killed_core_is_noticed_and_ends_the_server_with_the_reason(model, servers, generation):
     first, second = servers
     core = first.core()
@@ -183,6 +201,12 @@ def test_a_killed_core_is_noticed_and_ends_the_server_with_the_reason(model, ser
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.fault(
+    point="a real engine's processes",
+    did="SIGTERM while a request is stuck",
+    happens="The server ends",
+    within=300,
+)
 def test_a_request_that_is_stuck_does_not_keep_the_server_alive(servers):
     _, server = servers
     address = server.url.removeprefix("http://").rpartition(":")

@@ -58,6 +58,12 @@ def test_a_hundred_requests_load_an_adapter_once_and_none_orders_it_again(server
     assert load["lora_name"].startswith("policy@")
 
 
+@pytest.mark.fault(
+    point="an adapter behind a server",
+    did="The adapter's folder is removed after the first request",
+    happens="Later requests are sampled with the same adapter",
+    within=60,
+)
 def test_the_server_reads_a_copy_that_nobody_rewrites_or_removes(server, policy, folder):
     with generation(server) as made:
         made.generate([[1]], GREEDY, lora_request=policy)
@@ -109,6 +115,12 @@ def test_a_server_that_cannot_see_the_copy_gets_the_folder(server, policy, folde
     assert [load["lora_path"] == str(folder) for load in calls(server, LOAD)] == [False, True]
 
 
+@pytest.mark.fault(
+    point="an adapter behind a server",
+    did="The server cannot load the adapter",
+    happens="`ValueError` names the folder; the next call tries again",
+    within=60,
+)
 def test_an_adapter_that_a_server_refuses_is_an_error_that_names_the_folder(server, policy, folder):
     with generation(server) as made:
         server.faults[LOAD] = [400, 400]
@@ -117,6 +129,12 @@ def test_an_adapter_that_a_server_refuses_is_an_error_that_names_the_folder(serv
         made.generate([[1]], GREEDY, lora_request=policy)  # it is tried again
 
 
+@pytest.mark.fault(
+    point="an adapter behind a server",
+    did="One of two servers is gone",
+    happens="The other loads the adapter and answers",
+    within=60,
+)
 def test_a_server_that_is_gone_does_not_keep_an_adapter_from_the_others(server, policy):
     with FaultyServer(features=["batch", "lease"]) as other, generation(server, other) as made:
         made.sync_weights(verify="none")

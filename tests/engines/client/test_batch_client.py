@@ -71,6 +71,12 @@ async def test_a_refusal_is_the_prompts_own_and_a_failure_is_for_another_try():
     assert (type(error), error.status, error.retryable) == (ServerError, 503, True)
 
 
+@pytest.mark.fault(
+    point="the batch route, seen by its client",
+    did="A stream of frames ends without its last frame",
+    happens="The call fails and can be repeated",
+    within=20,
+)
 async def test_an_answer_without_its_end_was_cut_off():
     with pytest.raises(ServerError, match="cut off") as caught:
         await ask(ScriptedServer(done(0)))

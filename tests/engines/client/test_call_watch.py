@@ -50,6 +50,12 @@ class Held:
 
 
 @pytest.mark.parametrize("features", [(), ("batch", "lease")])
+@pytest.mark.fault(
+    point="the engine's core behind a server",
+    did="The core of one of two servers is dead while calls wait",
+    happens="The other server answers them",
+    within=60,
+)
 def test_the_calls_of_a_server_with_a_dead_core_go_to_the_others(features):
     path = BATCH if features else COMPLETIONS
     with (
@@ -64,6 +70,12 @@ def test_the_calls_of_a_server_with_a_dead_core_go_to_the_others(features):
 
 
 @pytest.mark.parametrize("features", [(), ("batch", "lease")])
+@pytest.mark.fault(
+    point="the engine's core behind a server",
+    did="The core of the only server is dead",
+    happens="`ServerError` with the server's reason, long before the timeout",
+    within=60,
+)
 def test_the_error_names_the_server_and_its_reason(features):
     path = BATCH if features else COMPLETIONS
     with FaultyServer(features=features) as dead, generation(dead, timeout=600) as made:
@@ -95,6 +107,12 @@ def waiting(loop, listener):
     loop.run(client.close())
 
 
+@pytest.mark.fault(
+    point="an API server that is silent",
+    did="The server is gone while calls wait",
+    happens="The calls end with `ServerError` within seconds",
+    within=60,
+)
 def test_refused_connections_end_the_calls_that_wait(loop):
     with socket.create_server(("127.0.0.1", 0)) as listener, waiting(loop, listener) as flight:
         listener.close()
@@ -102,6 +120,12 @@ def test_refused_connections_end_the_calls_that_wait(loop):
             flight.result(20)
 
 
+@pytest.mark.fault(
+    point="an API server that is silent",
+    did="The server accepts connections and answers nothing",
+    happens="The calls end with `ServerError` within seconds",
+    within=60,
+)
 def test_a_server_that_says_nothing_at_all_ends_the_calls_that_wait(loop):
     """Its process is stopped: the kernel still takes connections."""
     with (
@@ -112,6 +136,12 @@ def test_a_server_that_says_nothing_at_all_ends_the_calls_that_wait(loop):
         flight.result(20)
 
 
+@pytest.mark.fault(
+    point="an API server that is silent",
+    did="Every second health check fails",
+    happens="The calls go on",
+    within=60,
+)
 def test_one_bad_look_is_chance(server):
     held = Held(completed)
     with generation(server, timeout=600) as made, ThreadPoolExecutor() as pool:

@@ -15,6 +15,12 @@ from vgen.engines.client.http import HttpClient
 from vgen.testing import FaultyServer
 
 
+@pytest.mark.fault(
+    point="a server that restarts or fails an update",
+    did="A server restarts with its initial weights",
+    happens="It is left out until the next sync",
+    within=60,
+)
 def test_a_server_that_comes_back_with_other_weights_is_left_out_until_the_next_sync(server):
     pytest.importorskip("safetensors")
     with FaultyServer() as other, generation(server, other) as made:

@@ -39,6 +39,12 @@ SYNC_PATHS = ("/pause", "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cac
         *(pytest.param("silent", path, marks=pytest.mark.slow) for path in SYNC_PATHS[2:]),
     ],
 )
+@pytest.mark.fault(
+    point="a weight sync to servers",
+    did="A call of the sync fails, in each phase",
+    happens="`WeightSyncError` with phase and server; nothing is sent twice",
+    within=60,
+)
 def test_a_sync_that_fails_names_phase_and_server_and_is_never_sent_twice(server, path, fault):
     pytest.importorskip("safetensors")
     with generation(server, timeout=1.0 if fault == "silent" else 20.0) as made:
@@ -68,6 +74,12 @@ def test_a_sync_also_empties_the_stores_of_connectors(server):
     assert resets == ["/reset_prefix_cache?reset_external=true"]
 
 
+@pytest.mark.fault(
+    point="a weight sync to servers",
+    did="A cache cannot be reset",
+    happens="`WeightSyncError` names the cache",
+    within=60,
+)
 def test_a_cache_that_could_not_be_reset_is_an_error(server):
     pytest.importorskip("safetensors")
     server.answers["/reset_prefix_cache"] = {"success": False}
@@ -101,6 +113,12 @@ def test_whether_bits_are_compared_travels_with_the_weights(verify):
     assert update["update_info"]["verify"] is (verify == "bits")
 
 
+@pytest.mark.fault(
+    point="a server that another client changed",
+    did="Another trainer has synced its weights",
+    happens="They are replaced before the first token",
+    within=60,
+)
 def test_weights_of_another_trainers_are_replaced_before_the_first_token(server):
     pytest.importorskip("safetensors")
     server.answers["/weight_info"] = {"weight_version": "step-7"}
@@ -160,6 +178,12 @@ def test_a_source_of_the_model_stands_for_it(server):
     assert reloaded == [[f"policy.{name}" for name, _ in model.named_parameters()]]
 
 
+@pytest.mark.fault(
+    point="a weight sync to servers",
+    did="A sync fails while threads generate",
+    happens="Their calls end with an error",
+    within=60,
+)
 def test_threads_generate_at_once_and_a_failed_sync_ends_what_is_in_flight(server):
     held, release = threading.Event(), threading.Event()
 
@@ -200,6 +224,12 @@ def test_a_server_named_twice_is_refused(server):
 
 @pytest.mark.parametrize("profiled", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.fault(
+    point="what holds a server's connections",
+    did="A generation is dropped without `close`",
+    happens="No thread, descriptor or lease stays",
+    within=60,
+)
 def test_a_generation_that_is_dropped_leaves_no_thread_no_descriptor_and_no_lease(ours, profiled, frozen):
     profiling = ProfilingContext([MemorySink()]) if profiled else ProfilingContext.disabled()
 
@@ -223,6 +253,12 @@ def test_a_generation_that_is_dropped_leaves_no_thread_no_descriptor_and_no_leas
     assert len(calls(ours, "/vgen/lease/release")) == len(calls(ours, "/vgen/lease")) == (0 if frozen else 5)
 
 
+@pytest.mark.fault(
+    point="what holds a server's connections",
+    did="The constructor fails after it has connected",
+    happens="The lease is given back",
+    within=60,
+)
 def test_an_engine_whose_generation_could_not_be_made_is_let_go(ours):
     with pytest.raises(ValueError, match="drift_every"):
         generation(ours, drift_every=0)
@@ -230,6 +266,12 @@ def test_an_engine_whose_generation_could_not_be_made_is_let_go(ours):
     wait_until(lambda: calls(ours, "/vgen/lease/release"))
 
 
+@pytest.mark.fault(
+    point="what holds a server's connections",
+    did="The process ends without `close`",
+    happens="The lease is given back",
+    within=60,
+)
 def test_a_process_that_ends_without_close_gives_its_lease_back(ours):
     code = (
         "from helpers.server_generation import Model\nfrom vgen import ServerGeneration\n"
@@ -247,6 +289,12 @@ def stop(server, *, asleep):
     server.answers["/metrics"] = b"# TYPE vllm:engine_sleep_state gauge\n" + gauge.encode()
 
 
+@pytest.mark.fault(
+    point="a server that another client changed",
+    did="A client left the server paused",
+    happens="The next trainer's first sync resumes it",
+    within=60,
+)
 def test_a_server_that_another_client_left_paused_is_resumed_and_not_woken(server):
     stop(server, asleep=False)
     with generation(server) as made:
@@ -256,6 +304,12 @@ def test_a_server_that_another_client_left_paused_is_resumed_and_not_woken(serve
     assert "/resume" in paths
 
 
+@pytest.mark.fault(
+    point="a server that another client changed",
+    did="A client left the server asleep",
+    happens="The next trainer's first sync wakes it",
+    within=60,
+)
 def test_a_server_that_another_client_left_asleep_is_woken_before_the_first_sync(server, ours):
     for each in (server, ours):
         stop(each, asleep=True)
@@ -289,6 +343,12 @@ def test_a_frozen_engine_refuses_a_server_that_nobody_would_start_again(ours, st
 
 
 @pytest.mark.parametrize("features", [(), ("batch", "lease")])
+@pytest.mark.fault(
+    point="a server that another client changed",
+    did="A client pauses the server or puts it to sleep during a call",
+    happens="The error says which state keeps the call waiting",
+    within=60,
+)
 def test_a_server_that_another_client_stops_explains_why_nothing_was_answered(features):
     path = BATCH if features else COMPLETIONS
     with FaultyServer(features=features) as server, generation(server, timeout=1.0) as made:
@@ -299,6 +359,12 @@ def test_a_server_that_another_client_stops_explains_why_nothing_was_answered(fe
             made.generate([[1]])
 
 
+@pytest.mark.fault(
+    point="a server that restarts or fails an update",
+    did="The server says that its last update failed",
+    happens="It gets no requests until a sync",
+    within=60,
+)
 def test_a_server_whose_weight_update_has_failed_gets_no_requests_until_a_sync():
     features = ("batch", "lease", "weights_state")
     one, other = FaultyServer(features=features), FaultyServer(features=features)

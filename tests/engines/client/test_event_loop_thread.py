@@ -28,6 +28,12 @@ def test_run_all_ends_every_call_before_it_raises(loop):
     assert loop.run_all([]) == []
 
 
+@pytest.mark.fault(
+    point="what holds a server's connections",
+    did="An event loop's owner is dropped",
+    happens="Its thread ends",
+    within=20,
+)
 def test_a_loop_that_is_dropped_ends_its_thread():
     made = EventLoopThread()
     (thread,) = [each for each in threading.enumerate() if each.name == "vgen-http"][-1:]

@@ -80,6 +80,12 @@ def test_tokens_that_other_weights_sampled_before_the_last_one_are_noticed(ours)
             judge.generate([[1, 2]], Sampling(max_tokens=2))
 
 
+@pytest.mark.fault(
+    point="a server that restarts or fails an update",
+    did="A frozen engine's server restarts with other weights",
+    happens="It is left out",
+    within=60,
+)
 def test_a_server_that_restarts_has_the_same_weights_again_or_is_left_out(ours):
     with generation(ours, frozen=True) as judge:
         judge.generate([[1]])

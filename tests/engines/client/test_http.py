@@ -25,6 +25,12 @@ from vgen.engines.client.http import (
 
 
 @pytest.mark.parametrize("status", [302, 401, 403, 404])
+@pytest.mark.fault(
+    point="a request on its way to a server",
+    did="The server answers 302, 401, 403 or 404",
+    happens="`ServerError` with the server's own words; nothing is sent again",
+    within=20,
+)
 def test_what_cannot_pass_is_a_typed_error_with_the_servers_own_words(server, status):
     with generation(server) as made:
         server.faults[COMPLETIONS] = [status]
@@ -94,6 +100,12 @@ def test_a_post_that_is_not_json_is_an_error_unless_nothing_is_read_from_it(serv
     loop.run(client.close())
 
 
+@pytest.mark.fault(
+    point="a request on its way to a server",
+    did="600 prompts are sent with 256 file descriptors",
+    happens="Requests wait for a free connection; each completion comes once",
+    within=60,
+)
 def test_more_prompts_than_descriptors_wait_their_turn(server):
     code = (
         "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"

@@ -88,6 +88,12 @@ def test_a_refused_key_is_read_again_and_the_call_is_repeated_once(guarded, file
 
 
 @pytest.mark.parametrize("content", ["old", "wrong", "", None])
+@pytest.mark.fault(
+    point="who may change a server",
+    did="The key in the file is wrong, empty or missing",
+    happens="The file is read again once; then `ServerError`",
+    within=20,
+)
 def test_a_key_that_stays_wrong_is_an_error_and_is_not_tried_for_ever(guarded, files, client, loop, content):
     guarded.api_key = "new"
     files[0].write_text(content) if content is not None else files[0].unlink()

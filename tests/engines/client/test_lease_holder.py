@@ -47,6 +47,12 @@ def test_the_lease_is_taken_carried_and_released(ours):
     assert "X-Vgen-Lease" not in paths[BATCH]  # inference needs none
 
 
+@pytest.mark.fault(
+    point="the trainer's lease",
+    did="Another trainer holds the server",
+    happens="`EngineError` says how to take it over; nothing changes",
+    within=60,
+)
 def test_a_server_that_another_living_trainer_holds_is_not_taken(ours):
     ours.faults["/vgen/lease"] = [409] * 100
     with pytest.raises(EngineError, match="takeover=True"):
@@ -77,6 +83,12 @@ def test_another_trainer_is_called_alive_only_where_its_lease_shows_it(ours, lea
 
 
 @pytest.mark.parametrize("synced_before", [True, False])
+@pytest.mark.fault(
+    point="the trainer's lease",
+    did="The lease has ended while the trainer was suspended",
+    happens="The next sync takes it again",
+    within=60,
+)
 def test_a_lease_that_has_ended_is_taken_again_for_the_next_sync(ours, synced_before):
     gives(ours, 1)
     with generation(ours) as made:
@@ -124,6 +136,12 @@ def test_weights_stay_known_if_nobody_held_the_lease_meanwhile(ours):
         pytest.param(lambda server: server.answers.update({TAKE: {"token": "token-2"}}), id="nobody-knows"),
     ],
 )
+@pytest.mark.fault(
+    point="the trainer's lease",
+    did="Another trainer held the lease meanwhile",
+    happens="Nothing is generated until a full sync",
+    within=60,
+)
 def test_weights_are_unknown_until_a_sync_if_another_trainer_may_have_held_the_lease(ours, again, caplog):
     gives(ours, 1)
     with generation(ours) as made:
@@ -139,6 +157,12 @@ def test_weights_are_unknown_until_a_sync_if_another_trainer_may_have_held_the_l
         assert tokens(made.generate(PROMPTS)) == PROMPTS
 
 
+@pytest.mark.fault(
+    point="the trainer's lease",
+    did="Another client has the lease",
+    happens="It is reported, and taken once it is free",
+    within=60,
+)
 def test_a_lease_that_another_client_has_is_reported_and_taken_once_it_is_free(ours, caplog):
     gives(ours, 1)
     with generation(ours) as made:
@@ -161,6 +185,12 @@ def test_a_lease_that_another_client_has_is_reported_and_taken_once_it_is_free(o
     assert "alive" not in caplog.text
 
 
+@pytest.mark.fault(
+    point="the trainer's lease",
+    did="The lease ends during a sync",
+    happens="`WeightSyncError`; the weights count as unknown",
+    within=60,
+)
 def test_a_sync_fails_if_another_trainer_may_have_held_the_lease_during_it(ours, monkeypatch):
     monkeypatch.setattr(lease_holder, "LEASE_SECONDS", 0.3)
     gives(ours, 1)

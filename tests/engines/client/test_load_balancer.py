@@ -28,6 +28,12 @@ from vgen.testing import FaultyServer, MemorySink
 
 
 @pytest.mark.parametrize("fault", ["reset", "truncated", "not json", 429, 500, 502, 503])
+@pytest.mark.fault(
+    point="a request on its way to a server",
+    did="The connection is reset or cut off, a proxy answers, or the status is 429 or 5xx",
+    happens="The request is sent again; each completion comes once",
+    within=60,
+)
 def test_what_may_pass_is_sent_again_and_nothing_is_lost_or_doubled(server, fault):
     server.faults[COMPLETIONS] = [fault]
     with FaultyServer() as other, generation(server, other) as made:
@@ -35,6 +41,12 @@ def test_what_may_pass_is_sent_again_and_nothing_is_lost_or_doubled(server, faul
 
 
 @pytest.mark.parametrize("request_timing", [True, False])
+@pytest.mark.fault(
+    point="a request on its way to a server",
+    did="One of several servers dies during a call",
+    happens="The others take its requests; each completion comes once",
+    within=60,
+)
 def test_a_server_that_dies_has_its_work_moved_to_the_others(request_timing):
     with FaultyServer() as other, FaultyServer() as dying:
         dying.faults[COMPLETIONS] = ["reset"] * 100
@@ -57,6 +69,12 @@ def test_a_prompt_that_the_server_refuses_is_named_and_does_not_lose_the_others(
     assert len(rollouts) == 20
 
 
+@pytest.mark.fault(
+    point="the batch route, seen by its client",
+    did="The server refuses a batch as a whole",
+    happens="Its prompts are sent one by one; the bad one is named",
+    within=60,
+)
 def test_a_batch_that_is_refused_is_sent_one_by_one(server):
     with generation(server, request_timing=False) as made:
         server.faults[COMPLETIONS] = [400, *[None] * 7, 400]
@@ -67,6 +85,12 @@ def test_a_batch_that_is_refused_is_sent_one_by_one(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["reset", "silent", "truncated", "not json", "not vllm", 500])
+@pytest.mark.fault(
+    point="a request on its way to a server",
+    did="The only server fails in every way, again and again",
+    happens="`ServerError` within the call's timeout; the next call succeeds",
+    within=60,
+)
 def test_when_nobody_is_left_it_ends_within_the_deadline(server, fault):
     with generation(server, timeout=0.75) as made:
         server.faults[COMPLETIONS] = [fault] * 100
@@ -115,6 +139,12 @@ def test_each_request_of_a_batch_has_its_own_seed_and_trace_context(ours):
 
 
 @pytest.mark.parametrize("fault", ["reset", "truncated", 429, 500, 503])
+@pytest.mark.fault(
+    point="the batch route, seen by its client",
+    did="The answer of a batch is cut off half way",
+    happens="Only the missing requests are sent again",
+    within=60,
+)
 def test_what_a_batch_has_not_answered_is_sent_again_and_nothing_is_doubled(ours, fault):
     ours.faults[BATCH] = [fault]
     seen = []
@@ -125,6 +155,12 @@ def test_what_a_batch_has_not_answered_is_sent_again_and_nothing_is_doubled(ours
     assert len(calls(ours, BATCH)) == 2
 
 
+@pytest.mark.fault(
+    point="the batch route, seen by its client",
+    did="The engine refuses one request of a batch and loses another",
+    happens="The refused one is marked, the lost one is sent again",
+    within=60,
+)
 def test_a_request_that_the_engine_refuses_or_loses_is_its_own_matter(ours):
     from vgen import completion_codec as codec
 
@@ -142,6 +178,12 @@ def test_a_request_that_the_engine_refuses_or_loses_is_its_own_matter(ours):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["silent", "reset", "truncated", "not json", 500])
+@pytest.mark.fault(
+    point="the batch route, seen by its client",
+    did="No server answers a batch",
+    happens="`ServerError` within the call's timeout",
+    within=60,
+)
 def test_a_batch_that_nobody_answers_ends_within_the_deadline(ours, fault):
     ours.faults[BATCH] = [fault] * 100
     with generation(ours, timeout=0.75) as made:
@@ -172,6 +214,12 @@ def aborted_frame(frame):
 
 
 @pytest.mark.parametrize(("features", "fault"), [((), aborted), (("batch", "lease"), aborted_frame)])
+@pytest.mark.fault(
+    point="a server that another client changed",
+    did="A client aborts this trainer's requests",
+    happens="They are sampled again",
+    within=60,
+)
 def test_what_another_client_aborts_is_sampled_again_and_never_looks_finished(features, fault):
     path = BATCH if features else COMPLETIONS
     with FaultyServer(features=features) as server, generation(server, frozen=True) as made:

@@ -111,6 +111,12 @@ def test_weights_that_another_trainer_has_sent_are_reported_and_replaced(caplog)
     assert "sent by another trainer" in caplog.text
 
 
+@pytest.mark.fault(
+    point="an API server that is silent",
+    did="A server cannot be reached before a weight sync",
+    happens="`WeightSyncError` names it; no server is paused",
+    within=60,
+)
 def test_servers_that_cannot_be_reached_are_an_error_and_are_asked_for_nothing_else():
     with FaultyServer() as server:
         with ServerGeneration(Model(), base_urls=server.url, connection=ServerConnection(timeout=5.0)) as generation:
@@ -161,6 +167,12 @@ def test_workers_audit_what_vllm_will_load_before_they_are_paused_and_only_once(
             assert audits_of(server)[2]["ties"] == {}
 
 
+@pytest.mark.fault(
+    point="a weight sync to servers",
+    did="A worker refuses the tensors in the audit",
+    happens="`WeightSyncError` names the tensor; nothing is paused",
+    within=60,
+)
 def test_what_one_of_the_workers_refuses_is_raised_with_its_name_and_nothing_is_paused():
     refusal = WeightSyncError("no place for it", phase="load", parameter="weight", receiver="server")
     with FaultyServer(features=PLUGIN) as server:

@@ -86,6 +86,12 @@ def test_what_vllm_may_read_again_is_the_adapter_that_was_loaded(engine, folder)
     assert Path(loaded[2], "adapter_model.safetensors").read_bytes() == b"1"
 
 
+@pytest.mark.fault(
+    point="an adapter behind a server",
+    did="An adapter cannot be loaded in process",
+    happens="The error says what to do; the next call tries again",
+    within=20,
+)
 def test_what_cannot_be_loaded_says_what_to_do_and_is_tried_again(engine, folder):
     loader = AdapterLoader(engine)
     with pytest.raises(ValueError, match="has no lora_path"):

@@ -97,6 +97,12 @@ def test_the_engines_forward_has_a_code_object_of_its_own(backend):
     assert torch.equal(own.forward(torch.ones(1), scale=5), Decoder().forward(torch.ones(1), scale=5))
 
 
+@pytest.mark.fault(
+    point="the engine in the trainer's process",
+    did="vLLM changes the trainer's class",
+    happens="It is restored, and the engine refused",
+    within=20,
+)
 def test_a_class_that_is_changed_in_another_way_is_restored_and_the_engine_refused():
     trainer = torch.nn.Sequential(Decoder())
     before = dict(vars(Decoder))

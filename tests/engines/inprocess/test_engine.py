@@ -182,6 +182,12 @@ def test_a_batch_that_is_cancelled_ends_before_the_next_step(engine):
     assert engine.llm.calls[-1] == ("abort", ["vgen-1", "vgen-2", "vgen-3"])
 
 
+@pytest.mark.fault(
+    point="the engine in the trainer's process",
+    did="The scheduler raises",
+    happens="`EngineError` without the text of prompts",
+    within=20,
+)
 def test_a_scheduler_that_breaks_is_an_engine_error_without_its_text(engine, monkeypatch):
     def step():
         raise RuntimeError("tokens of a prompt")
@@ -210,6 +216,12 @@ def test_a_sync_empties_the_caches_and_the_stores_of_connectors(engine, monkeypa
     assert engine.llm.calls[1:] == (caches if resets else caches[:1])
 
 
+@pytest.mark.fault(
+    point="the engine in the trainer's process",
+    did="The engine cannot start",
+    happens="`EngineError` says why",
+    within=20,
+)
 def test_an_engine_that_cannot_start_says_why(vllm):
     vllm.LLM.error = ValueError("no such model")
     with pytest.raises(EngineError, match="vLLM could not start 'a model': ValueError: no such model"):

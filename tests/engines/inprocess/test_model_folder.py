@@ -40,6 +40,12 @@ def test_two_engines_at_a_time_have_two_folders_and_each_rank_its_own():
     assert ModelFolder("abc").path == folders[0].path
 
 
+@pytest.mark.fault(
+    point="the engine in the trainer's process",
+    did="A process was killed with its model folder",
+    happens="The next start deletes it",
+    within=60,
+)
 def test_what_a_killed_process_has_left_is_deleted(temporary):
     folder = ModelFolder("abc")
     path = folder.path

@@ -87,6 +87,12 @@ def test_engine_and_trainer_draw_from_states_of_their_own():
         assert drawn == expected
 
 
+@pytest.mark.fault(
+    point="the engine in the trainer's process",
+    did="The engine raises",
+    happens="The trainer's random and autocast states are as before",
+    within=20,
+)
 def test_an_error_in_the_engine_leaves_the_trainer_its_state():
     with torch.random.fork_rng(devices=[]):
         engine = EngineRandomState()

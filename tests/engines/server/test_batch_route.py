@@ -115,6 +115,12 @@ async def test_a_server_that_works_for_long_says_how_far_it_is(monkeypatch):
     assert [type(frame) for frame in rest if not isinstance(frame, codec.Alive)] == [codec.Done, codec.End]
 
 
+@pytest.mark.fault(
+    point="a call on the batch route",
+    did="The engine fails during a call",
+    happens="The stream ends with the reason instead of signs of life",
+    within=20,
+)
 async def test_an_engine_that_cannot_work_ends_the_signs_of_life_with_the_reason(monkeypatch):
     monkeypatch.setattr(codec, "HEARTBEAT_SECONDS", 0.01)
     engine, problem = Engine(), [""]
@@ -129,6 +135,12 @@ async def test_an_engine_that_cannot_work_ends_the_signs_of_life_with_the_reason
     assert engine.cancelled == ["call-1"]  # once it goes on, it has nothing to sample for nobody
 
 
+@pytest.mark.fault(
+    point="a call on the batch route",
+    did="The client disconnects",
+    happens="What is not finished is aborted",
+    within=20,
+)
 async def test_leaving_early_aborts_what_is_not_finished():
     engine = Engine()
     engine.gates = {"call-1": asyncio.Event()}
@@ -234,6 +246,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("raw", WRONG.values(), ids=WRONG)
+@pytest.mark.fault(
+    point="a call on the batch route",
+    did="Fields contradict each other or are out of range",
+    happens="400 before anything runs",
+    within=20,
+)
 async def test_a_call_that_is_wrong_is_refused_before_anything_runs(calls, raw):
     async with asyncio.timeout(20):
         status, message = await calls(raw)
@@ -258,6 +276,12 @@ async def test_a_call_that_is_right_is_answered(calls):
     ],
     ids=["JPEG", "GIF", "BMP", "cut off", "empty", "too large"],
 )
+@pytest.mark.fault(
+    point="a call on the batch route",
+    did="An image is damaged",
+    happens="Its own prompt is refused, the others are answered",
+    within=20,
+)
 async def test_an_image_that_is_no_good_png_is_its_prompts_own_matter(calls, image, problem):
     two = body(prompts=[codec.ints([1])] * 2, wanted=[[0, None, None], [1, None, None]], images=[[image], []])
     status, frames = await calls(two)
@@ -267,6 +291,12 @@ async def test_an_image_that_is_no_good_png_is_its_prompts_own_matter(calls, ima
     assert codec.unpack(by_index[1].completion).token_ids == [1]
 
 
+@pytest.mark.fault(
+    point="a call on the batch route",
+    did="A small PNG claims to be enormous",
+    happens="It is refused before it is decoded",
+    within=20,
+)
 def test_the_pixels_of_an_image_are_counted_before_they_are_decoded(monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     loaded: list[Any] = []
@@ -283,6 +313,12 @@ async def test_a_body_that_says_that_it_is_too_long_is_not_read(calls, monkeypat
     assert "longer than 100 bytes" in message
 
 
+@pytest.mark.fault(
+    point="a call's body on the server",
+    did="A batch without a length is endless",
+    happens="413 at the limit",
+    within=20,
+)
 async def test_a_body_is_read_no_further_than_to_the_limit(calls, monkeypatch):
     monkeypatch.setattr(codec, "BODY_LIMIT", 100)
     for headers in ({}, {"content-length": "5"}, {"content-length": "x"}):
@@ -346,6 +382,12 @@ def bodies(draw: st.DrawFn) -> bytes:
     derandomize=True, max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(bodies())
+@pytest.mark.fault(
+    point="a call's body on the server",
+    did="Bodies are damaged at random",
+    happens="A refusal; never a 500, never a hang",
+    within=60,
+)
 def test_no_body_is_an_error_of_the_servers_or_makes_it_hang(calls, raw):
     async def call() -> tuple[int, Any]:
         async with asyncio.timeout(10):

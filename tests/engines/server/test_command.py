@@ -45,6 +45,12 @@ def signal_once(capfd, printed: list[str], number: int) -> threading.Thread:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.fault(
+    point="`vgen serve` and who reads its output",
+    did="SIGTERM or Ctrl-C while the server runs",
+    happens="It ends with status 0 or 130, and its key file is gone",
+    within=60,
+)
 def test_it_prints_where_the_server_is_and_ends_with_a_signal(instead, model, capfd, number, status):
     instead(SERVER)
     before, printed = signal.getsignal(number), list[str]()
@@ -58,6 +64,12 @@ def test_it_prints_where_the_server_is_and_ends_with_a_signal(instead, model, ca
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.fault(
+    point="`vgen serve` and who reads its output",
+    did="vLLM ends by itself",
+    happens="Status 1; the end of its log is repeated",
+    within=60,
+)
 def test_a_server_that_ends_by_itself_is_status_1_and_its_log_is_repeated(instead, model, capfd):
     instead("print('ValueError: the one reason', flush=True); raise SystemExit(3)")
     assert command.run(model) == 1
@@ -82,6 +94,12 @@ def chatty(model: str, code: str, *arguments: str, stderr: int) -> subprocess.Po
 
 
 @pytest.mark.parametrize("arguments", [[], ["--quiet"]])
+@pytest.mark.fault(
+    point="`vgen serve` and who reads its output",
+    did="Nobody reads its standard error",
+    happens="It ends all the same",
+    within=60,
+)
 def test_standard_error_that_nobody_reads_does_not_block_its_end(instead, model, arguments):
     unread, stderr = os.pipe()
     os.set_blocking(stderr, False)
@@ -103,6 +121,12 @@ def test_standard_error_that_nobody_reads_does_not_block_its_end(instead, model,
             os.close(stderr)
 
 
+@pytest.mark.fault(
+    point="`vgen serve` and who reads its output",
+    did="Its standard error is closed",
+    happens="It goes on",
+    within=60,
+)
 def test_standard_error_that_is_closed_does_not_end_it(instead, model):
     unread, stderr = os.pipe()
     os.close(unread)

@@ -88,6 +88,12 @@ async def looks(health: CoreHealth, times: int = 3) -> str:
     return health.problem
 
 
+@pytest.mark.fault(
+    point="the engine's core behind a server",
+    did="The core is stopped with SIGSTOP",
+    happens="`/health` names it until it goes on",
+    within=60,
+)
 async def test_a_core_that_is_stopped_is_a_problem_until_it_goes_on(core):
     (process,) = core(sleep_for_ever)
     pid = process.pid
@@ -112,6 +118,12 @@ async def test_a_worker_of_a_core_counts_as_well(core):
 
 
 @pytest.mark.parametrize(("kill", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
+@pytest.mark.fault(
+    point="the engine's core behind a server",
+    did="The core ends by SIGKILL or SIGSEGV",
+    happens="The server ends and logs the process and the signal",
+    within=60,
+)
 async def test_a_core_that_was_killed_ends_the_server_with_its_name_and_the_signal(core, caplog, kill, name):
     (process,) = core(sleep_for_ever)
     health, ended = CoreHealth(Engine(), [process]), asyncio.Event()
@@ -158,6 +170,12 @@ async def until(condition: Callable[[], bool], health: CoreHealth, seconds: floa
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.fault(
+    point="the engine's core behind a server",
+    did="The core answers nothing and uses no processor time",
+    happens="`/health` says so within seconds",
+    within=60,
+)
 async def test_a_core_that_answers_nothing_and_computes_nothing_is_a_problem(core, soon):
     engine = Engine()
     engine.answers.clear()

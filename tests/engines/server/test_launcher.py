@@ -90,6 +90,12 @@ def vllm_is_there():
         pytest.skip("vLLM is not installed, and start_server looks for it")
 
 
+@pytest.mark.fault(
+    point="the port of a server",
+    did="Another program has the port before the start",
+    happens="An error names the port at once",
+    within=20,
+)
 def test_a_port_that_is_taken_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(EngineError, match="cannot listen on"):
         launcher.free_port("127.0.0.1", taken.getsockname()[1])

@@ -49,6 +49,12 @@ def test_no_other_token_is_as_good(book, token):
         pass
 
 
+@pytest.mark.fault(
+    point="who may change a server",
+    did="The holder stops renewing its lease",
+    happens="It expires, and others may take it",
+    within=20,
+)
 def test_it_expires_unless_it_is_renewed(book, clock):
     token = book.take("first", 10.0)["token"]
     clock.now += 9.0

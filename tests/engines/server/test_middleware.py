@@ -44,6 +44,12 @@ async def test_inference_is_left_to_vllms_own_key(call, path):
     "path", [*CHANGES, "/server_info", "/tokenize", "/docs", "/v1x", "/vgen/info", "", "//v1/models"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH"])
+@pytest.mark.fault(
+    point="who may change a server",
+    did="A caller without the control key calls a route that changes the server",
+    happens="401, and nothing changes",
+    within=20,
+)
 async def test_all_else_needs_the_control_key(call, path, method):
     for headers in (
         {},
@@ -202,6 +208,12 @@ class HalfBody:
             await asyncio.sleep(0)
 
 
+@pytest.mark.fault(
+    point="a call's body on the server",
+    did="A body is sent half and never finished",
+    happens="It holds no lease",
+    within=20,
+)
 async def test_a_body_that_never_arrives_whole_holds_no_lease(call):
     first = await call.lease(ttl_seconds=1)
     half = HalfBody(call, first)
@@ -215,6 +227,12 @@ async def test_a_body_that_never_arrives_whole_holds_no_lease(call):
     assert (await call("POST", "/update_weights", headers=second))[0] == 200
 
 
+@pytest.mark.fault(
+    point="a call's body on the server",
+    did="A client hangs up in the middle of its body",
+    happens="Nothing reaches the engine",
+    within=20,
+)
 async def test_a_client_that_hangs_up_in_its_body_changes_nothing(call):
     half = HalfBody(call, await call.lease())
     await half.receive(b"{", more=True)
@@ -241,6 +259,12 @@ async def test_a_body_in_pieces_reaches_the_application_whole_and_only_then(call
     assert half.sent[0]["status"] == 200
 
 
+@pytest.mark.fault(
+    point="who may change a server",
+    did="A caller has a wrong lease",
+    happens="409 before the body is read",
+    within=20,
+)
 async def test_a_wrong_token_is_refused_before_its_body_is_read(call):
     await call.lease()
     half = HalfBody(call, {**HAS_KEY, "x-vgen-lease": "wrong"})
@@ -261,6 +285,12 @@ async def test_the_launcher_chooses_the_instance(call, monkeypatch):
     assert (await Caller()("GET", "/vgen/instance", headers={})) == (200, {"instance": "the-launchers"})
 
 
+@pytest.mark.fault(
+    point="who may change a server",
+    did="The lease is taken over during a call of its holder",
+    happens="The old holder does not get it back",
+    within=20,
+)
 async def test_one_who_was_fenced_in_mid_call_does_not_get_the_lease_back(call):
     first = await call.lease()
 
@@ -293,6 +323,12 @@ async def test_a_senseless_request_for_a_lease_is_refused(call, body):
     assert (status, answer["error"]["type"]) == (400, "vgen_bad_request")
 
 
+@pytest.mark.fault(
+    point="a call's body on the server",
+    did="A body is longer than the limit",
+    happens="413, without reading it to its end",
+    within=20,
+)
 async def test_too_long_a_body_is_not_read_to_its_end(call):
     assert (await call("POST", "/vgen/lease", b" " * 100_000))[0] == 413
 
@@ -315,6 +351,12 @@ async def test_info_says_what_there_is(call):
 
 @pytest.mark.parametrize("failure", [500, RuntimeError("an answer is made of it further out")])
 @pytest.mark.parametrize("path", ["/update_weights", "/finish_weight_update"])
+@pytest.mark.fault(
+    point="a server that restarts or fails an update",
+    did="An update fails on the server",
+    happens="Inference is refused until one succeeds",
+    within=20,
+)
 async def test_after_a_failed_update_nothing_is_inferred_until_one_succeeds(call, path, failure):
     await call("POST", "/start_weight_update")
     call.app.answers[path] = failure
@@ -343,6 +385,12 @@ async def test_after_a_failed_update_nothing_is_inferred_until_one_succeeds(call
         ("failed", 409, "failed"),
         ("failed", 500, "failed"),
     ],
+)
+@pytest.mark.fault(
+    point="a server that restarts or fails an update",
+    did="An update in one call fails after it began",
+    happens="The server counts as half updated",
+    within=20,
 )
 async def test_an_update_in_one_call_fails_as_a_whole_unless_it_was_refused(call, before, status, after):
     call.app.answers["/vgen/weights"] = {"ready": 200, "failed": 500}[before]

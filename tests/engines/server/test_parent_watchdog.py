@@ -30,6 +30,12 @@ subprocess.run([sys.executable, "-c", child], env=parent_watchdog.environment(),
 """
 
 
+@pytest.mark.fault(
+    point="the server's launcher",
+    did="The launcher is killed with SIGKILL",
+    happens="All of the server's processes end",
+    within=60,
+)
 def test_all_of_a_servers_processes_end_with_a_parent_that_was_killed():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

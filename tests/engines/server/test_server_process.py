@@ -26,6 +26,12 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.fault(
+    point="the server's launcher",
+    did="The server dies while it starts",
+    happens="`EngineError` with the end of its log",
+    within=60,
+)
 def test_a_server_that_dies_at_its_start_says_why(instead, model):
     instead(
         """
@@ -37,6 +43,12 @@ def test_a_server_that_dies_at_its_start_says_why(instead, model):
         start_server(model)
 
 
+@pytest.mark.fault(
+    point="the server's launcher",
+    did="The server never answers",
+    happens="It is ended at the deadline, and the error says so",
+    within=60,
+)
 def test_a_server_that_never_answers_is_ended_at_its_deadline(instead, model):
     instead("import time; print('still loading', flush=True); time.sleep(600)")
     start, began = time.monotonic(), time.time() - 1.0
@@ -46,6 +58,12 @@ def test_a_server_that_never_answers_is_ended_at_its_deadline(instead, model):
     assert [child for child in psutil.Process().children() if child.create_time() > began] == []
 
 
+@pytest.mark.fault(
+    point="the server's launcher",
+    did="The server ignores SIGTERM",
+    happens="It is killed with its children",
+    within=60,
+)
 def test_a_server_that_does_not_want_to_end_is_killed_with_its_children(instead, model):
     instead(
         """
@@ -90,6 +108,12 @@ def test_a_port_that_is_taken_is_an_error(instead, model):
 
 
 @pytest.mark.parametrize("answer", ['{"instance": "another"}', '{"vgen": "1"}', "{}", "[]", "<html>", "[" * 9000, ""])
+@pytest.mark.fault(
+    point="the port of a server",
+    did="Another server of vgen gets the port during the start",
+    happens="It gets no control key, and the launcher fails",
+    within=60,
+)
 def test_another_server_that_has_got_the_port_gets_no_key_and_is_an_error_at_once(instead, model, answer, tmp_path):
     instead(ANSWERS.replace('b"INSTANCE"', repr(answer.encode())))
     log, start = tmp_path / "log", time.monotonic()
@@ -101,6 +125,12 @@ def test_another_server_that_has_got_the_port_gets_no_key_and_is_an_error_at_onc
     assert "the-control-key" not in log.read_text()
 
 
+@pytest.mark.fault(
+    point="the port of a server",
+    did="A second `vgen serve` starts on the port",
+    happens="It fails at once; the first goes on",
+    within=60,
+)
 def test_the_second_of_two_launchers_at_one_port_fails_at_once(instead, model, monkeypatch):
     instead("import time; time.sleep(600)")  # it has bound the port, too, and cannot listen
     with FaultyServer(features=["control_key"]) as first:
@@ -114,6 +144,12 @@ def test_the_second_of_two_launchers_at_one_port_fails_at_once(instead, model, m
         assert "the-control-key" not in str(first.seen)
 
 
+@pytest.mark.fault(
+    point="the port of a server",
+    did="Another program gets the port during the start",
+    happens="The launcher fails at once",
+    within=60,
+)
 def test_another_program_that_has_got_the_port_is_an_error_at_once(instead, model):
     instead(
         """
@@ -182,11 +218,23 @@ def test_the_certificate_in_the_file_is_trusted_whatever_host_it_names(instead, 
         assert server.url.startswith("https://")
 
 
+@pytest.mark.fault(
+    point="the certificate of a server",
+    did="A server with another certificate answers",
+    happens="The launcher sends no key and fails",
+    within=60,
+)
 def test_no_other_certificate_is_trusted(instead, model, certificates):
     with pytest.raises(EngineError, match=r"another process answers on port .*--ssl-certfile"):
         start_tls(instead, model, certificates["other"], certificates["own"][0])
 
 
+@pytest.mark.fault(
+    point="the certificate of a server",
+    did="A server has another certificate of the same authority",
+    happens="The launcher sends no key and fails",
+    within=60,
+)
 def test_a_certificate_that_an_authority_has_signed_is_trusted_and_its_sibling_is_not(instead, model, certificates):
     authority, key = certificates["other"]
     signed = ["-CA", str(authority), "-CAkey", str(key), "-addext", "basicConstraints=critical,CA:FALSE"]
@@ -202,12 +250,24 @@ def test_a_certificate_that_an_authority_has_signed_is_trusted_and_its_sibling_i
         start_tls(instead, model, sibling, leaf[0])
 
 
+@pytest.mark.fault(
+    point="the certificate of a server",
+    did="A server without TLS answers where TLS is expected",
+    happens="The launcher sends no key and fails",
+    within=60,
+)
 def test_a_server_without_tls_is_another_one(instead, model, certificates):
     instead(ANSWERS)
     with pytest.raises(EngineError, match="does not speak TLS"):
         start_server(model, timeout=60.0, arguments=[f"--ssl_certfile={certificates['own'][0]}"])
 
 
+@pytest.mark.fault(
+    point="the certificate of a server",
+    did="The certificate's file holds none",
+    happens="An error names the file before the server starts",
+    within=20,
+)
 def test_a_file_without_a_certificate_is_an_error_before_the_server_starts(instead, model, tmp_path):
     instead("raise SystemExit('it was started')")
     (tmp_path / "empty.pem").write_text("")

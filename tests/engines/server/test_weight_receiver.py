@@ -129,6 +129,12 @@ def test_other_errors_name_their_phase_and_have_no_code(engine, tmp_path, monkey
 
 
 @pytest.mark.parametrize(("failing", "problem"), [((0,), "of rank 0"), ((1,), "of rank 1"), ((0, 1), "of rank 0")])
+@pytest.mark.fault(
+    point="the workers of one engine in several processes",
+    did="Loading fails on one tensor-parallel worker",
+    happens="All workers fail, with the first rank's error",
+    within=20,
+)
 def test_what_fails_on_some_rank_fails_on_all_and_the_last_raises_the_first_ranks_error(monkeypatch, failing, problem):
     ranks = Ranks(monkeypatch)
     first, last = ranks.fail(*failing)

@@ -102,6 +102,12 @@ def test_odd_names_arrive_among_the_others(client: Any, run: Any) -> None:
     assert points(client, run, "reward_0_") + points(client, run, "plain") == [(0, 2), (0, 3)]
 
 
+@pytest.mark.fault(
+    point="W&B, MLflow and Trackio",
+    did="MLflow's server refuses",
+    happens="The loss is counted; the work goes on",
+    within=60,
+)
 def test_a_server_that_refuses_is_a_counted_loss_and_no_failure_of_the_work(client: Any, waits: Any) -> None:
     profiling = ProfilingContext([MlflowSink(client, "0" * 32)])
     for n in range(3):

@@ -58,11 +58,23 @@ def faulty(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     collector.close()
 
 
+@pytest.mark.fault(
+    point="an OpenTelemetry collector",
+    did="The collector is gone, slow, silent or refuses, by HTTP",
+    happens="`close` ends in time and counts the losses",
+    within=60,
+)
 def test_the_end_comes_in_time_and_says_what_was_lost(faulty: Any, caplog: Any, waits: Any):
     check_the_end(faulty, caplog, waits)
 
 
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])
+@pytest.mark.fault(
+    point="an OpenTelemetry collector",
+    did="The same by gRPC",
+    happens="`close` ends in time and counts the losses",
+    within=60,
+)
 def test_the_end_comes_in_time_over_grpc_too(fault: str, caplog: Any, waits: Any, monkeypatch: pytest.MonkeyPatch):
     collector = Refusing() if fault == "refuses" else GrpcCollector(hang=True)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
@@ -92,6 +104,7 @@ def check_the_end(collector: Any, caplog: Any, waits: Any) -> None:
     assert time.monotonic() - start < 20, "nobody has waited for the exporter, which tries for a minute"
 
 
+@pytest.mark.fault(point="an OpenTelemetry collector", did="Traces hang", happens="The metrics arrive", within=60)
 def test_traces_that_hang_do_not_keep_the_metrics_back(monkeypatch: pytest.MonkeyPatch):
     hanging, collector = HttpCollector(hang=True), HttpCollector()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", hanging.endpoint + "/v1/traces")
@@ -108,6 +121,12 @@ def test_traces_that_hang_do_not_keep_the_metrics_back(monkeypatch: pytest.Monke
     collector.close()
 
 
+@pytest.mark.fault(
+    point="an OpenTelemetry collector",
+    did="The collector comes back",
+    happens="It gets the totals",
+    within=60,
+)
 def test_a_collector_that_comes_back_gets_the_totals(monkeypatch: pytest.MonkeyPatch):
     """Metrics are cumulative: an outage costs resolution and no count."""
     collector = HttpCollector(status=503)
@@ -172,6 +191,12 @@ with profiling.step(1):
     return run, time.monotonic() - start
 
 
+@pytest.mark.fault(
+    point="an OpenTelemetry collector",
+    did="A process with a dead collector does not close",
+    happens="It exits in time",
+    within=60,
+)
 def test_a_process_that_forgets_to_close_exits_in_time():
     with ThreadPoolExecutor() as pool:  # at once: each waits for most of its time
         found = list(pool.map(forgets_to_close, ["http/protobuf", "grpc"]))

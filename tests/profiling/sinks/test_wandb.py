@@ -238,6 +238,12 @@ def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) 
     assert [row["_step"] for row in rows if "train_runtime" in row] == [2]
 
 
+@pytest.mark.fault(
+    point="W&B, MLflow and Trackio",
+    did="The run is finished before its sink",
+    happens="The loss is counted",
+    within=60,
+)
 def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, waits: Any) -> None:
     sink = WandbSink(run)
     profiling = ProfilingContext([sink])
@@ -254,6 +260,12 @@ def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, waits: Any) -
     check_steps(wandb_runs.rows(run), 1)
 
 
+@pytest.mark.fault(
+    point="W&B, MLflow and Trackio",
+    did="W&B's log call raises",
+    happens="Rows wait and are logged later; losses are counted",
+    within=20,
+)
 def test_a_failing_run_counts_its_loss_and_recovers() -> None:
     run = wandb_runs.MemoryRun()
     sink = WandbSink(run, histograms=False)
@@ -274,6 +286,12 @@ def test_a_failing_run_counts_its_loss_and_recovers() -> None:
     assert sink.lost == 1
 
 
+@pytest.mark.fault(
+    point="W&B, MLflow and Trackio",
+    did="W&B takes a row and does not confirm it",
+    happens="It is not logged twice",
+    within=20,
+)
 def test_a_step_that_wandb_took_but_did_not_confirm_counts_as_lost_and_is_not_told_twice() -> None:
     fails = iter([False, False, True])  # the third time that the sink asks for W&B's step
 

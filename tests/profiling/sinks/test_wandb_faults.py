@@ -45,6 +45,12 @@ def run_child(fault: str, directory: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("fault", ["SIGSTOP", "SIGKILL"])
+@pytest.mark.fault(
+    point="W&B, MLflow and Trackio",
+    did="W&B's service is stopped or killed",
+    happens="The loop goes on; `close` keeps its deadline; losses are counted",
+    within=60,
+)
 def test_the_loop_goes_on_and_close_keeps_its_deadline(fault: str, tmp_path: Path) -> None:
     found, errors = run_child(fault, tmp_path)
     assert abs(found["faulty"]["operations"] - found["healthy"]["operations"]) < STEPS

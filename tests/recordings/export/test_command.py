@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from helpers.handmade import Writer, usual_run
 
 from vgen.cli import main
@@ -31,6 +32,12 @@ def test_very_many_spans_are_thinned_to_the_longest(tmp_path, capsys):
     assert "part100 " not in output.out
 
 
+@pytest.mark.fault(
+    point="who watches or exports a run",
+    did="The export's file cannot be written",
+    happens="A message and status 2",
+    within=20,
+)
 def test_a_file_that_cannot_be_written_is_said(tmp_path, capsys):
     usual_run(tmp_path)
     assert main(["trace", str(tmp_path), "--html", str(tmp_path / "no" / "such" / "folder.html")]) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 RUN = """
 import sys, time
 from vgen.profiling import ProfilingContext
@@ -19,6 +21,12 @@ profiling.close()
 """
 
 
+@pytest.mark.fault(
+    point="who watches or exports a run",
+    did="The run's process ends without being waited for",
+    happens="The watch ends with it",
+    within=60,
+)
 def test_spans_show_while_they_are_open_and_it_ends_with_the_run(tmp_path):
     folder = tmp_path / "run"
     follow = subprocess.Popen(
@@ -55,6 +63,12 @@ def test_spans_show_while_they_are_open_and_it_ends_with_the_run(tmp_path):
     ]
 
 
+@pytest.mark.fault(
+    point="who watches or exports a run",
+    did="Ctrl-C while a run is followed",
+    happens="Status 0, without a traceback",
+    within=60,
+)
 def test_ctrl_c_ends_it(tmp_path):
     import signal
 

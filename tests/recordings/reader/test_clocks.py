@@ -43,6 +43,12 @@ def test_several_spans_pin_the_clock_down(tmp_path):
     assert any("(two) is 60.000 s behind" in one for one in found.problems)
 
 
+@pytest.mark.fault(
+    point="clocks of a recorded run",
+    did="Ranks' clocks differ",
+    happens="They are aligned by the steps that they share",
+    within=20,
+)
 def test_ranks_are_aligned_by_the_steps_they_share(tmp_path):
     for rank, ahead in ((0, 0.0), (1, 300.0), (2, 0.0)):
         writer = Writer(tmp_path, host=f"host{rank}", pid=rank, rank=rank, ahead=ahead)

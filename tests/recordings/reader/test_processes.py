@@ -36,6 +36,12 @@ def test_nothing_there(tmp_path, capsys):
     assert "holds no spans" in both(tmp_path, capsys, status=1)
 
 
+@pytest.mark.fault(
+    point="the files of a recorded run",
+    did="A file ends in the middle of a line",
+    happens="The rest is shown",
+    within=20,
+)
 def test_cut_off_in_the_middle_of_a_line(tmp_path, capsys):
     usual_run(tmp_path)
     (file,) = tmp_path.glob("*.jsonl")
@@ -96,6 +102,12 @@ def test_a_step_that_is_not_there(tmp_path, capsys):
     assert "holds no step 99" in capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    point="the files of a recorded run",
+    did="The first parts were deleted",
+    happens="The rest is shown, and that is said",
+    within=20,
+)
 def test_the_first_parts_were_deleted(tmp_path, capsys):
     usual_run(tmp_path)
     (file,) = tmp_path.glob("*.jsonl")
@@ -118,6 +130,12 @@ def without_roots_rights():
         os.seteuid(0)
 
 
+@pytest.mark.fault(
+    point="the files of a recorded run",
+    did="A file may not be read",
+    happens="It is named, and the rest is shown",
+    within=20,
+)
 def test_a_file_that_may_not_be_read(capsys):
     with tempfile.TemporaryDirectory() as name:  # pytest's own are for their owner alone
         folder = Path(name)
@@ -151,6 +169,12 @@ def test_a_file_that_may_not_be_read(capsys):
         "\udcff\udcfe",
     ],
 )
+@pytest.mark.fault(
+    point="the files of a recorded run",
+    did="A line is damaged",
+    happens="It is counted, and the rest is shown",
+    within=20,
+)
 def test_a_damaged_line_is_counted_and_the_rest_is_shown(tmp_path, capsys, line):
     usual_run(tmp_path)
     (file,) = tmp_path.glob("*.jsonl")
@@ -173,6 +197,12 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
+@pytest.mark.fault(
+    point="the files of a recorded run",
+    did="Files are damaged at random",
+    happens="A report or a message; never a traceback",
+    within=60,
+)
 def test_no_damage_makes_a_stack_trace(tmp_path, capsys, data):
     """Bytes changed, cut out and swapped anywhere in a run's file."""
     folder = tmp_path / "run"

@@ -10,6 +10,12 @@ from vgen.recordings.report.figures import summarize
 
 
 @pytest.mark.parametrize("seconds", [3600.0, 30.0])
+@pytest.mark.fault(
+    point="clocks of a recorded run",
+    did="The clock is set back by an hour",
+    happens="The steps stay in order, and no idle hour appears",
+    within=20,
+)
 def test_a_clock_that_is_set_back_leaves_the_steps_in_order_and_makes_no_idle_time(tmp_path, capsys, seconds):
     writer, at = Writer(tmp_path), 0.0
     for number in range(1, 7):

@@ -106,6 +106,12 @@ def hostile_run(folder: Path, *, host: str = HOSTILE, pid: int = 7, raw: bool = 
 
 
 @pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.fault(
+    point="what a recorded run holds",
+    did="Names hold escape sequences",
+    happens="They are shown as visible escapes",
+    within=60,
+)
 def test_a_recorded_string_does_nothing_to_a_terminal(tmp_path, capsys, raw):
     run = str(hostile_run(tmp_path / "run", raw=raw))
     for arguments in (["report", run], ["report", run, "--step", "2"], ["report", run, "--compare", run]):
@@ -156,6 +162,12 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.fault(
+    point="what a recorded run holds",
+    did="An integer has thousands of digits",
+    happens="It is shown as text",
+    within=60,
+)
 def test_a_number_of_any_size_is_shown(tmp_path, capsys, number):
     """In the attributes of spans, of requests and of events, in links, and in values."""
     run = tmp_path / "run"
@@ -236,6 +248,12 @@ def test_what_is_nested_deeply_becomes_text(tmp_path, capsys, levels):
     printed(capsys, "trace", str(run))
 
 
+@pytest.mark.fault(
+    point="what a recorded run holds",
+    did="A line is nested thousands of levels deep",
+    happens="It counts as damaged",
+    within=60,
+)
 def test_a_line_that_is_nested_too_deeply_to_be_parsed_is_damaged(tmp_path, capsys):
     usual_run(tmp_path / "run")
     (file,) = (tmp_path / "run").glob("*.jsonl")
@@ -341,6 +359,12 @@ def test_a_name_in_a_file_to_compare_with_does_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.fault(
+    point="what a recorded run holds",
+    did="The terminal knows ASCII alone",
+    happens="`?` stands for other characters",
+    within=60,
+)
 def test_a_terminal_without_the_characters_shows_others(tmp_path, encoding):
     writer = Writer(tmp_path)
     step = writer.step(1, 0, 10, error="Fehler–漢字")
@@ -378,6 +402,12 @@ def containers(value: Any) -> list[Any]:
 
 @settings(derandomize=True, max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
+@pytest.mark.fault(
+    point="what a recorded run holds",
+    did="Records are changed at random",
+    happens="Every command ends without a traceback",
+    within=60,
+)
 def test_no_changed_record_makes_a_stack_trace(tmp_path, capsys, data):
     """Values anywhere in the records of a run replaced, added and taken away; also records twice, and text cut."""
     kept, run = tmp_path / "kept", tmp_path / "run"

@@ -130,6 +130,12 @@ def test_a_loader_wrapped_by_an_earlier_reload_is_not_counted_twice():
     assert model.has(sent)
 
 
+@pytest.mark.fault(
+    point="a reload by the engine's own loader",
+    did="A loader writes into a finished layer",
+    happens="An error; the layers come back",
+    within=60,
+)
 def test_a_write_into_a_layer_that_was_complete_is_an_error_and_the_layers_come_back():
     class Twice(Model):
         def load_weights(self, weights):
@@ -144,6 +150,12 @@ def test_a_write_into_a_layer_that_was_complete_is_an_error_and_the_layers_come_
         assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.fault(
+    point="a reload by the engine's own loader",
+    did="A sync that was refused is tried again",
+    happens="It is refused again, and no old weights are used",
+    within=60,
+)
 def test_a_refused_reload_is_refused_again(monkeypatch):
     """A sync after the refused one must not pass with the old weights that the refusal was about."""
     monkeypatch.setattr(recorded_copy, "unchanged_by_reload", lambda *_: ["a.weight"])

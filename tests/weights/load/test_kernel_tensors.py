@@ -93,6 +93,12 @@ def test_a_tensor_that_two_hold_stays_one():
 @pytest.mark.parametrize(
     "change", [lambda t: torch.zeros(t.numel() + 1), lambda t: t.double(), lambda t: torch.zeros(2 * t.numel())[::2]]
 )
+@pytest.mark.fault(
+    point="a reload by the engine's own loader",
+    did="A kernel's tensor has another layout after the reload",
+    happens="`WeightSyncError` names it",
+    within=60,
+)
 def test_another_layout_is_an_error(change):
     model = model_of(Layer())
     kernels = KernelTensors(model)

@@ -20,6 +20,12 @@ def test_a_tensor_and_views_of_its_beginning_have_the_name_that_it_came_under():
     assert stream.name_of("a") is None
 
 
+@pytest.mark.fault(
+    point="a reload by the engine's own loader",
+    did="A tensor is not as it was announced",
+    happens="`WeightSyncError` names it",
+    within=60,
+)
 def test_a_tensor_that_is_not_as_was_said_or_does_not_come_is_an_error():
     layouts = {"a": ((2,), torch.float32), "b": ((3,), torch.float32), "tied": ((2,), torch.float32)}
     stream = NamedStream([("a", torch.zeros(2)), ("tied", torch.zeros(2))], layouts=layouts, without={"tied"})
@@ -33,6 +39,12 @@ def test_a_tensor_that_is_not_as_was_said_or_does_not_come_is_an_error():
         assert caught.value.parameter == name
 
 
+@pytest.mark.fault(
+    point="a reload by the engine's own loader",
+    did="A tensor holds NaN",
+    happens="It is named",
+    within=60,
+)
 def test_tensors_that_are_not_finite_are_named():
     stream = NamedStream([("a", torch.zeros(2)), ("b", torch.tensor([1.0, float("nan")]))], finite=True)
     list(stream)

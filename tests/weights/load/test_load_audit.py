@@ -108,6 +108,12 @@ def test_the_order_in_which_tensors_come_does_not_matter():
         (kinds.Quantized(), {"weight": ((8, 8), FP8), "scale": None}, "scale", ["does not provide it", "[8, 1]"]),
     ],
 )
+@pytest.mark.fault(
+    point="tensors that a loader loses",
+    did="A bias is lost, a matrix cut, an expert not sent",
+    happens="`WeightSyncError` by name before anything changes",
+    within=60,
+)
 def test_what_is_lost_cut_or_not_sent_is_refused_by_name(model, changed, parameter, says):
     error = refusal(model, model.sent(**changed))
     assert error.parameter == parameter
@@ -213,6 +219,12 @@ def test_without_ranks_only_the_other_half_is_refused_and_both_together_pass(mon
         monkeypatch.undo()
 
 
+@pytest.mark.fault(
+    point="tensors that a loader loses",
+    did="No rank reads a tensor",
+    happens="It is refused on all ranks",
+    within=60,
+)
 def test_what_no_rank_reads_is_refused_on_all():
     half, none = Spans.of(torch.empty(8, 8)[:4]), Spans()
     both = load_audit._together([{"a": (half, 0), "b": (none, 0)}, {"a": (half, 0)}])

@@ -179,6 +179,12 @@ class Broadcasts(LoaderModel):
         (Flips, "flip"),
     ],
 )
+@pytest.mark.fault(
+    point="a recorded copy of weights",
+    did="A loader does what a record cannot repeat",
+    happens="Its module is left to the engine's reload",
+    within=60,
+)
 def test_loaders_that_would_fool_a_record_are_found_out(kind, words):
     model = kind()
     tensors = {name: (id(tensor), tensor.data_ptr()) for name, tensor in model.named_parameters()}
@@ -248,6 +254,12 @@ def test_a_reload_that_leaves_what_the_record_says_proves_it(reloads, tied):
 
 @pytest.mark.parametrize(
     ("then", "name"), [(changed("qk"), "qk"), (changed("embed"), "embed"), (changed("angles"), "a tensor that is not")]
+)
+@pytest.mark.fault(
+    point="a recorded copy of weights",
+    did="The record's proof leaves other bytes than the reload",
+    happens="The record is refused",
+    within=60,
 )
 def test_a_reload_that_leaves_something_else_is_found_out(reloads, then, name):
     reloads.then = then

@@ -50,6 +50,12 @@ def test_two_tensors_for_one_place_are_refused_also_while_they_are_equal(monkeyp
         ({"q": None}, "does not provide it", "qk"),
     ],
 )
+@pytest.mark.fault(
+    point="a recorded copy of weights",
+    did="A tensor has another shape",
+    happens="`WeightSyncError` before anything changes",
+    within=60,
+)
 def test_a_tensor_that_does_not_fit_is_refused_before_anything_changed(monkeypatch, change, problem, parameter):
     model = LoaderModel()
     copier, runner = loaded(model, monkeypatch)
@@ -184,6 +190,12 @@ def trainer_model() -> nn.Module:
     return nn.ParameterDict(dict(random_weights()))
 
 
+@pytest.mark.fault(
+    point="a recorded copy of weights",
+    did="An element differs after the copy",
+    happens="`verify` names it",
+    within=60,
+)
 def test_what_differs_after_a_copy_is_named(monkeypatch):
     copier, runner = loaded(LoaderModel(), monkeypatch)
     monkeypatch.setattr(recorded_copy, "copy_pairs", lambda pairs: copy_pairs(pairs[:-1]))
@@ -271,6 +283,12 @@ def test_after_a_sleep_what_no_loader_writes_is_written_back_first(monkeypatch, 
     assert calls == ["start", "finish"]
 
 
+@pytest.mark.fault(
+    point="a recorded copy of weights",
+    did="A record is not safe",
+    happens="The engine reloads, with the reason",
+    within=60,
+)
 def test_a_record_that_is_not_safe_is_reloaded_or_refused_and_the_reason_is_kept(monkeypatch):
     streams = list[str]()
     sources = [source_of(random_weights()) for _ in range(2)]

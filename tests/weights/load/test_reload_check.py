@@ -58,6 +58,12 @@ def test_nothing_is_found_where_all_is_reloaded(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["weight", "transposed", "padded", "norm", "scale"])
+@pytest.mark.fault(
+    point="tensors that a loader loses",
+    did="A reload leaves a parameter as it was",
+    happens="It is found and named",
+    within=60,
+)
 def test_a_parameter_that_stays_as_it_is_is_found(monkeypatch, name):
     def drop(model):
         getattr(model, name).data.fill_(1)

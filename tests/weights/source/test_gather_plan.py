@@ -44,6 +44,12 @@ def test_tensors_made_of_the_same_parts_share_a_step_and_others_do_not(monkeypat
     assert torch.equal(dict(steps[0].run(tensors))["ab"], torch.cat([model["a"], model["b"]]))
 
 
+@pytest.mark.fault(
+    point="the trainer's model as a source",
+    did="A conversion needs tensors of other layers",
+    happens="`WeightSyncError` names the tensor",
+    within=60,
+)
 def test_a_conversion_that_needs_other_layers_is_refused(monkeypatch):
     def depends(tensors):
         return {"a": tensors["a"] * (2 if "b" in tensors else 1), **({"b": tensors["b"]} if "b" in tensors else {})}

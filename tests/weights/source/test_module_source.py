@@ -142,6 +142,12 @@ def test_a_model_that_changes_is_looked_at_anew():
     assert torch.equal(dict(source)["lm_head.weight"], torch.ones(70, 32))
 
 
+@pytest.mark.fault(
+    point="the trainer's model as a source",
+    did="A parameter has no data",
+    happens="`WeightSyncError` names it",
+    within=60,
+)
 def test_what_has_no_data_is_refused_by_name():
     with torch.device("meta"):
         model = tiny("qwen2")

@@ -142,6 +142,12 @@ def test_adapters_that_transformers_added_itself():
     assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], expected)
 
 
+@pytest.mark.fault(
+    point="the trainer's model as a source",
+    did="An adapter is of a kind that no engine can follow",
+    happens="`WeightSyncError` names the kind",
+    within=60,
+)
 def test_what_no_engine_could_follow_is_refused():
     prompt = get_peft_model(tiny("qwen2"), peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(WeightSyncError, match="PROMPT_TUNING"):
@@ -179,6 +185,12 @@ def test_a_head_untied_by_hand_is_no_longer_tied_at_the_next_look():
     assert source.ties() == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+@pytest.mark.fault(
+    point="the trainer's model as a source",
+    did="Merging an adapter fails",
+    happens="The error names the layer; the model is as before",
+    within=60,
+)
 def test_a_merge_that_fails_names_the_layer_and_changes_nothing(monkeypatch):
     model = adapted()
     before, source = bits(model), source_of(model)

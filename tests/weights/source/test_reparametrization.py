@@ -21,6 +21,12 @@ CASES = [
 
 @pytest.mark.parametrize(("change", "tensor", "fix"), CASES)
 @pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.fault(
+    point="the trainer's model as a source",
+    did="A weight is computed by a reparametrization",
+    happens="The error names the module and the call that helps",
+    within=20,
+)
 def test_the_error_names_the_module_and_the_call_that_helps(change, tensor, fix, adapted):
     model = tiny("qwen2")
     change(model.get_submodule(LAYER))

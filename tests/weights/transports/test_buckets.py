@@ -79,6 +79,12 @@ def test_an_empty_source_is_an_empty_last_bucket(worker, tmp_path):
 
 
 @pytest.mark.parametrize("call", ["init", "start", "update", "last", "finish 7"])
+@pytest.mark.fault(
+    point="a transfer by buckets",
+    did="A server fails in the middle of a transfer",
+    happens="Nothing stays behind; the next sync begins anew",
+    within=60,
+)
 def test_a_client_that_fails_leaves_nothing_behind_and_the_next_send_begins_anew(worker, tmp_path, call):
     weights = numbers(5)
     transport = shared_memory(worker, bucket_bytes=4096, directory=tmp_path)
@@ -93,6 +99,12 @@ def test_a_client_that_fails_leaves_nothing_behind_and_the_next_send_begins_anew
     assert same(worker, weights)
 
 
+@pytest.mark.fault(
+    point="a transfer by buckets",
+    did="A worker raises",
+    happens="`WeightSyncError` with parameter and phase",
+    within=60,
+)
 def test_the_workers_words_become_a_typed_error(worker, tmp_path):
     said = WeightSyncError("AssertionError: it", phase="load", parameter="a.b", receiver="server")
     answer = f"500: Worker failed with error '{to_text(said)}', please check the stack trace above for the root cause"
@@ -104,6 +116,12 @@ def test_the_workers_words_become_a_typed_error(worker, tmp_path):
 
 
 @pytest.mark.parametrize("error", [WeightSyncError("x", phase="gather"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.fault(
+    point="a transfer by buckets",
+    did="The source raises in the middle of a transfer",
+    happens="The update is ended, and the error is raised unchanged",
+    within=60,
+)
 def test_what_a_source_raises_goes_through_unchanged_after_the_update_is_ended(worker, tmp_path, error):
     class Breaks(Weights):
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,6 +136,12 @@ def test_what_a_source_raises_goes_through_unchanged_after_the_update_is_ended(w
     assert threading.active_count() == threads
 
 
+@pytest.mark.fault(
+    point="a transfer by buckets",
+    did="A dead trainer has left an update open",
+    happens="It is ended first",
+    within=60,
+)
 def test_an_update_left_open_is_ended_first(worker, tmp_path):
     error = WeightSyncError("in any words", phase="transfer", receiver="server", reason=UPDATE_OPEN)
     worker.raises["init"] = RuntimeError(f"500: {to_text(error)}")
@@ -125,6 +149,12 @@ def test_an_update_left_open_is_ended_first(worker, tmp_path):
     assert worker.calls == ["init", "abort", "finish None", "init", "start", "last", "finish None"]
 
 
+@pytest.mark.fault(
+    point="a transfer by buckets",
+    did="A server restarts between two syncs",
+    happens="It gets new buckets",
+    within=60,
+)
 def test_a_server_that_was_started_anew_is_given_new_buckets(worker, tmp_path):
     weights = numbers(3)
     transport = shared_memory(worker, directory=tmp_path)

@@ -62,6 +62,12 @@ def test_folders_are_written_before_the_pause_and_removed_after_the_load(tmp_pat
     assert trace.phases == [("transfer", {semconv.GATHER_SECONDS: 0.5}), ("load", {})]
 
 
+@pytest.mark.fault(
+    point="shared memory and folders for weights",
+    did="The pause fails after a checkpoint was written",
+    happens="The folder is removed",
+    within=20,
+)
 def test_folders_are_removed_if_the_pause_fails(tmp_path):
     transport = CheckpointTransport(TransportSettings(folder=str(tmp_path)))
     update: Any = WeightUpdate(Source(1.0, []), "7", Trace())  # pyright: ignore[reportArgumentType]

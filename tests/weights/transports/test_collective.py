@@ -88,6 +88,12 @@ def test_a_tensor_larger_than_a_bucket_is_broadcast_whole():
     transport.close()
 
 
+@pytest.mark.fault(
+    point="a group that weights travel through",
+    did="A broadcast fails",
+    happens="The group is left; the next sync makes another",
+    within=60,
+)
 def test_after_an_error_the_group_is_left_and_the_next_update_makes_another():
     workers = Workers(2)
     transport = transport_to(workers)
@@ -110,6 +116,12 @@ def test_an_update_left_open_is_ended_before_a_group_is_made():
     transport.close()
 
 
+@pytest.mark.fault(
+    point="a group that weights travel through",
+    did="The trainer stops sending",
+    happens="The worker gives up at its timeout",
+    within=60,
+)
 def test_a_worker_that_receives_nothing_gives_up_in_time():
     workers = Workers(2)
     transport = transport_to(workers, timeout=1.0)

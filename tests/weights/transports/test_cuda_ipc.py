@@ -102,6 +102,12 @@ def test_an_error_without_a_code_is_not_taken_for_one_with_a_code(source, words)
     assert servers.calls == [SHORT]
 
 
+@pytest.mark.fault(
+    point="the trainer's memory on the GPU",
+    did="Reading the trainer's memory fails on the server",
+    happens="`WeightSyncError`; nothing is sent twice",
+    within=20,
+)
 def test_what_fails_is_not_sent_twice_and_named(source):
     servers = Servers(worker_error(None, "it differs", phase="verify", parameter="a.weight"), "never asked")
     with pytest.raises(WeightSyncError, match="it differs") as caught:
@@ -110,6 +116,12 @@ def test_what_fails_is_not_sent_twice_and_named(source):
     assert len(servers.calls) == 1
 
 
+@pytest.mark.fault(
+    point="the trainer's memory on the GPU",
+    did="A sync fails",
+    happens="The table of handles is made anew",
+    within=20,
+)
 def test_a_table_is_made_once_and_anew_after_an_error(source, monkeypatch):
     made = list[Any]()
     monkeypatch.setattr(cuda_ipc, "HandleTable", lambda source: made.append(source) or FakeTable(source))
@@ -131,6 +143,12 @@ def test_the_phase_has_the_seconds_of_the_gather(source):
     assert trace.phases == [("load", {semconv.GATHER_SECONDS: 1.0})]
 
 
+@pytest.mark.fault(
+    point="the trainer's memory on the GPU",
+    did="The model is not on a GPU",
+    happens="Another transport is chosen, with the reason",
+    within=20,
+)
 def test_a_model_on_the_host_or_with_adapters_cannot_be_read_where_it_lies(tmp_path):
     from vgen.testing import tiny_model
 
@@ -142,6 +160,12 @@ def test_a_model_on_the_host_or_with_adapters_cannot_be_read_where_it_lies(tmp_p
         HandleTable(source_of(model))
 
 
+@pytest.mark.fault(
+    point="the trainer's memory on the GPU",
+    did="A description names memory beyond an allocation",
+    happens="It is refused",
+    within=20,
+)
 def test_views_are_those_of_the_trainer_and_stay_within_their_memory():
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
     memory = whole.flatten().view(torch.uint8)

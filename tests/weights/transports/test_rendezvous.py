@@ -37,6 +37,12 @@ def test_what_one_member_sets_another_gets_and_waits_for():
             assert one.get("a") == b"changed"
 
 
+@pytest.mark.fault(
+    point="a group that weights travel through",
+    did="A member never comes",
+    happens="The wait ends at its limit",
+    within=60,
+)
 def test_a_key_that_nobody_sets_is_waited_for_until_the_limit():
     with rendezvous(1) as meeting, closing(RendezvousStore(meeting.description, 0)) as store:
         start = time.monotonic()
@@ -84,6 +90,12 @@ def test_nobody_can_connect_once_the_trainer_has_given_up():
         RendezvousStore(description, 1)
 
 
+@pytest.mark.fault(
+    point="a group that weights travel through",
+    did="A stranger connects to the rendezvous",
+    happens="It gets nothing",
+    within=60,
+)
 def test_a_stranger_with_torchs_own_store_or_a_guessed_secret_gets_nothing():
     with rendezvous() as meeting:
         description: dict[str, Any] = meeting.description

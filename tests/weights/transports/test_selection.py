@@ -131,6 +131,12 @@ def test_several_servers_are_grouped_and_named_in_their_own_order_and_reload_las
 
 
 @pytest.mark.parametrize("trainer", [GPU], indirect=True)
+@pytest.mark.fault(
+    point="the choice of a transport",
+    did="A transport cannot be opened",
+    happens="The next one is used, and the span says why",
+    within=20,
+)
 def test_a_transport_that_cannot_be_opened_makes_room_for_the_next_and_says_why(trainer, monkeypatch):
     def sharded(source: Any) -> None:
         raise TransportUnavailable("the model is sharded")
@@ -145,6 +151,12 @@ def test_a_transport_that_cannot_be_opened_makes_room_for_the_next_and_says_why(
 
 
 @pytest.mark.parametrize("trainer", [GPU], indirect=True)
+@pytest.mark.fault(
+    point="the choice of a transport",
+    did="A server cannot take the transport that was asked for",
+    happens="`WeightSyncError` names the server",
+    within=20,
+)
 def test_a_transport_that_was_asked_for_is_used_or_the_error_names_the_servers(trainer):
     assert chosen([ENDPOINTS["another GPU"]], trainer, "gloo").reasons == "asked for"
     assert chosen([ENDPOINTS["stock with ipc"]], trainer, "ipc").names == "ipc"

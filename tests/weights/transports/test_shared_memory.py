@@ -39,6 +39,12 @@ def test_files_are_private_and_have_no_name_once_they_are_known(worker, tmp_path
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
+@pytest.mark.fault(
+    point="shared memory and folders for weights",
+    did="/dev/shm is full",
+    happens="`WeightSyncError` names the tensor and says what to do",
+    within=20,
+)
 def test_full_memory_is_an_error_that_says_so(worker, tmp_path, monkeypatch):
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -49,6 +55,12 @@ def test_full_memory_is_an_error_that_says_so(worker, tmp_path, monkeypatch):
     assert caught.value.parameter == "w0"
 
 
+@pytest.mark.fault(
+    point="shared memory and folders for weights",
+    did="The directory was made by another program",
+    happens="It is refused; no file in it is touched",
+    within=20,
+)
 def test_a_directory_of_somebody_elses_making_is_refused(worker, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(WeightSyncError, match="must be a directory that this user owns"):
@@ -70,6 +82,12 @@ transport.replace_weights([("a", torch.ones(3))])
 """
 
 
+@pytest.mark.fault(
+    point="shared memory and folders for weights",
+    did="The trainer is killed in a transfer",
+    happens="The next trainer removes what it left",
+    within=60,
+)
 def test_a_killed_trainer_leaves_nothing_or_what_the_next_one_clears(worker, tmp_path):
     def die(at_init: str) -> None:
         code = DIES.format(at_init=at_init)
@@ -91,6 +109,12 @@ def test_a_killed_trainer_leaves_nothing_or_what_the_next_one_clears(worker, tmp
     assert list(tmp_path.iterdir()) == [Path(held.path)]  # its owner lives
 
 
+@pytest.mark.fault(
+    point="shared memory and folders for weights",
+    did="Other files lie in the directory",
+    happens="They are never removed",
+    within=20,
+)
 def test_what_is_not_named_as_a_bucket_is_never_removed(worker, tmp_path):
     names = [
         "precious.txt",

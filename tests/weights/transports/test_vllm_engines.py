@@ -211,6 +211,12 @@ def test_what_the_trainers_own_side_refuses_says_what_to_do(servers, transport, 
     assert caught.value.__cause__ is error
 
 
+@pytest.mark.fault(
+    point="a group that weights travel through",
+    did="Servers never answer while weights travel",
+    happens="`WeightSyncError` at the timeout",
+    within=60,
+)
 def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(servers, monkeypatch):
     monkeypatch.setattr(vllm_engines, "_trainer_engine", lambda *_: time.sleep(60))
     transport = transport_to(servers, "nccl", timeout=0.2)
@@ -219,6 +225,12 @@ def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(ser
 
 
 @pytest.mark.real
+@pytest.mark.fault(
+    point="the choice of a transport",
+    did="vLLM finds no NCCL in the trainer",
+    happens="An error before anything is sent",
+    within=20,
+)
 def test_a_trainer_whose_vllm_finds_no_nccl_is_told_so_before_anything_is_sent(monkeypatch):
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/nowhere/libnccl.so.2")

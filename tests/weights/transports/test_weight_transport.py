@@ -75,6 +75,12 @@ def test_what_was_made_is_kept_while_the_servers_are_the_same(later, made_anew):
     assert transport.closed - before == made_anew
 
 
+@pytest.mark.fault(
+    point="the choice of a transport",
+    did="An error or Ctrl-C in a transfer",
+    happens="The transport is closed",
+    within=20,
+)
 def test_an_error_closes_the_transport_and_is_a_weight_sync_error_but_an_interrupt_is_itself():
     for error, kind in ((OSError("disk full"), WeightSyncError), (KeyboardInterrupt(), KeyboardInterrupt)):
         transport = Stream(fails=error)

@@ -10,6 +10,12 @@ from vgen.weights.verification.bit_check import Differences, NotFinite, differs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.complex64])
+@pytest.mark.fault(
+    point="verification of weights",
+    did="One element differs",
+    happens="It is found in every dtype",
+    within=20,
+)
 def test_one_element_that_differs_is_enough_in_every_dtype(dtype):
     place = torch.arange(6, dtype=torch.float32).reshape(2, 3).to(dtype)
     value = place.clone()

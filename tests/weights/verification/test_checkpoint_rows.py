@@ -51,6 +51,12 @@ def test_every_tensor_is_compared(saved):
 
 
 @pytest.mark.parametrize("change", ["shape", "more", "none"])
+@pytest.mark.fault(
+    point="verification of weights",
+    did="The checkpoint is not the model",
+    happens="The weights are synced before the first token",
+    within=60,
+)
 def test_another_shape_another_tensor_and_no_checkpoint_are_differences(saved, change, caplog):
     model, folder = saved
     tensors = load_file(folder / "model.safetensors")

@@ -107,6 +107,12 @@ def test_rounding_alone_is_right_in_every_dtype(model, dtype, unit):
     ],
     ids=["layer", "head", "bias", "norm"],
 )
+@pytest.mark.fault(
+    point="verification of weights",
+    did="A layer is stale, a head swapped, a router lost",
+    happens="The verification fails",
+    within=60,
+)
 def test_planted_faults_are_wrong_in_every_dtype(model, plant, dtype):
     faulty = fill(tiny("qwen2")).eval()
     with torch.no_grad():
@@ -148,6 +154,12 @@ def test_nan_and_infinity_are_wrong_and_the_same_infinity_on_both_sides_is_right
     assert noise_ratio(torch.zeros(4), expected) == 0
 
 
+@pytest.mark.fault(
+    point="verification of weights",
+    did="Decoding alone uses old weights",
+    happens="The verification fails and says so",
+    within=60,
+)
 def test_old_weights_in_decoding_alone_are_found_and_named(model):
     stale = fill(tiny("qwen2"), seed=8).eval()
     for dtype in ("float32", "bfloat16"):

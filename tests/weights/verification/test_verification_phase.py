@@ -78,6 +78,12 @@ def test_every_engine_is_compared_and_the_largest_figures_are_attributes(model):
     assert trace.phases == [("verify", trace.attributes)]
 
 
+@pytest.mark.fault(
+    point="verification of weights",
+    did="One of several engines differs",
+    happens="`WeightSyncError` names it",
+    within=60,
+)
 def test_engines_that_differ_raise(model):
     with pytest.raises(WeightSyncError, match="times the rounding noise") as caught:
         Verifier().verify_sync(
