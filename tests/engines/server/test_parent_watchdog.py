@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -64,8 +65,10 @@ def test_a_servers_environment_names_this_process_and_no_other_server(monkeypatc
 LAUNCHER = """
 import os, signal, sys
 from vgen.engines.server import launcher
-code = "import time; from vgen.engines.server.parent_watchdog import follow_parent"
-code += "; follow_parent(); print('watches', flush=True); time.sleep(600)"
+core = "import os, time; from vgen.engines.server.parent_watchdog import follow_parent"
+core += "; follow_parent(); print('core', os.getpid(), flush=True); time.sleep(600)"
+code = "import os, subprocess, sys; from vgen.engines.server.parent_watchdog import follow_parent"
+code += f"; follow_parent(); print('server', os.getpid(), flush=True); subprocess.run([sys.executable, '-c', {core!r}])"
 launcher.server_command = lambda *_, **__: [sys.executable, "-c", code]
 server = launcher.start_server(sys.argv[1], wait=False, log_file=sys.argv[2])
 print(server.control_key_file, flush=True)
@@ -73,7 +76,9 @@ sys.stdin.read()
 """
 
 
-def test_the_key_of_a_launcher_that_was_killed_is_deleted(tmp_path):
+@pytest.mark.parametrize("killed", [["launcher"], ["launcher", "server"], ["server", "launcher"]])
+@pytest.mark.parametrize("collected", [True, False])
+def test_the_key_of_a_launcher_that_was_killed_is_deleted(tmp_path, killed, collected):
     pytest.importorskip("vllm", reason="vLLM is not installed, and start_server looks for it")
     (tmp_path / "config.json").write_text("{}")
     log = tmp_path / "log"
@@ -81,7 +86,14 @@ def test_the_key_of_a_launcher_that_was_killed_is_deleted(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         key = Path(launcher.stdout.readline().strip())
-        wait_until(lambda: "watches" in log.read_text())
+        wait_until(lambda: "core" in log.read_text() and log.read_text().endswith("\n"))
+        pids = dict(line.split() for line in log.read_text().splitlines()) | {"launcher": str(launcher.pid)}
         assert key.exists()
-        launcher.kill()
-    wait_until(lambda: not key.parent.exists())
+        launcher.send_signal(signal.SIGSTOP)  # so that it does not notice what happens to its server
+        for process in killed:
+            os.kill(int(pids[process]), signal.SIGKILL)
+        if collected:
+            launcher.wait()
+        wait_until(lambda: not key.parent.exists())  # else it is a zombie
+    core = psutil.Process(int(pids["core"])) if psutil.pid_exists(int(pids["core"])) else None
+    wait_until(lambda: core is None or not core.is_running() or core.status() == psutil.STATUS_ZOMBIE)

@@ -10,7 +10,6 @@ import re
 import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..._addresses import free_port
 from ...errors import EngineError, MissingExtraError
 from ..server_api import EXTENSION, KEY_FILE_VARIABLE
 from . import parent_watchdog
+from .server_folder import ServerFolder
 from .server_process import INSTANCE_VARIABLE, KEY_FILE, ServerProcess, trusting
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -67,6 +67,7 @@ def start_server(
 
     Raises:
         EngineError: The server did not start, or another process has its port; the message has the end of its log.
+            Or no folder for temporary files can be written.
         MissingExtraError: vLLM is not installed.
     """
     _check(model)
@@ -74,7 +75,7 @@ def start_server(
     tls = None if certificate is None else trusting(certificate)
     port = free_port(host, port)
     control_key = _header_safe(control_key) if control_key is not None else secrets.token_urlsafe(32)
-    folder = tempfile.TemporaryDirectory(prefix="vgen-serve-")  # its mode is 0700
+    folder = ServerFolder()
     key_file = Path(folder.name, KEY_FILE)
     log_path = Path(log_file) if log_file is not None else Path(folder.name, "server.log")
     key_file.touch(mode=0o600)

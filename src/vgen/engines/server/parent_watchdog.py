@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 LAUNCHER_VARIABLE = "VGEN_LAUNCHER_PID"
 """Set in the environment of a server that vgen started. Without it this module does nothing."""
@@ -49,11 +50,22 @@ def follow_parent() -> None:
 def _watch(parent: int, leads_group: bool) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
-    if leads_group and (folder := os.environ.get(FOLDER_VARIABLE)):
-        # The launcher was killed: it deletes the folder only after this process has ended.
+    # The parent was killed. Perhaps it is the launcher, or both are gone: nobody else deletes the folder then.
+    if (folder := os.environ.get(FOLDER_VARIABLE)) and (leads_group or _has_ended(os.environ[LAUNCHER_VARIABLE])):
         shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     if leads_group:
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _has_ended(pid: str) -> bool:
+    """Whether there is no such process, or only the remains that its parent has not collected yet."""
+    try:
+        os.kill(int(pid), 0)
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except PermissionError:
+        return False
+    except OSError:
+        return True

@@ -9,7 +9,6 @@ import re
 import signal
 import ssl
 import subprocess
-import tempfile
 import time
 import weakref
 from contextlib import closing, suppress
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 from ...errors import EngineError
 from ..server_api import INSTANCE
+from .server_folder import ServerFolder
 
 KEY_FILE = "control-key"
 """Name of the file with the control key, in the server's temporary folder."""
@@ -47,14 +47,14 @@ class ServerProcess:
     control_key: str
     """Permits all routes except inference, in the header `X-Vgen-Control-Key`."""
     log_file: Path
-    folder: InitVar[tempfile.TemporaryDirectory[str]]
+    folder: InitVar[ServerFolder]
     """Is deleted when the server ends."""
     instance: str = ""
     """What this server answers on `/vgen/instance`, and no other process can: the launcher has drawn it at random."""
     tls: ssl.SSLContext | None = None
     """Trusts this server's certificate and no other."""
 
-    def __post_init__(self, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __post_init__(self, folder: ServerFolder) -> None:
         self.control_key_file = Path(folder.name, KEY_FILE)
         """A file with the control key that only this user can read. It is deleted when the server ends."""
         self._end = weakref.finalize(self, _end, self.process, folder, os.getpid())
@@ -172,7 +172,7 @@ def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]
 
 def _end(
     process: subprocess.Popen[bytes],
-    folder: tempfile.TemporaryDirectory[str],
+    folder: ServerFolder,
     owner: int,
     *,
     timeout: float = STOP_SECONDS,

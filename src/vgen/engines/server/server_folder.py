@@ -1,0 +1,62 @@
+"""The temporary folder of a server: its control key, and its log."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from ...errors import EngineError
+
+PREFIX = "vgen-serve-"
+LOCKED = "locked-by-launcher"
+"""A file in the folder. It says that the folder is locked for as long as its launcher lives."""
+
+
+class ServerFolder:
+    """A folder that only this user can read. It is deleted by `cleanup`, or with this process.
+
+    A process that was killed deletes nothing. Its server does that, and if that was killed as well, the next server
+    that this user starts. Raises `EngineError` if there is no place for temporary files.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.name = tempfile.mkdtemp(prefix=PREFIX)  # its mode is 0700
+        except OSError as error:
+            problem = f"no folder for temporary files can be written ({error})"
+            raise EngineError(f"{problem}: set TMPDIR to one on a file system that is not read-only") from error
+        lock = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(self.name, LOCKED).touch()
+        self._finalizer = weakref.finalize(self, _delete, self.name, lock, os.getpid())
+        _sweep(Path(self.name).parent)
+
+    def cleanup(self) -> None:
+        """Delete the folder. A second call does nothing."""
+        self._finalizer()
+
+
+def _delete(name: str, lock: int, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child runs the finalizer, too
+        return
+    shutil.rmtree(name, ignore_errors=True)
+    os.close(lock)
+
+
+def _sweep(parent: Path) -> None:
+    """Delete the folders of this user's servers whose launchers were killed."""
+    for path in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # its launcher lives, or another process deletes it
+            if path.is_symlink() or path.stat().st_uid != os.getuid() or not Path(path, LOCKED).exists():
+                continue
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
