@@ -31,24 +31,7 @@ SEVERAL_MODULES: dict[str, str] = {
 }
 SIMULATED_SLOWNESS: dict[str, tuple[int, str]] = {
     # Sleeps that are the slowness of a fake, and never a wait: how many in each file, and what they simulate.
-    "generation/test_stalls.py": (4, "engines that are slow, and a gate that opens late"),
-    "helpers/bucket_worker.py": (1, "a server that loads slowly"),
-    "helpers/ranks_gloo.py": (2, "a rank that comes too late"),
-    "profiling/sinks/test_torch_profiler.py": (2, "work that takes time within spans"),
-    "profiling/sinks/test_wandb.py": (2, "a trainer that takes time between its log calls"),
-    "profiling/test_aggregation.py": (1, "a step that takes time"),
-    "profiling/test_sink_pipeline.py": (2, "sinks that are slow"),
-    "profiling/test_span_model.py": (1, "a span that takes time"),
-    "profiling/test_tracer.py": (1, "random work within spans"),
-    "weights/transports/test_vllm_engines.py": (3, "members and servers that never answer"),
-}
-WAITS: dict[str, int] = {
-    # To be emptied: sleeps that wait, by file.
-    "distributed/test_collective_call.py": 1,
-    "helpers/chromium.py": 1,
-    "profiling/sinks/test_otel_faults.py": 1,
-    "profiling/test_faults.py": 1,
-    "profiling/test_processes.py": 1,
+    "helpers/ranks_gloo.py": (1, "a rank that comes too late"),
 }
 NOT_MIRRORED = ("real", "gpu", "helpers")
 
@@ -85,7 +68,7 @@ def sleeps(path: Path) -> list[int]:
 def test_no_test_waits_by_sleeping():
     """`helpers.waiting.wait_until` waits for what a test needs."""
     found = {str(path.relative_to(TESTS)): lines for path in TESTS.rglob("*.py") if (lines := sleeps(path))}
-    allowed = Counter({name: count for name, (count, _) in SIMULATED_SLOWNESS.items()}) + Counter(WAITS)
+    allowed = Counter({name: count for name, (count, _) in SIMULATED_SLOWNESS.items()})
     too_many = {name: lines for name, lines in found.items() if len(lines) > allowed[name]}
     assert not too_many, "sleeps (file: lines) instead of wait_until"
     assert allowed == {name: len(lines) for name, lines in found.items()}, "take away what is no longer needed"

@@ -7,11 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import helpers
 import pytest
+from helpers.waiting import wait_until
 
 from vgen.generation.call_plan import request_seed
 from vgen.profiling import semconv
@@ -50,15 +50,14 @@ def apart(case: str, size: int, folder: Path) -> dict[int, dict]:
     world = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, WORKER, case, str(folder)]
     processes = [subprocess.Popen(command, env={**world, "RANK": str(rank)}) for rank in range(size)]
-    deadline = time.monotonic() + 200
+    paths = {rank: folder / f"rank-{rank}.json" for rank in range(size)}
     try:
-        while time.monotonic() < deadline:
-            paths = {rank: folder / f"rank-{rank}.json" for rank in range(size)}
-            ended = [p.poll() is not None or paths[rank].exists() for rank, p in enumerate(processes)]
-            if all(ended):
-                return {rank: json.loads(path.read_text())[case] for rank, path in paths.items() if path.exists()}
-            time.sleep(0.05)
-        raise AssertionError(f"ranks of {case} hang")
+        wait_until(
+            lambda: all(process.poll() is not None or paths[rank].exists() for rank, process in enumerate(processes)),
+            200,
+            every=0.05,
+        )
+        return {rank: json.loads(path.read_text())[case] for rank, path in paths.items() if path.exists()}
     finally:
         for process in processes:
             process.kill()

@@ -5,22 +5,21 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 
 import torch
 
 
 class Worker:
-    """Maps what it is told of and copies the tensors out, as slowly as `seconds` says."""
+    """Maps what it is told of and copies the tensors out, each bucket after `before_load`."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.weights: dict[str, torch.Tensor] = {}
         self.raises: dict[str, Exception] = {}
         self.sizes: list[int] = []
-        self.seconds = 0.0
+        self.before_load: Callable[[], object] = lambda: None
         self.modes: set[int] = set()
         self.paths: set[str] = set()
         """Of the buckets that it was last told of."""
@@ -42,7 +41,7 @@ class Worker:
         self._called("abort" if update_info.get("abort") else "last" if update_info["last"] else "update")
         if update_info.get("abort"):
             return
-        time.sleep(self.seconds)
+        self.before_load()
         file = self._files[update_info["path"]]
         memory = mmap.mmap(file, os.fstat(file).st_size)
         self.sizes.append(sum(prod(shape) * getattr(torch, t).itemsize for _, t, shape, _ in update_info["tensors"]))

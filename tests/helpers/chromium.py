@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from helpers.waiting import wait_until
+
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -133,10 +135,7 @@ class Chromium:
 
     def wait(self, expression: str) -> None:
         """Until the expression is true."""
-        end = time.monotonic() + DEADLINE
-        while not self.evaluate(expression):
-            assert time.monotonic() < end, f"never true: {expression}"
-            time.sleep(0.02)
+        wait_until(lambda: self.evaluate(expression), DEADLINE, every=0.02)
 
     def settle(self) -> None:
         """Two frames, so that what was asked for is drawn."""

@@ -6,6 +6,7 @@ A case returns what the test compares. Each rank writes those, or what was raise
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.server_generation import Model
+from helpers.waiting import wait_until
 from vgen import (
     Completion,
     ProfilingContext,
@@ -327,9 +329,8 @@ def main(cases: list[str], folder: str) -> None:
     os.rename(path + ".part", path)
     # Not to be the first who leaves: torchrun would end the others.
     others = [os.path.join(folder, f"rank-{rank}.json") for rank in range(SIZE)]
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and not all(map(os.path.exists, others)):
-        time.sleep(0.05)
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: all(map(os.path.exists, others)), 20, every=0.05)
     os._exit(0)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from helpers.bucket_worker import Weights, Worker, numbers, same
 from helpers.transfers import FakeGroup, Trace, shared_memory
+from helpers.waiting import wait_until
 
 from vgen import WeightSyncError
 from vgen.profiling import semconv
@@ -46,22 +46,27 @@ def test_every_bit_of_every_dtype_and_shape_arrives(worker, tmp_path, bucket_byt
 
 def test_buckets_are_bounded_and_two_are_in_flight(worker, tmp_path):
     weights = numbers(20)
-    worker.seconds = 0.05
-    given: list[float] = []
+    given, at_load = list[str](), list[int]()
 
-    class Timed(Weights):
+    class Counted(Weights):
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            for pair in super().__iter__():
-                given.append(time.monotonic())
-                yield pair
+            for name, tensor in super().__iter__():
+                given.append(name)
+                yield name, tensor
 
+    def before_load() -> None:
+        wait_until(lambda: len(given) >= min(20, 2 * len(at_load) + 5))
+        threading.Event().wait(0.02)  # in which no more must come
+        at_load.append(len(given))
+
+    worker.before_load = before_load
     transport = shared_memory(worker, bucket_bytes=8192, directory=tmp_path)
-    transport.replace_weights(Timed(**weights.tensors))
+    transport.replace_weights(Counted(**weights.tensors))
     assert same(worker, weights)
     assert worker.sizes == [8000] * 10
     assert transport.buckets_sent == 10
-    # two buckets are filled before the first has been loaded, and no third
-    assert given[4] - given[0] < 0.05 <= given[5] - given[0]
+    # Two buckets are filled before the first has been loaded, and the tensor that would begin the third is known.
+    assert at_load == [min(20, 2 * number + 5) for number in range(10)]
 
 
 def test_a_tensor_larger_than_a_bucket_gets_one_of_its_size(worker, tmp_path):
