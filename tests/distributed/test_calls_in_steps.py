@@ -208,13 +208,13 @@ def test_silence_is_an_error_after_the_seconds_that_were_given(monkeypatch):
         with ranks.call("generate") as call:
             if ranks.leading:
                 call._settled = True
-                assert ended.wait(5)
+                assert ended.wait(30)
                 return None
             start = time.monotonic()
             with pytest.raises(RankError, match=r"rank 0 .* generate for 0\.3 s") as caught:
                 call.wait("done", seconds=0.3)
             ended.set()
-            return caught.value.rank, 0.25 < time.monotonic() - start < 2.0
+            return caught.value.rank, 0.25 < time.monotonic() - start < 10
 
     assert on_leader_ranks(monkeypatch, 2, work)[1] == (0, True)
 
@@ -256,7 +256,7 @@ def test_a_peer_that_stops_within_a_message_costs_the_timeout_and_the_connection
     start = time.monotonic()
     with pytest.raises(OSError):  # noqa: PT011
         other.receive(0.3)
-    assert 0.25 < time.monotonic() - start < 2.0
+    assert 0.25 < time.monotonic() - start < 10
     assert other.fileno() == -1
 
 
@@ -379,3 +379,21 @@ def test_a_ranks_number_and_the_number_of_ranks_are_not_mixed_up(monkeypatch):
     ((numbers, more),) = made
     assert numbers == (3, 5)
     assert (more["timeout"], more["group_port"]) == (7.0, 9)
+
+
+def test_a_leader_that_closes_right_after_the_result_is_not_missed(monkeypatch):
+    closed = threading.Event()
+
+    def work(ranks):
+        with ranks.call("generate") as call:
+            call.gather([], {})
+            if not ranks.leading:
+                assert closed.wait(5)
+                call.raise_reported()  # reads `done`, `data` and the end of the connection
+            call.lead(list)
+            result = call.share(lambda: "shared")
+            ranks.close()
+            closed.set()
+            return result
+
+    assert on_leader_ranks(monkeypatch, 2, work) == ["shared", "shared"]

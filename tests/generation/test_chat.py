@@ -87,3 +87,12 @@ def test_a_template_of_the_call_serves_a_tokenizer_that_has_none_and_without_eit
     for without in (bare, SimpleNamespace(tokenizer=bare)):
         with pytest.raises(ArgumentError, match="chat_template"):
             Chat(without, {}, encode)
+
+
+@pytest.mark.parametrize("wrong", ["text", 3, ["text"], [said("a")]])
+def test_what_is_no_conversation_is_named_and_the_others_are_rendered(wrong):
+    chat = Chat(Tokenizer(), {}, lambda index, text: [len(text)])
+    prompts, _ = chat.render_all([said("hello"), wrong])
+    assert prompts[0] == [5]
+    assert isinstance(prompts[1], PromptError)
+    assert prompts[1].index == 1

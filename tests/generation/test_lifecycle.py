@@ -353,3 +353,21 @@ def test_a_forked_child_is_refused_at_once_and_closes_nothing(generation, engine
     assert all("a forked child cannot use it" in each for each in said[:3])
     assert said[3] == []
     assert generation.generate([[1]])
+
+
+@pytest.mark.parametrize("call", ["wake_up", "resume"])
+def test_a_comparison_that_was_put_off_lies_beneath_the_call_that_makes_it(sink, profiling, call):
+    class Engine(FakeEngine):
+        def verify_deferred(self, trace):
+            with trace.phase("verify"):
+                trace.set({semconv.VERIFY: "logprobs"})
+
+    generation = Generation(Engine(), SmallSource(), profiling=profiling)
+    generation.generate([[1]])
+    (generation.sleep if call == "wake_up" else generation.pause)()
+    getattr(generation, call)()
+    profiling.flush()
+    (outer,) = sink.named(semconv.WAKE_UP if call == "wake_up" else semconv.RESUME)
+    (verify,) = [span for span in sink.spans if span.name.endswith(".verify")]
+    assert verify.parent_id == outer.span_id
+    assert outer.attributes[semconv.VERIFY] == "logprobs"

@@ -130,3 +130,17 @@ def test_a_copied_configuration_holds_the_same_context(profiling: ProfilingConte
     held = {"profiling": profiling}
     assert copy.deepcopy(held)["profiling"] is profiling
     assert copy.copy(profiling) is profiling
+
+
+def test_the_span_of_a_disabled_context_is_empty_and_belongs_to_no_trace():
+    with ProfilingContext.disabled().span("x") as span:
+        span.set(a=1).event("b").link(span)
+    assert (span.sampled, span.current, span.attributes, span.events, span.links) == (False, False, {}, (), ())
+    assert (span.trace_id, span.span_id, span.parent_id, span.parent, span.step) == (
+        "0" * 32,
+        "0" * 16,
+        None,
+        None,
+        None,
+    )
+    assert (span.start_ns, span.end_ns, span.error) == (0, 0, None)

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from vgen.profiling import ProfilingContext, semconv
@@ -116,3 +117,9 @@ def test_off_does_nothing(cuda):
     with ProfilingContext.disabled().span("x") as span, timer.of(span):
         pass
     assert timer.resolve() == 0.0
+
+
+def test_the_hosts_memory_is_in_bytes():
+    found, here = memory(), psutil.Process().memory_info()
+    assert found[semconv.HOST_RESIDENT] == pytest.approx(here.rss, rel=0.2)
+    assert found[semconv.HOST_AVAILABLE] == pytest.approx(psutil.virtual_memory().available, rel=0.2)

@@ -81,3 +81,15 @@ def test_an_endpoint_of_no_engine_says_so_when_it_is_to_sample():
     endpoint = Endpoint(HttpClient("http://server"), "tiny", 64)
     with pytest.raises(RuntimeError, match="no engine has been constructed"):
         endpoint.stream(Batch((), Sampling()))
+
+
+def test_nothing_that_was_known_of_a_server_is_known_after_its_restart():
+    endpoint = Endpoint(HttpClient("http://server"), "tiny", 64)
+    endpoint.verified, endpoint.unchecked, endpoint.devices = True, False, frozenset({"cuda:0"})
+    endpoint.audited = ("forms", {"audited": True})
+    endpoint.slept.add(2)
+    before = endpoint.restarts
+    endpoint.rejoin()
+    assert (endpoint.verified, endpoint.unchecked, endpoint.devices, endpoint.audited) == (False, True, None, ("", {}))
+    assert not endpoint.slept
+    assert endpoint.restarts == before + 1

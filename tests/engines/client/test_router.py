@@ -80,3 +80,10 @@ def test_vllms_own_router_is_known_however_it_chooses(caplog, kind, policy):
             server.answers["/v1/models"]["data"][0]["object"] = "model"  # it asks for more than vgen does
         url = stack.enter_context(routers.vllm_router([server.url for server in servers], policy))
         generates_and_changes_nothing(url, servers, caplog)
+
+
+def test_a_router_in_front_of_one_server_is_known_by_its_list_of_servers(caplog):
+    with ExitStack() as stack:
+        server, _ = pair(stack, "stock")
+        server.answers["/workers"] = {"workers": [server.url]}
+        generates_and_changes_nothing(server.url, [server], caplog)

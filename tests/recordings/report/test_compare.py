@@ -11,6 +11,7 @@ from helpers.handmade import Writer, usual_run, usual_step, words
 from rich.console import Console
 
 from vgen.cli import main
+from vgen.profiling import semconv
 from vgen.recordings.report.compare import compare
 from vgen.recordings.report.figures import summarize
 from vgen.recordings.report.render import render_changes
@@ -89,3 +90,29 @@ def test_what_got_worse_is_red_and_what_got_better_green(runs):
     }
     assert set(colors["generate [s]"]) == {"31m"}
     assert set(colors["update [s]"]) == {"32m"}
+
+
+def one_step(folder, *, rate=1.0, request=1.0, sync=True):
+    writer = Writer(folder)
+    step = writer.step(1, 0, 10)
+    writer.generate(step, 0, 5, [(0, request)])
+    if sync:
+        writer.span(semconv.WEIGHT_SYNC, 6, 7, under=step, vgen__weight_sync__bytes=rate * 1e9)
+    writer.span(semconv.SLEEP, 8, 9, under=step, vgen__sleep__level=1, vgen__memory__device__bytes=1000)
+    return summarize(folder)
+
+
+def test_a_figure_that_one_run_lacks_does_not_hide_the_others(tmp_path):
+    changes = compare(one_step(tmp_path / "a", sync=False), one_step(tmp_path / "b"), 5.0)
+    names = [change.name for change in changes]
+    assert "sleep: bytes freed" in names
+    assert "sync: rate" not in names
+
+
+def test_the_noise_of_a_steps_seconds_is_no_measure_for_requests_and_rates(tmp_path):
+    """Steps of ten seconds have a noise that is more than these figures themselves."""
+    before = one_step(tmp_path / "before", rate=0.004, request=0.002)
+    after = one_step(tmp_path / "after", rate=0.002, request=0.004)
+    verdicts = {change.name: change.worse for change in compare(before, after, 5.0)}
+    assert verdicts["request: e2e p50"]
+    assert verdicts["sync: rate"]

@@ -61,3 +61,18 @@ def test_work_outside_of_steps_is_counted_and_open_spans_are_not(tmp_path):
     writer.span(semconv.ENGINE_GENERATE, 0, 5, under=outer)
     writer.span(semconv.ENGINE_INIT, 6, None)
     assert summarize(tmp_path).outside_steps == pytest.approx({"generate": 5.0})
+
+
+def test_cycles_are_in_order_of_time_also_where_a_record_comes_late(tmp_path):
+    """A sleep whose end is missing is read last."""
+    writer = Writer(tmp_path)
+    step = writer.step(1, 0, 20)
+    writer.span(semconv.SLEEP, 1, None, under=step, vgen__sleep__level=1)
+    writer.span(semconv.WAKE_UP, 4, 5, under=step)
+    writer.span(semconv.SLEEP, 6, 7, under=step, vgen__sleep__level=2)
+    writer.span(semconv.WAKE_UP, 9, 12, under=step)
+    found = summarize(tmp_path).memory
+    assert [(cycle.level, cycle.wake_seconds, cycle.asleep_seconds) for cycle in found] == [
+        (1, pytest.approx(1.0), None),
+        (2, pytest.approx(3.0), pytest.approx(2.0)),
+    ]

@@ -53,3 +53,11 @@ def test_nan_and_infinities_are_not_finite(dtype):
     results.check("indices", torch.arange(3))
     results.check("empty", torch.empty(0))
     assert results.names() == ("nan", "plus", "minus")
+
+
+def test_a_row_that_is_too_large_by_itself_is_compared_whole(monkeypatch):
+    monkeypatch.setattr(bit_check, "MOST_ELEMENTS", 2)
+    place = torch.arange(9.0).reshape(3, 3)
+    assert not differs(place, place.clone())
+    assert differs(place, place + torch.eye(3))
+    assert differs(place[:1], place[:1] + 1)
