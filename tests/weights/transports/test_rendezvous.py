@@ -48,7 +48,7 @@ def test_a_key_that_nobody_sets_is_waited_for_until_the_limit():
         start = time.monotonic()
         with pytest.raises(TimeoutError, match=r"not all members have come within 0\.2 s"):
             store.wait(["a"], timedelta(seconds=0.2))
-        assert 0.2 <= time.monotonic() - start < 2.0
+        assert 0.2 <= time.monotonic() - start < SOON
         store.set("a", b"still of use")
         assert store.get("a") == b"still of use"
 
@@ -146,7 +146,7 @@ def test_a_group_is_made_beside_strangers_and_again_on_the_same_port():
             start = time.monotonic()
             made = pool.map(lambda rank: GroupMember(description, rank, torch.device("cpu"), "127.0.0.1"), range(2))  # noqa: B023
             zero, one = made
-            assert time.monotonic() - start < 4.0
+            assert time.monotonic() - start < SOON
         sent, received = torch.full((5,), value), torch.zeros(5)
         under_way = zero.broadcast(sent)
         one.wait(one.broadcast(received))
