@@ -74,13 +74,29 @@ def test_fresh_random_weights_twice_by_the_servers_own_reload(served, sink):
         assert max_logprob_difference(model, generation.generate(warm, Sampling(max_tokens=8))) > 1e-2
         report = generation.sync_weights(version=version)
         assert report.tensors == 27
+        assert report.audited  # by vLLM's definition of the server's model, built beside the trainer
         rollouts = generation.generate(warm, Sampling(max_tokens=24), 3)
         assert max_logprob_difference(model, rollouts) <= 1e-4
     phases = [span.name for span in sink.spans if span.parent is not None and span.parent.name == semconv.WEIGHT_SYNC]
-    assert phases[:5] == [f"vgen.weight_sync.{name}" for name in ("transfer", "pause", "load", "reset_cache", "resume")]
+    expected = ("audit", "transfer", "pause", "load", "reset_cache", "resume")
+    assert phases[:6] == [f"vgen.weight_sync.{name}" for name in expected]
+    assert phases.count("vgen.weight_sync.audit") == 1
     assert sink.named(semconv.WEIGHT_SYNC)[-1].attributes[semconv.PLAN_WAY] == "reload"
     with pytest.raises(ValueError, match="verify must be one of logprobs, none"):
         generation.sync_weights(verify="bits")
+
+
+def test_a_trained_bias_that_the_server_would_drop_is_refused_before_anything_is_sent(served, sink):
+    generation, model = served
+    layer = model.model.layers[0].mlp.down_proj
+    layer.bias, before = torch.nn.Parameter(torch.randn(layer.out_features)), len(sink.spans)
+    with pytest.raises(WeightSyncError, match=r"no place for it \(shape \[128\]") as caught:
+        generation.sync_weights()
+    assert caught.value.parameter == "model.layers.0.mlp.down_proj.bias"
+    assert [span.name for span in sink.spans[before:]] == ["vgen.weight_sync.audit", semconv.WEIGHT_SYNC]
+    layer.bias = None
+    generation.sync_weights()
+    assert max_logprob_difference(model, generation.generate([[1, 2, 3]], Sampling(max_tokens=8))) <= 1e-4
 
 
 def test_vllms_weight_transfer_engine_needs_a_gpu_on_the_trainers_side(url, served, sink):

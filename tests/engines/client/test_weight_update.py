@@ -59,7 +59,7 @@ def test_a_stock_server_is_paused_after_the_folder_is_written_and_reloads_it():
         called = paths(server)
     assert called[:3] == ["/pause", "/collective_rpc", "/update_weight_version"]
     assert (set(called[3:6]), called[6:]) == (CACHES, ["/resume"])
-    assert phases(sink) == ["transfer", "pause", "load", "reset_cache", "resume"]
+    assert phases(sink) == ["audit", "transfer", "pause", "load", "reset_cache", "resume"]
     (span,) = sink.named(semconv.WEIGHT_SYNC)
     assert (span.attributes[semconv.TRANSPORT], span.attributes[semconv.TRANSPORT_REASON]) == ("checkpoint", FOLDER)
     assert (span.attributes[semconv.PLAN_WAY], span.attributes[semconv.SYNC_RECEIVERS]) == ("reload", 1)
@@ -90,7 +90,7 @@ def test_different_servers_are_paused_together_and_each_gets_its_transport():
     (span,) = sink.named(semconv.WEIGHT_SYNC)
     assert span.attributes[semconv.TRANSPORT] == "checkpoint+shared_memory"
     assert span.attributes[semconv.TRANSPORT_REASON] == f"{FOLDER}; {HOST}"
-    assert phases(sink) == ["transfer", "pause", "transfer", "load", "load", "reset_cache", "resume"]
+    assert phases(sink) == ["audit", "transfer", "pause", "transfer", "load", "load", "reset_cache", "resume"]
 
 
 def test_a_server_of_vgen_without_the_plugin_reloads_a_folder():
@@ -186,9 +186,58 @@ def test_what_one_of_the_workers_refuses_is_raised_with_its_name_and_nothing_is_
             assert not {"/pause", "/vgen/pause"} & set(paths(server))
 
 
-def test_a_sync_to_a_server_without_the_plugin_is_unaudited():
+STOCK = {"device_config": {"device": "cpu"}, "model_config": {"logprobs_mode": "processed_logprobs", "model": "/m"}}
+
+
+def test_what_stock_servers_will_load_is_audited_by_their_definition_once_for_all_replicas(monkeypatch):
+    asked: list[Any] = []
+
+    def audit(definition: Any, metadata: Any, ties: Any, receiver: str) -> dict[str, Any]:
+        asked.append((definition["model"], definition["vllm_version"], metadata, ties))
+        return PASSED
+
+    monkeypatch.setattr("vgen.engines.client.weight_update.audit_definition", audit)
+    with FaultyServer() as first, FaultyServer() as second:
+        for server in (first, second):
+            server.answers |= {"/server_info": {"vllm_config": STOCK}, "/version": {"version": "0.32.0"}}
+        sink, model = MemorySink(), Model()
+        with ServerGeneration(
+            model, base_urls=[first.url, second.url], profiling=ProfilingContext([sink])
+        ) as generation:
+            assert generation.sync_weights(verify="none").audited
+            assert generation.sync_weights(verify="none").audited
+            expected = ("/m", "0.32.0", [("weight", (2,), torch.float32)], {})
+            assert asked == [expected]
+            assert audit_attributes_of(sink) == ("passed", None, ["weight"])
+            model.more = torch.nn.Parameter(torch.ones(2))
+            generation.sync_weights(verify="none")
+            assert len(asked) == 2
+
+
+@pytest.mark.fault(
+    point="a weight sync to servers",
+    did="A stock server would drop a tensor",
+    happens="`WeightSyncError` before anything is written",
+    within=60,
+)
+def test_what_a_stock_server_would_drop_is_refused_before_anything_is_written_or_paused(monkeypatch):
+    def refuse(*_: Any) -> Any:
+        raise WeightSyncError("no place for it", phase="load", parameter="weight", receiver="server")
+
+    monkeypatch.setattr("vgen.engines.client.weight_update.audit_definition", refuse)
+    with FaultyServer() as server, ServerGeneration(Model(), base_urls=server.url) as generation:
+        for _ in range(2):
+            with pytest.raises(WeightSyncError, match="no place for it"):
+                generation.sync_weights(verify="none")
+        assert not {"/pause", "/collective_rpc"} & set(paths(server))
+
+
+def test_a_sync_to_a_stock_server_whose_model_is_unknown_here_is_unaudited_and_says_so_once(caplog):
+    reason = "the server does not run vgen's plugin, and the configuration of its model, '', is not on this host"
+    pytest.importorskip("vllm")
     with FaultyServer() as stock:
-        assert audit_attributes_of(synced(stock)) == ("unaudited", "the server does not run vgen's plugin", None)
+        assert audit_attributes_of(synced(stock)) == ("unaudited", reason, None)
+    assert caplog.text.count(reason) == 1
 
 
 def test_several_audits_are_one():
@@ -200,3 +249,21 @@ def test_several_audits_are_one():
     reasons = audit_attributes([PASSED, {"unaudited": "why"}, {"unaudited": "why"}, {}])
     assert reasons[semconv.AUDIT] == "unaudited"
     assert reasons[semconv.AUDIT_REASON] == "why; the server does not report it"
+
+
+@pytest.mark.parametrize("features", [(), ("batch", "lease")])
+def test_the_version_that_a_server_holds_is_its_own_answer_with_and_without_a_lease(features, caplog):
+    sink = MemorySink()
+    with FaultyServer(features=features) as server:
+        connection = ServerConnection(timeout=20.0)
+        with ServerGeneration(
+            Model(), base_urls=server.url, connection=connection, profiling=ProfilingContext([sink])
+        ) as generation:
+            generation.sync_weights(version="1", verify="none")
+            server.answers["/weight_info"] = {"weight_version": "theirs"}
+            generation.sync_weights(version="2", verify="none")
+    assert [sync.attributes.get(semconv.FOREIGN_VERSION) for sync in sink.named(semconv.WEIGHT_SYNC)] == [
+        None,
+        "theirs",
+    ]
+    assert "another trainer" in caplog.text

@@ -142,6 +142,15 @@ def test_layers_that_were_taken_off_are_taken_off_the_lists_of_layers():
     assert contents(checkpoint, "config.json")["text_config"]["layer_types"] == ["full_attention"]
 
 
+def test_routing_that_transformers_has_no_fields_for_is_told_to_vllm():
+    fields = contents(
+        checkpoint_of(Model(Config(model_type="deepseek_v3", architectures=["Model"])), None), "config.json"
+    )
+    assert (fields["topk_method"], fields["scoring_func"]) == ("noaux_tc", "sigmoid")
+    config = Config(model_type="deepseek_v3", architectures=["Model"], scoring_func="softmax")
+    assert contents(checkpoint_of(Model(config), None), "config.json")["scoring_func"] == "softmax"
+
+
 def test_the_architecture_is_a_class_of_the_model():
     class FSDPModule:
         pass

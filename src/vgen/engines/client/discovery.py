@@ -21,6 +21,8 @@ from .router import is_router
 logger = logging.getLogger(__name__)
 
 OLDEST_VLLM = 0, 30
+_DEFINITION = ("model", "revision", "hf_config_path", "hf_overrides", "dtype", "quantization", "model_impl")
+"""The arguments of a server that decide which tensors its model has. Code beside the weights is not run here."""
 
 
 async def discover(http: HttpClient, shape: Collection[str] = ()) -> Endpoint:
@@ -35,11 +37,20 @@ async def discover(http: HttpClient, shape: Collection[str] = ()) -> Endpoint:
         EngineError: It is not a vLLM server, or its vLLM is too old.
     """
     try:
-        model = dict((await http.get("/v1/models", timeout=PROBE_SECONDS))["data"][0])
-        endpoint = Endpoint(http, str(model["id"]), int(model["max_model_len"]))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        endpoint = await _described(http, shape)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise EngineError(f"{http.name} does not answer as a vLLM server does: is it one?") from error
-    await _check_version(http)
+    if endpoint.controlled:
+        with suppress(ServerError):
+            endpoint.weight_version = await held_version(http)
+    return endpoint
+
+
+async def _described(http: HttpClient, shape: Collection[str]) -> Endpoint:
+    """As `discover`, for a server whose answers have the right form."""
+    model = dict((await http.get("/v1/models", timeout=PROBE_SECONDS))["data"][0])
+    endpoint = Endpoint(http, str(model["id"]), int(model["max_model_len"]))
+    version = await _check_version(http)
     info = await _vgen_info(http)
     endpoint.features = frozenset(info.get("features", ()))
     logprobs_mode = None
@@ -47,15 +58,13 @@ async def discover(http: HttpClient, shape: Collection[str] = ()) -> Endpoint:
         logprobs_mode = _apply_vgen_info(endpoint, info)
     elif not endpoint.features:
         logprobs_mode = await _apply_stock_info(endpoint)
+        endpoint.definition |= {"vllm_version": version}
     if not endpoint.shape:
         endpoint.shape = await _stock_shape(endpoint, shape)
     if logprobs_mode not in (None, "processed_logprobs"):
         message = "vgen: %s returns %s, which are not the log-probabilities that tokens were sampled with: "
         logger.warning(message + "start it with --logprobs-mode processed_logprobs", http.name, logprobs_mode)
     await _find_limits(endpoint)
-    if endpoint.controlled:
-        with suppress(ServerError):
-            endpoint.weight_version = await held_version(http)
     return endpoint
 
 
@@ -92,16 +101,17 @@ async def _find_limits(endpoint: Endpoint) -> None:
     logger.warning(message, endpoint.name, state, endpoint.fix)
 
 
-async def _check_version(http: HttpClient) -> None:
-    """Refuse a vLLM that is too old. A server that does not tell its version, as some routers, is accepted."""
+async def _check_version(http: HttpClient) -> str | None:
+    """Refuse a vLLM that is too old. A server that does not tell its version (None), as some routers, is accepted."""
     try:
         version = str((await http.get("/version", timeout=PROBE_SECONDS))["version"])
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     except (ServerError, KeyError, TypeError, ValueError):
-        return
+        return None
     if numbers < OLDEST_VLLM:
         oldest = ".".join(map(str, OLDEST_VLLM))
         raise EngineError(f"{http.name} runs vLLM {version}, and vgen needs {oldest} or newer: upgrade the server")
+    return version
 
 
 async def _vgen_info(http: HttpClient) -> dict[str, Any]:
@@ -141,6 +151,7 @@ async def _apply_stock_info(endpoint: Endpoint) -> str | None:
         config = await stock_config(http)
         model = config["model_config"]
         endpoint.controlled, logprobs_mode = True, model["logprobs_mode"]
+        endpoint.definition = {name: model.get(name) for name in _DEFINITION}
         endpoint.device_type = str(config["device_config"]["device"])
         endpoint.dtype = str(model.get("dtype")).removeprefix("torch.")
         endpoint.quantization = model.get("quantization")

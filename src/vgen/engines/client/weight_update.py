@@ -13,6 +13,7 @@ from typing import Any
 from ...engine_protocol import PauseMode, Source, SyncTrace, Transport, Verify
 from ...errors import ServerError, WeightSyncError, error_from_dict
 from ...profiling import semconv
+from ...weights.load.definition_audit import audit_definition
 from ...weights.load.random_weights import RandomWeights
 from ...weights.source.module_source import metadata_of
 from ...weights.transports.buckets import FORMS, FORMS_NAME, TIES, forms_of
@@ -90,7 +91,7 @@ class WeightUpdater:
         random = _random_like(source, endpoints) if randomize else None
         trace.set({semconv.TRANSPORT: choice.names, semconv.TRANSPORT_REASON: choice.reasons})
         trace.set({semconv.SYNC_RECEIVERS: len(endpoints)})
-        self._audit(choice.served, source)
+        self._audit(choice.served, source, trace)
         update = WeightUpdate(source, version, trace, random, verify == "bits")
         with ExitStack() as prepared:
             for transport in choice.served:
@@ -121,32 +122,40 @@ class WeightUpdater:
             each.unknown = False
         self._call_all([each for each in endpoints if each.unchecked], "pause", Endpoint.wake)
 
-    def _audit(self, served: Mapping[WeightTransport, Sequence[Endpoint]], source: Source) -> None:
-        """Have workers audit what they will load by vLLM's own ways, if it has changed. Raises `WeightSyncError`."""
-        for transport, endpoints in served.items():
-            for each in endpoints:
-                each.audit = {"unaudited": "the server does not run vgen's plugin"} if transport.reloads else {}
-        with_plugin = [
-            each for transport, some in served.items() if transport.reloads for each in some if each.reports_load
-        ]
-        if not with_plugin:
+    def _audit(self, served: Mapping[WeightTransport, Sequence[Endpoint]], source: Source, trace: SyncTrace) -> None:
+        """Audit what servers will load by vLLM's own ways, if it has changed. Raises `WeightSyncError`.
+
+        The workers of `vgen serve` do it themselves; for a stock server, this process has another one do it.
+        """
+        for each in self._endpoints:
+            each.audit = {}
+        reloading = [each for transport, some in served.items() if transport.reloads for each in some]
+        if not reloading:
             return
-        forms = forms_of(metadata_of(source), source.ties())
+        metadata, ties = metadata_of(source), source.ties()
+        forms = forms_of(metadata, ties)
+        changed = [each for each in reloading if each.audited[0] != forms[FORMS_NAME]]
         call = {"method": "vgen_audit", "kwargs": {FORMS: forms[FORMS], TIES: forms[TIES]}}
 
         async def audit(endpoint: Endpoint) -> None:
-            if endpoint.audited[0] == forms[FORMS_NAME]:
-                endpoint.audit = endpoint.audited[1]
-                return
             answer = await endpoint.http.post("/collective_rpc", call)
             workers = answer["results"]
             for worker in workers:
                 if "error" in worker:
                     raise error_from_dict(worker["error"])
-            endpoint.audit = joined(workers)
-            endpoint.audited = forms[FORMS_NAME], endpoint.audit
+            endpoint.audited = forms[FORMS_NAME], joined(workers)
 
-        self._call_all(with_plugin, "audit", audit)
+        self._call_all([each for each in changed if each.reports_load], "audit", audit)
+        if stock := [each for each in changed if not each.reports_load]:
+            with trace.phase("audit"):
+                reports: dict[str, dict[str, Any]] = {}
+                for each in stock:
+                    key = str(each.definition)
+                    if key not in reports:
+                        reports[key] = audit_definition(each.definition, metadata, ties, each.name)
+                    each.audited = forms[FORMS_NAME], reports[key]
+        for each in reloading:
+            each.audit = each.audited[1]
 
     def _reachable(self, trace: SyncTrace) -> list[Endpoint]:
         """All servers except those that were lost before and still are. Reports weights that another trainer sent.

@@ -115,9 +115,9 @@ def _live_fields(model: Any, untied: bool) -> dict[str, Any]:
         _shorten(part)
         if untied and part.get("tie_word_embeddings"):
             part["tie_word_embeddings"] = False  # untied by hand or by an adapter: one tensor could not hold both
-    if str(fields.get("model_type")).startswith("deepseek_v3"):
-        fields.setdefault("topk_method", "noaux_tc")  # its routing, which transformers knows without this field
-        fields.setdefault("scoring_func", "sigmoid")
+    if str(fields.get("model_type")).startswith(("deepseek_v3", "glm_moe_dsa")):
+        # Their routing, which transformers knows without these fields: vLLM would take a softmax, and no bias.
+        fields = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"} | fields
     return fields
 
 
