@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
+from helpers.random_streams import states
 
 from vgen import ColocateGeneration, ProfilingContext, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -44,15 +42,6 @@ def generation(model, sink):
 
 
 def test_generation_leaves_the_trainers_random_states_alone(generation):
-    def states():
-        numpy_state = np.random.get_state()
-        return (
-            random.getstate(),
-            numpy_state[1].tolist(),
-            torch.get_rng_state().tolist(),
-            torch.cuda.get_rng_state().tolist(),
-        )
-
     before = states()
     for seed in (None, 3):
         generation.generate(PROMPTS, Sampling(max_tokens=4, seed=seed), 2)

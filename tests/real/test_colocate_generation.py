@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.changed_source import lost, one_wrong
+from helpers.random_streams import draw, seed, states, streams_with
 
 from vgen import ColocateGeneration, Completions, EngineError, EngineStateError, PromptError, Sampling, WeightSyncError
 from vgen.demo import max_logprob_difference
@@ -95,9 +96,7 @@ def test_an_engine_restores_the_process_state_and_refuses_every_call_after_close
 
     def fingerprint():
         return (
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-            torch.get_rng_state().tolist(),
+            states(),
             torch.get_num_threads(),
             torch.set_num_threads,
             torch.get_default_dtype(),
@@ -119,6 +118,42 @@ def test_an_engine_restores_the_process_state_and_refuses_every_call_after_close
     for refused in (lambda: generation.generate([[1]]), generation.sync_weights, generation.sleep, generation.wake_up):
         with pytest.raises(EngineStateError, match="closed"):
             refused()
+
+
+def stream(generation, trainer):
+    for _ in generation.stream([[1, 2], [3]], Sampling(max_tokens=4), 2):
+        trainer()
+
+
+CONVERSATION = [{"role": "user", "content": "the quick brown fox"}]
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda g, _: g.generate([[1, 2], "ä"], Sampling(max_tokens=4), 2), id="generate"),
+        pytest.param(lambda g, _: g.generate([[1, 2]], Sampling(max_tokens=4, seed=3), 2), id="generate with a seed"),
+        pytest.param(stream, id="stream"),
+        pytest.param(lambda g, _: g.chat([CONVERSATION], Sampling(max_tokens=4), chat_template=TEMPLATE), id="chat"),
+        pytest.param(lambda g, _: g.score([[1, 2], [3]], [[4, 5], [6]]), id="score"),
+        pytest.param(lambda g, _: g.sync_weights(verify="logprobs"), id="sync_weights, log-probabilities verified"),
+        pytest.param(lambda g, _: g.sync_weights(verify="bits"), id="sync_weights, bits verified"),
+        pytest.param(lambda g, _: g.verify(), id="verify"),
+        pytest.param(lambda g, _: [g.sleep(), g.wake_up()], id="sleep and wake up"),
+    ],
+)
+def test_the_trainer_draws_the_same_random_numbers_with_and_without_an_engine(real, call):
+    without, beside = streams_with(lambda trainer: call(real.generation, trainer))
+    assert beside == without
+
+
+async def test_the_trainer_draws_the_same_random_numbers_beside_an_asynchronous_call(real):
+    seed()
+    await real.generation.agenerate([[1, 2], [3]], Sampling(max_tokens=4), 2)
+    drawn = draw(), states()
+    seed()
+    assert drawn == (draw(), states())
 
 
 def test_the_trainer_may_create_its_own_process_group_afterwards(real, tmp_path):
