@@ -14,6 +14,7 @@ import pytest
 from vgen import Completion, ProfilingContext
 from vgen.distributed import leader_ranks, rank_sockets
 from vgen.distributed.placement import Placement
+from vgen.distributed.rank_consensus import RankGroup
 from vgen.distributed.ranks import RankPrompt
 from vgen.errors import RankError
 from vgen.profiling import semconv
@@ -397,3 +398,32 @@ def test_a_leader_that_closes_right_after_the_result_is_not_missed(monkeypatch):
             return result
 
     assert on_leader_ranks(monkeypatch, 2, work) == ["shared", "shared"]
+
+
+def test_a_group_of_torchs_exchanges_values_and_errors_in_rank_order(monkeypatch):
+    import torch.distributed as dist
+
+    group = Group(2)
+    monkeypatch.setattr(dist, "get_rank", lambda given: group.rank.number)
+    monkeypatch.setattr(dist, "get_world_size", lambda given: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda into, value, group: into_all(into, value, group))
+
+    def into_all(into, value, given):
+        assert given == "the group"
+        group.all_gather_object(into, value)
+
+    def run(rank: int):
+        group.rank.number = rank
+        ranks = RankGroup("the group")
+        values = ranks.gather(f"of rank {rank}"), ranks.any(rank == 1), ranks.any(False)
+        if rank == 1:
+            ranks.report(ValueError("no"))
+            return values, None
+        with pytest.raises(ValueError, match="no") as caught:
+            ranks.confirm()
+        return values, caught.value.__notes__
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, range(2)))
+    expected = (["of rank 0", "of rank 1"], True, False)
+    assert found == [(expected, ["raised on rank 1"]), (expected, None)]

@@ -74,3 +74,9 @@ def test_all_options_but_the_cancellation_must_agree_between_ranks():
     }
     assert "cancellation" not in terms
     assert "sampling" not in terms
+
+
+def test_what_a_caller_leaves_out():
+    call = CallRequest([], Sampling(), 1)
+    assert (call.images, call.lora_request, call.priority, call.refused) == (None, None, 0, "raise")
+    assert RankPrompt(0, [1]).rank == 0

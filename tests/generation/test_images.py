@@ -106,3 +106,21 @@ def test_messages_without_images_are_left_as_they_are():
     assert take_images(0, conversation) == (conversation, [])
     bare = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
     assert take_images(0, bare) == (bare, [])
+
+
+def test_an_expansion_holds_no_special_tokens_of_a_text():
+    """A tokenizer that begins every text with a token would look for it in the middle of a prompt."""
+
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1] * add_special_tokens + [50]}
+
+    class Processor:
+        image_token, image_token_id, tokenizer = "<image>", 50, Tokenizer()
+
+        def __call__(self, text, images, add_special_tokens=True):
+            return {"input_ids": [[1] * add_special_tokens + [50] * 4]}
+
+    image = picture("wide")
+    placeholders = Placeholders(Processor())
+    assert placeholders.one_each(0, [7, 50, 50, 50, 50, 8], [image]) == [7, 50, 8]

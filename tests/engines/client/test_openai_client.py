@@ -64,3 +64,17 @@ def test_likeliest_tokens_are_given_where_the_server_sent_more_than_the_sampled_
         (top,) = made.generate([[7]], Sampling(max_tokens=1, logprobs=2))
     assert (plain.logprobs, plain.top_logprobs) == ([-0.5], None)
     assert (top.logprobs, top.top_logprobs) == ([-1.5], [[(3, -0.25), (7, -1.5)]])
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_its_own_tokens(server):
+    def scored(body):
+        ids = body["prompt"]
+        positions = [None, *({str(token): {"logprob": -token / 10}, "99": {"logprob": -9.0}} for token in ids[1:])]
+        choice = {"index": 0, "text": "", "token_ids": ids[:1], "finish_reason": "length", "prompt_logprobs": positions}
+        return {"id": "cmpl", "choices": [choice], "metrics": None, "usage": {}}
+
+    with generation(server) as made:
+        made.sync_weights(verify="none")
+        server.faults[COMPLETIONS] = [scored]
+        (completion,) = made.generate([[7, 3, 5]], Sampling(max_tokens=1, logprobs=None, prompt_logprobs=0))
+    assert completion.prompt_logprobs == [None, -0.3, -0.5]

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import threading
 from collections import Counter
 from pathlib import Path
@@ -225,3 +226,12 @@ def test_the_file_grows_by_whole_lines_only(tmp_path: Path):
                 pass
             profiling.flush()
             assert json.loads(sink.path.read_text().rsplit("\n", 2)[-2])["type"] == "end"
+
+
+def test_a_files_name_says_which_process_of_which_host_wrote_it(tmp_path):
+    sink = JsonlSink(tmp_path)
+    with ProfilingContext([sink]) as profiling, profiling.span("x"):
+        pass
+    (file,) = tmp_path.iterdir()
+    assert file == sink.path
+    assert file.name.startswith(f"vgen-{socket.gethostname()}-{os.getpid()}-")

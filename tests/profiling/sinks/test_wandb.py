@@ -540,3 +540,14 @@ def test_the_callers_thread_does_next_to_nothing_more(run: Any) -> None:
             step(profiling)
         operations = calls_made(lambda: step(alone))
         assert calls_made(lambda: step(shown)) <= operations + 12  # to queue the row, and to ask for losses
+
+
+def test_a_histogram_of_two_values_has_each_at_its_end(run: Any) -> None:
+    profiling = ProfilingContext([WandbSink(run)])
+    with profiling.step(0):
+        profiling.record_many(E2E, [1.0, 3.0])
+    profiling.close()
+    run.finish()
+    [row] = wandb_runs.rows(run)
+    counts = row["vgen/request.e2e.histogram.values"]
+    assert (counts[0], counts[-1], sum(counts)) == (1, 1, 2)

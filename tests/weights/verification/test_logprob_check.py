@@ -210,3 +210,14 @@ def test_what_cannot_be_compared_is_said(model):
     for omitted, what in (("prompt_logprobs", "prompts"), ("logprobs", "tokens that it generates")):
         with pytest.raises(CannotProbe, match=what):
             judged(model, Computing(model, omits=omitted))
+
+
+def test_the_shortest_engine_that_a_probe_fits():
+    model = tiny("llama")
+    engine = Computing(model)
+    engine.max_model_length = 2 * DECODED + 2
+    ids = probe_of([engine], model)
+    assert len(ids) == DECODED
+    engine.max_model_length -= 1
+    with pytest.raises(CannotProbe, match=f"shorter than {2 * DECODED + 2} tokens"):
+        probe_of([engine], model)
