@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vgen import EngineError
 from vgen.engines.inprocess.model_folder import ModelFolder
 
 
@@ -82,3 +83,9 @@ def test_a_process_that_ends_without_closing_leaves_nothing_and_its_forked_child
     existed, path = done.stdout.split()
     assert existed == "True", done.stderr
     assert not Path(path).exists()
+
+
+def test_where_no_folder_can_be_made_the_error_names_what_to_set(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    with pytest.raises(EngineError, match="set TMPDIR to"):
+        ModelFolder("abc")

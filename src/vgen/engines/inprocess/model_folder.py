@@ -10,12 +10,15 @@ import tempfile
 import weakref
 from pathlib import Path
 
+from ..temporary_folder import temporary_folder
+
 
 class ModelFolder:
     """An empty folder that belongs to this object until `cleanup`, or the end of the process, which deletes it.
 
     The path is made of `name` and the first free number from `number` on. A folder that a killed process has left is
-    taken over. Where the folder for temporary files cannot be used this way, the path is random.
+    taken over. Where the folder for temporary files cannot be used this way, the path is random. Raises `EngineError`
+    if no folder can be made at all.
 
     Args:
         name: The same for the same content.
@@ -30,7 +33,7 @@ class ModelFolder:
     def _reserve(self, name: str, number: int) -> Path:
         root = _private_root()
         if root is None:
-            return Path(tempfile.mkdtemp(prefix="vgen-model-"))
+            return Path(temporary_folder("vgen-model-"))
         paths = (root / f"{name}-{each}" for each in itertools.count(number))
         return next(path for path in paths if self._take(path))
 
@@ -66,8 +69,8 @@ def _delete(path: Path, lock: int | None, process: int) -> None:
 
 def _private_root() -> Path | None:
     """A folder for temporary files that only this user can change; None if there is none."""
-    root = Path(tempfile.gettempdir(), f"vgen-models-{os.getuid()}")
     try:
+        root = Path(tempfile.gettempdir(), f"vgen-models-{os.getuid()}")
         root.mkdir(mode=0o700, exist_ok=True)
         status = root.lstat()
     except OSError:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from ...errors import EngineError
+from ..temporary_folder import temporary_folder
 
 PREFIX = "vgen-serve-"
 LOCKED = "locked-by-launcher"
@@ -25,11 +24,7 @@ class ServerFolder:
     """
 
     def __init__(self) -> None:
-        try:
-            self.name = tempfile.mkdtemp(prefix=PREFIX)  # its mode is 0700
-        except OSError as error:
-            problem = f"no folder for temporary files can be written ({error})"
-            raise EngineError(f"{problem}: set TMPDIR to one on a file system that is not read-only") from error
+        self.name = temporary_folder(PREFIX)
         lock = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
         Path(self.name, LOCKED).touch()
