@@ -136,3 +136,14 @@ def test_each_histogram_has_its_own_field_of_the_timing():
     assert values(sink, semconv.REQUEST_CACHED) == [4]
     assert values(sink, semconv.PROMPT_TOKENS) == [4]
     assert values(sink, semconv.GENERATED_TOKENS) == [6]
+
+
+def test_throughput_is_of_the_engine_calls_own_seconds():
+    sink = MemorySink()
+    profiling = ProfilingContext([sink])
+    with profiling.span(semconv.ENGINE_GENERATE) as span:
+        pass
+    span.end_ns = span.start_ns + 4_000_000_000
+    measure(profiling, span, result(done(0, 6, 1.0), done(1, 2, 1.0)), 0)
+    profiling.flush()
+    assert values(sink, semconv.THROUGHPUT) == [2.0]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vgen import Generation
-from vgen.profiling import Instrument, ProfilingContext, Span, semconv
+from vgen.profiling import Instrument, ProfilingContext, Sink, Span, semconv
 from vgen.profiling.sinks.memory import MemorySink
 from vgen.testing import FakeEngine
 
@@ -465,3 +465,23 @@ def test_many_threads_each_have_a_trace_of_their_own(profiling: ProfilingContext
     assert len({span.span_id for span in memory.spans}) == 3200
     assert len({span.trace_id for span in memory.spans}) == 1600
     assert profiling.summary()["outer.duration.count"] == 1600
+
+
+def test_sinks_hear_of_a_start_in_their_order_and_of_an_end_in_reverse():
+    heard = list[str]()
+
+    class Named(Sink):
+        inline = True
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_start(self, span: Span, attributes: object) -> None:
+            heard.append(f"start {self.name}")
+
+        def on_end(self, span: Span) -> None:
+            heard.append(f"end {self.name}")
+
+    with ProfilingContext([Named("a"), Named("b"), Named("c")]) as profiling, profiling.span("x"):
+        pass
+    assert heard == ["start a", "start b", "start c", "end c", "end b", "end a"]

@@ -93,3 +93,12 @@ def test_nothing_that_was_known_of_a_server_is_known_after_its_restart():
     assert (endpoint.verified, endpoint.unchecked, endpoint.devices, endpoint.audited) == (False, True, None, ("", {}))
     assert not endpoint.slept
     assert endpoint.restarts == before + 1
+
+
+def test_a_new_endpoint_is_usable_and_nothing_is_known_of_its_weights():
+    endpoint = Endpoint(HttpClient("http://server"), "tiny", 64)
+    assert not any((endpoint.lost, endpoint.unknown, endpoint.stopped, endpoint.updating, endpoint.frozen))
+    assert not any((endpoint.verified, endpoint.moves_experts, endpoint.slept, endpoint.load_report, endpoint.audit))
+    assert endpoint.unchecked
+    assert (endpoint.restarts, endpoint.aborts, endpoint.workers, endpoint.max_num_seqs) == (0, 0, 1, 256)
+    assert endpoint.vocabulary_size > 1_000_000

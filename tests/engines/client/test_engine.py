@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.server_generation import BATCH, COMPLETIONS, PROMPTS, Model, calls, generation, tokens
@@ -24,6 +25,7 @@ from vgen import (
     ServerGeneration,
     WeightSyncError,
 )
+from vgen.engines.client.engine import _disconnect
 from vgen.profiling import semconv
 from vgen.testing import FaultyServer, MemorySink
 from vgen.weights.source.module_source import source_of
@@ -398,3 +400,48 @@ def test_the_verifier_hears_of_the_first_sleep_of_each_level(server, monkeypatch
         made.sleep(level)
         endpoints = list(made.engine.endpoints)
     assert heard == [(endpoints, level, kept), ([], level, kept)]
+
+
+def test_a_pause_is_known_of_every_server_and_a_pause_that_failed_of_none(server):
+    with FaultyServer() as other, generation(server, other) as made:
+        made.sync_weights(verify="none")
+        made.pause()
+        assert [endpoint.stopped for endpoint in made.engine.endpoints] == [True, True]
+        made.resume()
+        assert [endpoint.stopped for endpoint in made.engine.endpoints] == [False, False]
+        other.faults["/pause"] = [500]
+        with pytest.raises(EngineError):
+            made.pause()
+        assert [endpoint.stopped for endpoint in made.engine.endpoints] == [False, False]
+
+
+def test_only_servers_that_were_compared_after_a_pause_count_as_verified(server, monkeypatch):
+    with FaultyServer() as other, FaultyServer() as third, generation(server, other, third) as made:
+        made.sync_weights(verify="none")
+        one, two, three = made.engine.endpoints
+        monkeypatch.setattr(made.engine._verifier, "resume", lambda trace: [two])
+        one.verified, two.verified, three.verified = False, False, True
+        made.pause()
+        made.resume()
+        assert (one.verified, two.verified, three.verified) == (False, True, True)
+
+
+async def test_what_fails_while_connections_are_closed_does_not_keep_the_others_open():
+    closed = list[str]()
+
+    def end(name: str, fails: bool = False):
+        async def run() -> None:
+            closed.append(name)
+            if fails:
+                raise OSError(name)
+
+        return run
+
+    endpoints = [
+        SimpleNamespace(lease=SimpleNamespace(release=end("first lease", fails=True))),
+        SimpleNamespace(lease=None),
+        SimpleNamespace(lease=SimpleNamespace(release=end("second lease"))),
+    ]
+    clients = [SimpleNamespace(close=end("first client", fails=True)), SimpleNamespace(close=end("second client"))]
+    await _disconnect(endpoints, clients)
+    assert closed == ["first lease", "second lease", "first client", "second client"]

@@ -551,3 +551,21 @@ def test_a_histogram_of_two_values_has_each_at_its_end(run: Any) -> None:
     [row] = wandb_runs.rows(run)
     counts = row["vgen/request.e2e.histogram.values"]
     assert (counts[0], counts[-1], sum(counts)) == (1, 1, 2)
+
+
+def test_a_row_that_the_trainer_finishes_while_it_is_written_is_known_to_be_finished() -> None:
+    """Its steps are not written into the next row once more."""
+    moments = iter(["", "", "", "log"])  # the last of them: right after the sink's own log call
+
+    def meddle() -> None:
+        if next(moments, "") == "log":
+            run.trainer_log({"loss": 1.0})
+
+    run = wandb_runs.MemoryRun(meddle)
+    sink, steps = WandbSink(run, histograms=False), Steps()
+    for n in range(2):
+        sink.on_step(steps.step(n))
+        sink.on_idle()
+    run.finish()
+    assert [row[STEPS] for row in run.rows] == [1, 1]
+    assert "loss" in run.rows[0]

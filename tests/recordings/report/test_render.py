@@ -82,3 +82,11 @@ def test_memory_that_grows_is_told_from_the_first_cycle_to_the_last(tmp_path, ca
     shown = words(capsys.readouterr().out)
     assert "the host memory of rank 0 grew by 2.00 MB over 3 cycles" in shown
     assert "free device memory beside rank 0 fell by 1.00 MB over 3 cycles" in shown
+
+
+def test_the_requests_of_one_step_are_its_own(tmp_path, capsys):
+    usual_run(tmp_path)
+    for arguments, count in (([], "40"), (["--step", "2"], "10")):
+        assert main(["report", str(tmp_path), *arguments]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["e2e", "[s]"]]
+        assert line.split()[2] == count

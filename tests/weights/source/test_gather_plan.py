@@ -103,3 +103,19 @@ def test_a_tie_is_found_behind_a_tensor_that_is_converted(monkeypatch):
     model["c"] = model["a"]
     monkeypatch.setattr(gather_plan, "revert_of", lambda root: convert)
     assert plan_of(model).ties == {"c": "a"}
+
+
+def test_weights_that_are_computed_of_the_same_holder_are_tied(monkeypatch):
+    """A quantized weight is named by what holds it, and has no address of its own."""
+    model = torch.nn.ParameterDict({name: torch.zeros(4) for name in "abc"})
+    holders = {"a": model["a"], "b": model["a"], "c": model["c"]}
+    weights = gather_plan.weights_of
+
+    def computed(top):
+        return [
+            gather_plan.Weight(w.name, w.shape, w.stride, w.dtype, object, (holders[w.name], "part"))
+            for w in weights(top)
+        ]
+
+    monkeypatch.setattr(gather_plan, "weights_of", computed)
+    assert plan_of(model).ties == {"b": "a"}

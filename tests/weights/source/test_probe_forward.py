@@ -12,7 +12,7 @@ from helpers.tiny_models import fill, tiny
 from vgen.engine_protocol import CannotProbe
 from vgen.weights import source_of
 from vgen.weights.source import probe_forward
-from vgen.weights.source.probe_forward import NOISE_PASSES, forward_hooks, probe_logprobs
+from vgen.weights.source.probe_forward import NOISE_PASSES, PACKS_IN_FORWARD, forward_hooks, probe_logprobs
 from vgen.weights.source.rounding_noise import FLOAT32, TENSOR_FLOAT32
 
 IDS = [5, 9, 2, 33, 60, 1]
@@ -205,3 +205,15 @@ def test_a_source_probes_its_own_model_and_one_without_a_model_cannot():
     assert torch.equal(answer.noise, expected.noise)
     with pytest.raises(CannotProbe, match="no model"):
         source_of([("a", torch.ones(1))]).probe_logprobs(IDS)
+
+
+def test_modules_that_pack_their_weights_in_a_forward_pass_do_not_while_they_are_probed():
+    model, seen = tiny("llama"), []
+    packs = model.model.layers[0].mlp.up_proj
+    setattr(packs, PACKS_IN_FORWARD, True)
+    packs.register_forward_pre_hook(lambda module, _: seen.append(getattr(module, PACKS_IN_FORWARD)))
+    probe_logprobs(model, [1, 2, 3])
+    assert seen
+    assert not any(seen)
+    assert getattr(packs, PACKS_IN_FORWARD) is True
+    assert not hasattr(model.model.layers[1].mlp.up_proj, PACKS_IN_FORWARD)

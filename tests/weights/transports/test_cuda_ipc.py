@@ -184,3 +184,19 @@ def test_views_are_those_of_the_trainer_and_stay_within_their_memory():
         with pytest.raises(WeightSyncError) as caught:
             cuda_ipc._view(memory, wrong)
         assert caught.value.parameter == "w"
+
+
+def test_weights_of_another_process_count_as_in_place_there():
+    """Only the trainer can tell, and it does so before each sync."""
+    entry = ("w", "float32", [0], [1], 0, 0)
+    description = {"name": "one", "handles": [{"handle": "", "bytes": 0}], "tensors": [entry]}
+    weights = cuda_ipc.ResidentWeights(description, torch.device("cpu"))
+    assert weights.metadata() == [("w", (0,), torch.float32)]
+    assert [name for name, _ in weights] == ["w"]
+    assert weights.ties() == {}
+    snapshot = weights.address_snapshot()
+    assert snapshot.in_place()
+    assert snapshot.unchanged()
+    assert snapshot.holds(torch.ones(1))
+    assert snapshot.same_as(weights)
+    assert not snapshot.same_as(cuda_ipc.ResidentWeights(description, torch.device("cpu")))
