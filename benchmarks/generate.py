@@ -276,6 +276,7 @@ def compare_in_process(
             start = time.perf_counter()
             ways[name]()
             seconds[name].append(time.perf_counter() - start)
+        print({name: round(row[-1], 3) for name, row in seconds.items()}, file=sys.stderr, flush=True)
     return {
         name: {"seconds": statistics.median(row), "min": min(row), "max": max(row)}
         | ({} if name == bare else {"of_llm": ratio(name)})
