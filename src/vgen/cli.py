@@ -96,7 +96,7 @@ def _add_check(commands: Any) -> None:
         "model", nargs="?", metavar="MODEL", help="folder, hub name, or an architecture (llama, qwen3_moe) to make tiny"
     )
     add("--server", metavar="URL", help="check this vLLM server instead of an engine in this process")
-    add("--yes", action="store_true", help="overwrite the server's weights; they are put back at the end")
+    add("--yes", action="store_true", help="overwrite the server's weights; at the end it has MODEL's")
     add("--adapter", metavar="MODULE:FUNCTION", help="check another project's weight sync: what makes its subject")
     for name in ("api", "control"):
         key = check.add_mutually_exclusive_group()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vgen import EngineError
+from vgen.checks import vgen_subjects
 from vgen.checks.command import all_cases
+from vgen.checks.oracle import Measurement
 from vgen.cli import main
 
 TESTS = Path(__file__).parents[1]
@@ -89,7 +94,7 @@ def test_an_adapter_that_hangs_ends_the_process_with_2():
         (["check", "no-such-thing"], "neither a folder with a config.json nor an architecture"),
         (["check", "nobody/nothing-at-all"], "cannot be loaded"),
         (["check", "llama", "--case", "no such case"], "there is no case 'no such case'"),
-        (["check", "llama", "--server", "http://127.0.0.1:9"], "--yes"),
+        (["check", "llama", "--server", "http://127.0.0.1:9"], "say --yes"),
         (["check", "llama", "--server", "http://127.0.0.1:9", "--yes"], "127.0.0.1:9"),
         (["check", "llama", "--server", "https://127.0.0.1:9", "--yes"], "not an address like http"),
         (["check", "llama", "--server", "http://a", "--adapter", "a:b"], "exclude each other"),
@@ -104,6 +109,44 @@ def test_a_call_that_cannot_work_gives_2_and_one_line(arguments, says, capfd, mo
     (line,) = [line for line in (out + err).splitlines() if line.startswith("vgen check: ")]
     assert says in line
     assert "Traceback" not in out + err
+
+
+HELD = Measurement(ratio=0.5, bound=4.0, mean=0.0, largest=0.0, noise=1.0, tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("held", "before", "after"),
+    [
+        (HELD, "http://s has the weights of llama: the check overwrites them", "has the weights of llama again"),
+        (
+            replace(HELD, ratio=90.0),
+            "has other weights than llama (log-probabilities differ by 90 times the rounding noise, where 4 is",
+            "now; those that it had before, which were others, are lost",
+        ),
+        (EngineError("asleep"), "is unknown (asleep)", "now; whether it had them before is unknown"),
+    ],
+)
+def test_what_a_server_has_is_said_before_it_is_overwritten_and_what_is_left(held, before, after, monkeypatch, capfd):
+    def now(*_, **__):
+        if isinstance(held, Exception):
+            raise held
+        return held
+
+    monkeypatch.syspath_prepend(str(TESTS / "helpers"))
+    subject = importlib.import_module("odd_subjects").Right
+    made = []
+    monkeypatch.setattr(vgen_subjects, "held_by_server", now)
+    monkeypatch.setattr(vgen_subjects, "server", lambda *_, **__: lambda *each: made.append(1) or subject(*each))
+    arguments = ["check", "llama", "--server", "http://s", *cases("fresh sync")]
+    assert main(arguments) == 2
+    said = capfd.readouterr().err
+    assert before in said
+    assert ("the present ones will be lost" in said) == (held is not HELD)
+    assert not made
+    assert main([*arguments, "--yes"]) == 0
+    out = capfd.readouterr().out
+    assert before in out.partition("fresh sync")[0]
+    assert after in out.splitlines()[-1]
 
 
 def test_the_list_has_every_case_once(capsys):

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from vgen import ServerGeneration
 from vgen.checks.matrix import page
 from vgen.checks.sync_cases import SYNC_CASES
 from vgen.checks.vgen_cases import VGEN_CASES
+from vgen.cli import main
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -39,24 +42,32 @@ def test_in_process_every_case_is_right():
     assert all(case["measurement"]["ratio"] <= 4 for case in right if case["measurement"])
 
 
-def test_a_server_is_checked_and_has_its_weights_again(server, tmp_path):
+def test_a_server_is_checked_and_has_the_models_weights_afterwards(server, tmp_path, capfd):
     key = tmp_path / "key"
     key.write_text(server.control_key)
     api_key = ["--api-key", server.api_key] if server.api_key else []
     arguments = [server.folder, "--server", server.base_url, "--control-key-file", str(key), *api_key]
     command = "vgen check path/to/model --server http://host:8000 --yes --control-key-file KEY"
     assert command in PAGE.read_text()  # the one that runs here, with the page's stand-ins replaced
-    done = subprocess.run(
-        [sys.executable, "-m", "vgen.cli", "check", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert "--yes" in done.stderr
+    keys = dict(api_key=server.api_key, control_key=server.control_key)
+    with ServerGeneration(server.model, base_urls=server.base_url, **keys) as generation, torch.no_grad():
+        kept = {name: tensor.clone() for name, tensor in server.model.state_dict().items()}
+        for parameter in server.model.parameters():
+            parameter.mul_(1.5)
+        generation.sync_weights()
+        server.model.load_state_dict(kept)
+    assert main(["check", *arguments]) == 2
+    said = capfd.readouterr().err
+    assert f"{server.base_url} has other weights than {server.folder}" in said
+    assert "say --yes" in said
     status, found = check(*arguments, "--yes")
     wrong = [case for case in found["cases"] if case["status"] not in ("right", "skipped")]
     assert not wrong
     assert status == 0
     assert sum(case["status"] == "right" for case in found["cases"]) >= 30
-    assert "has the checkpoint's weights again" in found["left"]
+    assert "now; those that it had before, which were others, are lost" in found["left"]
+    assert main(["check", *arguments]) == 2
+    assert f"{server.base_url} has the weights of {server.folder}: " in capfd.readouterr().err
     in_flight = next(case for case in found["cases"] if case["case"] == "an update in flight")
     assert in_flight["status"] in ("right", "skipped")
 

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,19 +52,17 @@ def run(
             raise CheckError(
                 "--dtype and --server exclude each other: the server's weights are put back as MODEL has them"
             )
-        if server and not yes:
-            raise CheckError(
-                f"the weights of {server} will be overwritten, and put back at the end: say --yes to go on, and stop "
-                "other trainers and clients of that server first"
-            )
         chosen = _chosen(cases)
         with tempfile.TemporaryDirectory(prefix="vgen-check-") as folder:
             log = Path(folder, "engine.log")
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
             with output_redirected(log) as (terminal, _):
-                return _check(
-                    model, server, adapter, (api_key, control_key), dtype, device, chosen, as_json, timeout, terminal
-                )
+                trainer, tiny = _model(model, dtype, device)
+                keys = api_key, control_key
+                before = _before(model, trainer, server, api_key, timeout, yes) if server else None
+                make, abilities = _factory(server, adapter, keys, timeout)
+                target = _Target(model, trainer, tiny, server, adapter, before)
+                return _check(target, make, abilities, chosen, as_json, timeout, terminal)
     except KeyboardInterrupt:
         print("vgen check: interrupted", file=sys.stderr, flush=True)
         return COULD_NOT_CHECK
@@ -73,13 +72,52 @@ def run(
         return COULD_NOT_CHECK
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What is checked: MODEL's name, the model and whether it was made on the spot, and where its engine is."""
+
+    name: str
+    model: Any
+    tiny: bool
+    server: str | None
+    adapter: str | None
+    before: _Before | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """The weights that a server has before the check."""
+
+    models: bool | None
+    """Whether they are MODEL's; None if that is unknown."""
+    notice: str
+    """What the check does to them."""
+
+
+def _before(name: str, model: Any, server: str, api_key: str | None, timeout: float, yes: bool) -> _Before:
+    """Compare a server's weights with the model's, before they are overwritten. Raises `CheckError` without `yes`."""
+    from .vgen_subjects import held_by_server
+
+    try:
+        found = held_by_server(server, model, api_key=api_key, timeout=timeout)
+    except VgenError as error:
+        models, seen = None, f"whether {server} has the weights of {name} is unknown ({error})"
+    else:
+        models, seen = found.right, f"{server} has the weights of {name}"
+        if not models:
+            times = f"{found.ratio:.3g} times the rounding noise, where {found.bound:g} is allowed"
+            seen = f"{server} has other weights than {name} (log-probabilities differ by {times})"
+    notice = f"{seen}: the check overwrites them, and puts those of {name} there at its end"
+    notice += "" if models else "; the present ones will be lost"
+    if not yes:
+        raise CheckError(f"{notice}: say --yes to go on, and stop other trainers and clients of that server first")
+    return _Before(models, notice)
+
+
 def _check(
-    name: str,
-    server: str | None,
-    adapter: str | None,
-    keys: tuple[str | None, str | None],
-    dtype: str | None,
-    device: str | None,
+    target: _Target,
+    make: Any,
+    abilities: frozenset[str],
     chosen: Sequence[Case],
     as_json: bool,
     timeout: float,
@@ -87,15 +125,14 @@ def _check(
 ) -> int:
     from . import report
 
-    model, tiny = _model(name, dtype, device)
-    factory, abilities = _factory(server, adapter, keys, timeout)
+    model, tiny, server, before = target.model, target.tiny, target.server, target.before
+    if before is not None and not as_json:
+        print(before.notice + "\n", file=terminal, flush=True)
     if tiny and not server:
         abilities |= {"more engines"}
-    if tiny and not server and not adapter:
+    if tiny and not server and not target.adapter:
         abilities |= {"other architectures"}
-    session = Session(
-        model, factory, strength=0.6 if tiny else PRETRAINED_STRENGTH, abilities=abilities, timeout=timeout
-    )
+    session = Session(model, make, strength=0.6 if tiny else PRETRAINED_STRENGTH, abilities=abilities, timeout=timeout)
     outcomes: list[Outcome] = []
     ended = ""
     try:
@@ -108,10 +145,12 @@ def _check(
         ended = "interrupted"
     except Exception as error:
         ended = str(error) if isinstance(error, CheckError) else f"{type(error).__name__}: {error}"
-    left = _end(session, server)
+    left = _end(session, target)
     status = COULD_NOT_CHECK if ended else report.exit_code(outcomes)
-    facts = {"model": name, "dtype": str(next(model.parameters()).dtype), "server": server, "adapter": adapter}
+    facts = {"model": target.name, "dtype": str(next(model.parameters()).dtype)}
+    facts |= {"server": server, "adapter": target.adapter}
     if as_json:
+        facts |= {"before": before.notice if before else None}
         facts |= {"error": ended or None, "left": left, "exit_code": status}
         print(json.dumps(report.as_json(facts, outcomes)), file=terminal, flush=True)
     else:
@@ -124,13 +163,17 @@ def _check(
     return status
 
 
-def _end(session: Session, server: str | None) -> str:
-    """Put a server's weights back, and close everything. Returns what was left behind, or what was put back."""
+def _end(session: Session, target: _Target) -> str:
+    """Put the model's weights on a server, and close everything. Returns what was left behind, or what was put back."""
     left: list[str] = []
-    if server and session.started:
+    server = target.server
+    if server and target.before and session.started:
         try:
             session.restore()
-            left.append(f"{server} has the checkpoint's weights again")
+            there = f"{server} has the weights of {target.name}"
+            lost = "those that it had before, which were others, are lost"
+            lost = lost if target.before.models is False else "whether it had them before is unknown"
+            left.append(f"{there} again" if target.before.models else f"{there} now; {lost}")
         except (Exception, KeyboardInterrupt) as error:
             reason = str(error) or type(error).__name__
             left.append(

@@ -11,6 +11,8 @@ from ..generation import ColocateGeneration, Generation, ServerConnection, Serve
 from ..types import Sampling
 from ..weights.source.module_source import source_of
 from .cutting_proxy import CuttingProxy
+from .oracle import Measurement, Oracle
+from .subject import generate
 
 MAX_MODEL_LENGTH = 384
 
@@ -99,6 +101,17 @@ def colocate(model: Any, folder: str, **options: Any) -> VgenSubject:
     subject = VgenSubject(model, ColocateGeneration(model, **(settings | options), engine_kwargs=engine_kwargs))
     _ALIVE.add(subject)
     return subject
+
+
+def held_by_server(url: str, model: Any, *, api_key: str | None, timeout: float) -> Measurement:
+    """Compare the weights that a server has now with the model's. Changes nothing. Raises `VgenError`."""
+    from .session import TOKENS, prompts_for
+
+    prompts, connection = prompts_for(model), ServerConnection(timeout=timeout)
+    with ServerGeneration(None, base_urls=url, api_key=api_key, connection=connection) as generation:
+        subject = VgenSubject(model, generation)
+        oracle = Oracle(model, subject.dtype, fp8=bool(subject.quantization))
+        return oracle.measure(prompts, generate(subject, prompts, TOKENS, 1.0))
 
 
 def server(url: str, *, api_key: str | None, control_key: str | None, timeout: float) -> Any:
