@@ -24,8 +24,6 @@ from vgen.profiling import Instrument, ProfilingContext, semconv
 from vgen.profiling.aggregation import ACCURACY, Histogram
 from vgen.profiling.sinks.wandb import PREFIX, STEP_METRIC, STEPS, WandbSink
 
-pytestmark = pytest.mark.slow
-
 DURATIONS = PREFIX + semconv.STEP + ".duration.count"
 E2E = semconv.REQUEST_E2E
 TOKENS = semconv.GENERATED_TOKENS
@@ -68,13 +66,14 @@ def check_steps(rows: list[dict[str, Any]], steps: int) -> None:
     assert following == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("with_step", "order"),
     [
         pytest.param(True, "after vgen's row", id="step=-after vgen's row"),
         pytest.param(False, "within the step", id="no step=-within the step"),
         *(
-            pytest.param(with_step, order, id=f"{'step=' if with_step else 'no step='}-{order}", marks=pytest.mark.slow)
+            pytest.param(with_step, order, id=f"{'step=' if with_step else 'no step='}-{order}")
             for with_step, order in (
                 (True, "within the step"),
                 (True, "before vgen's row"),
@@ -113,9 +112,8 @@ def test_every_row_of_the_trainer_and_every_step_is_in_the_run(run: Any, with_st
         assert sum("loss" in row for row in rows) == 5
 
 
-@pytest.mark.parametrize(
-    "with_step", [pytest.param(True, id="step=", marks=pytest.mark.slow), pytest.param(False, id="no step=")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("with_step", [pytest.param(True, id="step="), pytest.param(False, id="no step=")])
 def test_a_trainer_that_logs_every_tenth_step_gets_the_aggregates_of_all_steps_since(run: Any, with_step: bool) -> None:
     profiling = ProfilingContext([WandbSink(run)])
     for n in range(25):
@@ -132,6 +130,7 @@ def test_a_trainer_that_logs_every_tenth_step_gets_the_aggregates_of_all_steps_s
     assert [row[STEPS] for row in covered(rows)] == [10, 10, 5]
 
 
+@pytest.mark.slow
 def test_a_trainer_on_its_own_thread_in_a_hurry(run: Any) -> None:
     sink = WandbSink(run)
     profiling = ProfilingContext([sink])
@@ -160,7 +159,7 @@ def test_a_trainer_on_its_own_thread_in_a_hurry(run: Any) -> None:
     assert sink.lost == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     trainer=st.lists(st.sampled_from(["", "", "", "plain", "ahead", "same", "merge"]), max_size=60),
     flushes=st.lists(st.booleans(), min_size=8, max_size=8),
@@ -209,6 +208,7 @@ class Steps:
         return step
 
 
+@pytest.mark.slow
 def test_steps_after_the_trainers_last_log_are_in_the_file(run: Any) -> None:
     profiling = ProfilingContext([WandbSink(run)])
     for n in range(4):
@@ -224,6 +224,7 @@ def test_steps_after_the_trainers_last_log_are_in_the_file(run: Any) -> None:
     assert [row[STEPS] for row in covered(rows)] == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) -> None:
     profiling = ProfilingContext([WandbSink(run)])
     for n in range(3):
@@ -238,6 +239,7 @@ def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) 
     assert [row["_step"] for row in rows if "train_runtime" in row] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     point="W&B, MLflow and Trackio",
     did="The run is finished before its sink",
@@ -324,6 +326,7 @@ def test_a_step_that_wandb_took_but_did_not_confirm_counts_as_lost_and_is_not_to
     assert [row[STEPS] for row in covered(run.rows)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_row_of_its_own_for_each_step_where_nobody_passes_a_step(run: Any) -> None:
     profiling = ProfilingContext([WandbSink(run, commit=True)])
     for n in range(6):
@@ -336,6 +339,7 @@ def test_a_row_of_its_own_for_each_step_where_nobody_passes_a_step(run: Any) -> 
     assert [row[STEPS] for row in rows] == [1] * 6
 
 
+@pytest.mark.slow
 def test_vgens_keys_keep_their_axis_beside_a_pattern_that_matches_everything(run: Any) -> None:
     run.define_metric("train/global_step")  # as Hugging Face's callback does
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
@@ -352,6 +356,7 @@ def test_vgens_keys_keep_their_axis_beside_a_pattern_that_matches_everything(run
     assert {axes.get(key) for key in row if key.startswith(PREFIX) and key != STEP_METRIC} == {STEP_METRIC}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_axis(tmp_path: Path) -> None:
     axis: list[int] = []
     for first in (0, 3):
@@ -436,6 +441,7 @@ def test_nan_and_infinity_are_logged_as_such(run: Any) -> None:
     assert row["vgen/request.e2e.nonfinite"] == row["vgen/request.e2e.count"] == 1
 
 
+@pytest.mark.slow
 def test_the_dict_way(run: Any) -> None:
     profiling = ProfilingContext()
     for n in range(2):
@@ -468,6 +474,7 @@ run.finish()
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_at_once_does_not_spend_its_last_seconds_on_imports(tmp_path: Path) -> None:
     """W&B imports pandas with its first histogram. `close()` gives the sink two seconds, and that would take them."""
     command = [sys.executable, "-c", SHORT, str(Path(__file__).parent)]
@@ -476,6 +483,7 @@ def test_a_run_that_is_over_at_once_does_not_spend_its_last_seconds_on_imports(t
     assert not {"numpy", "pandas", "pyarrow"} & set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_disabled_run_takes_everything() -> None:
     import wandb
 
@@ -495,6 +503,7 @@ def test_without_wandb_the_message_names_the_extra(monkeypatch: pytest.MonkeyPat
     WandbSink(wandb_runs.MemoryRun(), histograms=False)  # a run is all that it takes
 
 
+@pytest.mark.slow
 def test_a_forked_child_leaves_the_run_to_its_parent(run: Any) -> None:
     profiling = ProfilingContext([WandbSink(run)])
     with profiling.step(0):
@@ -527,6 +536,7 @@ def test_merging_steps_leaves_their_own_rows_alone() -> None:
     assert (histogram.count, histogram.quantile(1.0)) == (3, before)
 
 
+@pytest.mark.slow
 def test_the_callers_thread_does_next_to_nothing_more(run: Any) -> None:
     def step(profiling: ProfilingContext) -> None:
         with profiling.step(0):
