@@ -267,3 +267,25 @@ def test_the_version_that_a_server_holds_is_its_own_answer_with_and_without_a_le
         "theirs",
     ]
     assert "another trainer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("workers", "way", "reason"),
+    [
+        ([[("recorded", "")], [("recorded", "")]], "recorded", None),
+        ([[("recorded", "")], [("reload", "it repacks")]], "recorded+reload", "it repacks"),
+        ([[("reload", "it repacks")], [("reload", "it repacks")]], "reload", "it repacks"),
+        ([[("recorded", ""), ("reload", "one worker repacks")], [("reload", "it fuses")]], "reload", None),
+    ],
+)
+def test_how_servers_have_loaded_their_weights_is_on_the_span(workers, way, reason):
+    reason = reason or ("one worker repacks; it fuses" if way == "reload" else None)
+    features = ["batch", "lease", "shared_memory", "pause", "recorded", "memory"]
+    with FaultyServer(features=features) as first, FaultyServer(features=features) as second:
+        for server, ways in zip((first, second), workers, strict=True):
+            results = [{"way": each, "reason": why} for each, why in ways]
+            server.answers["/collective_rpc"] = {"results": results}
+        sink = synced(first, second)
+    (span,) = sink.named(semconv.WEIGHT_SYNC)
+    assert span.attributes[semconv.PLAN_WAY] == way
+    assert span.attributes.get(semconv.PLAN_REASON) == reason
