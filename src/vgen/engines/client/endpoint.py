@@ -184,11 +184,15 @@ class Endpoint:
             held = await held_version(self.http)
             half_updated = await self._is_half_updated()
             asleep = self.controlled and await self.is_asleep()
+            stuck = await self.why_stuck()
         except ServerError:
             return False
         if asleep:
             self.unchecked = not self.stopped
             logger.warning("vgen: %s is asleep and gets no requests: %s", self.name, self._advice())
+            return False
+        if stuck:
+            logger.warning("vgen: %s gets no requests: %s", self.name, stuck)
             return False
         if half_updated:
             logger.warning("vgen: a weight update of %s has failed: it gets no requests until one succeeds", self.name)
