@@ -43,6 +43,7 @@ LEFT_OUT = {
     "profiling/semconv_docs.py": "writes a page of the documentation, which a test compares",
     "*/__init__.py": "imports",
 }
+SURVIVED = ("survives", "no test")
 SELECTION = "not slow and not real"
 BUDGET = 60.0
 """Seconds of tests for one mutant beyond those of its own module."""
@@ -611,7 +612,7 @@ def write(results: dict[str, dict], out: Path) -> None:
     rooms = {}
     for room in ROOMS:
         outcomes = [result["outcome"] for result in kept if result["room"] == room]
-        survive = sum(outcome in ("survives", "no test") for outcome in outcomes)
+        survive = sum(outcome in SURVIVED for outcome in outcomes)
         rooms[room] = {"run": len(outcomes), "caught": len(outcomes) - survive, "survive": survive}
     total = {key: sum(room[key] for room in rooms.values()) for key in ("run", "caught", "survive")}
     part = {
@@ -632,7 +633,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=150.0)
     parser.add_argument("--only", nargs="+", help="run these mutants, also if they have run")
-    parser.add_argument("--survivors", action="store_true", help="run those again that survived")
+    parser.add_argument("--survivors", action="store_true", help="run again also those that survived")
     parser.add_argument("--list", action="store_true", help="print the draw and run nothing")
     arguments = parser.parse_args()
     drawn = draw()
@@ -642,14 +643,12 @@ def main() -> int:
     results = {}
     if arguments.out.exists():
         results = {result["id"]: result for result in json.loads(arguments.out.read_text())["mutants"]}
-    again = set(arguments.only or ())
-    if arguments.survivors:
-        again |= {identity for identity, result in results.items() if result["outcome"] in ("survives", "no test")}
-    if arguments.only or arguments.survivors:
-        everything = [mutant for room in ROOMS for mutant in mutants_of(room)] if arguments.only else drawn
-        waiting = [mutant for mutant in everything if mutant.id in again]
+    if arguments.only:
+        everything = (mutant for room in ROOMS for mutant in mutants_of(room))
+        waiting = [mutant for mutant in everything if mutant.id in arguments.only]
     else:
-        waiting = [mutant for mutant in drawn if mutant.id not in results]
+        done = {k for k, each in results.items() if not (arguments.survivors and each["outcome"] in SURVIVED)}
+        waiting = [mutant for mutant in drawn if mutant.id not in done]
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.nice(10)
     run(waiting, arguments.work.resolve(), arguments.jobs, arguments.minutes, results, arguments.out)

@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "vgen"
 SMALL = 60
 """Lines up to which a module may be tested by the tests of the modules that use it."""
-OF_THE_PROJECT = {"docs", "faults", "imports", "mirror", "packaging", "public_surface"}
+OF_THE_PROJECT = {"docs", "faults", "imports", "mirror", "mutants", "packaging", "public_surface"}
 """Test files at the top that test the project as a whole, and not one module."""
 NEEDS_CUDA = {"weights/load/test_copy_kernel.py"}
 """Test files of modules that run only on a GPU: tests/gpu tests them."""
@@ -33,7 +33,7 @@ SIMULATED_SLOWNESS: dict[str, tuple[int, str]] = {
     # Sleeps that are the slowness of a fake, and never a wait: how many in each file, and what they simulate.
     "helpers/ranks_gloo.py": (1, "a rank that comes too late"),
 }
-NOT_MIRRORED = ("real", "gpu", "helpers")
+NOT_MIRRORED = ("real", "gpu", "helpers", "fuzz")
 
 
 def mirrored_path(module: Path) -> str:
