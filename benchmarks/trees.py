@@ -7,7 +7,8 @@ Both run in this Python environment, with vLLM, over a tiny model: spans without
 in process and through a server of each tree's own `vgen serve`, weight syncs in process and to that server. Pairs
 A B, B A, ... are added until every 95 % interval of the geometric mean is within ±`--precision`, at least `--least`,
 until `--minutes` are over; see pairs.py. While one tree works, all processes of the other one are stopped (SIGSTOP),
-because idle threads of OpenMP spin. The exit code is 1 unless each ratio is decided and at or below `--bound`.
+because idle threads of OpenMP spin. `--processor-time` measures what the process itself used, by one thread of
+torch, which other work on the machine changes less. The exit code is 1 unless each ratio is decided and at or below `--bound`.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ import psutil
 from pairs import interval
 
 PROMPTS, TOKENS, SPANS, SYNCS = 64, 32, 20_000, 10
+PROCESSOR_TIME = "TREES_PROCESSOR_TIME"
 SHARE = 0.15
 """Of a GPU's memory, for each of the four engines; without effect on a CPU."""
 ROOT = Path(__file__).parents[1]
 
 
 def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    clock = time.process_time if os.environ.get(PROCESSOR_TIME) else time.perf_counter
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def work(folder: str) -> dict[str, Callable[[], object]]:
@@ -47,7 +50,7 @@ def work(folder: str) -> dict[str, Callable[[], object]]:
     from vgen.profiling.sinks.jsonl import JsonlSink
     from vgen.testing import tiny_model
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if os.environ.get(PROCESSOR_TIME) else 2)
     model, _ = tiny_model(f"{folder}/model", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
     prompts = [[1 + (i * 31 + j) % 250 for j in range(32)] for i in range(PROMPTS)]
     sampling = Sampling(max_tokens=TOKENS, ignore_eos=True)
@@ -159,12 +162,15 @@ def main() -> int:
     parser.add_argument("--precision", type=float, default=0.03)
     parser.add_argument("--least", type=int, default=15)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--processor-time", action="store_true", help="of the process, instead of wall time")
     parser.add_argument("--only", action="append", help="of the tasks; may be given several times")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         serve_work()
         return 0
+    if options.processor_time:
+        os.environ |= {PROCESSOR_TIME: "1", "OMP_NUM_THREADS": "1"}
     trees = [Tree(ROOT), Tree(options.before.resolve())]
     tasks = [task for task in trees[0].tasks if not options.only or task in options.only]
     ratios: dict[str, list[float]] = {task: [] for task in tasks}
