@@ -7,8 +7,8 @@ Both run in this Python environment, with vLLM, over a tiny model: spans without
 in process and through a server of each tree's own `vgen serve`, weight syncs in process and to that server. Pairs
 A B, B A, ... are added until every 95 % interval of the geometric mean is within ±`--precision`, at least `--least`,
 until `--minutes` are over; see pairs.py. While one tree works, all processes of the other one are stopped (SIGSTOP),
-because idle threads of OpenMP spin. `--processor-time` measures what the process itself used, by one thread of
-torch, which other work on the machine changes less. The exit code is 1 unless each ratio is decided and at or below `--bound`.
+because idle threads of OpenMP spin. `--processor-time` measures what the process itself used, by one thread of torch,
+which other work on the machine changes less. The exit code is 1 unless each ratio is decided and at or below `--bound`.
 """
 
 from __future__ import annotations
