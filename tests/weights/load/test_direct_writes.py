@@ -163,3 +163,33 @@ def test_a_refused_reload_is_refused_again(monkeypatch):
     for seed in range(3):
         with pytest.raises(WeightSyncError, match="reload leaves old values"):
             copy.load(runner_of(model), source_of(list(weights(seed).items())))
+
+
+class Waiting(nn.Module):
+    """A layer whose two parameters come through their loaders, so that it waits with the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        record_metadata_for_reloading(self)
+
+    def load_weights(self, weights):
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            parameter = parameters[name]
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_a_layer_waits_with_is_kept_when_its_memory_is_used_again(reverse):
+    model = Waiting()
+    for seed in range(2):
+        sent = {name: torch.randn_like(parameter) + seed for name, parameter in model.named_parameters()}
+        steps = Reload(model, runner_of(model).model_config)
+        steps.start()
+        for name in sorted(sent, reverse=reverse):
+            memory = sent[name].clone()
+            steps.load_part([(name, memory)])
+            memory.fill_(float("nan"))
+        steps.finish()
+        assert all(torch.equal(parameter, sent[name]) for name, parameter in model.named_parameters())
