@@ -281,6 +281,9 @@ def test_after_a_sleep_what_no_loader_writes_is_written_back_first(monkeypatch, 
     assert slopes.tolist() == [0.5, 0.25]
     assert model.angles.tolist() == [0, 1, 2]
     assert calls == ["start", "finish"]
+    slopes.fill_(9.0)
+    copier.load(runner, source)
+    assert slopes.tolist() == [9.0, 9.0]  # once, and not after every later sync
 
 
 @pytest.mark.fault(
