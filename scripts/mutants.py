@@ -652,6 +652,7 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.nice(10)
     run(waiting, arguments.work.resolve(), arguments.jobs, arguments.minutes, results, arguments.out)
+    write(results, arguments.out)
     sums = json.loads(arguments.out.read_text())
     print(f"{sums['run']} of {sums['drawn']} have run, {sums['caught_share']:.1%} caught: {sums['rooms']}")
     return 0 if sums["caught_share"] >= 0.9 and sums["run"] == sums["drawn"] else 1
