@@ -14,6 +14,7 @@ from .errors import ArgumentError, PromptError
 STRUCTURES = ("regex", "json", "json_object", "choice", "grammar", "structural_tag")
 """What `Sampling.structured_outputs` may ask for."""
 
+_Check: TypeAlias = "Callable[[str, Any], Any]"
 Prompt: TypeAlias = "Sequence[int] | str"
 """Token ids; or text, where the generation object was given a tokenizer."""
 
@@ -60,24 +61,12 @@ class Sampling:
     """Further `SamplingParams`, passed on as they are."""
 
     def __post_init__(self) -> None:
-        for name, valid, rule in _NUMBERS:
-            self._set(name, arguments.number(f"Sampling.{name}", getattr(self, name), valid, rule))
-        for name, least, most, rule in _INTEGERS:
+        for name, (default, check) in _CHECKS.items():
             value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL:
-                self._set(name, arguments.integer(f"Sampling.{name}", value, least=least, most=most, rule=rule))
+            if value is not default and (checked := check(f"Sampling.{name}", value)) is not value:
+                object.__setattr__(self, name, checked)
         if self.min_tokens > self.max_tokens:
             raise ArgumentError("Sampling.min_tokens", f"must be at most max_tokens, {self.max_tokens}")
-        self._set("stop", arguments.texts("Sampling.stop", self.stop))
-        self._set("stop_token_ids", arguments.integers("Sampling.stop_token_ids", self.stop_token_ids))
-        self._set("ignore_eos", arguments.flag("Sampling.ignore_eos", self.ignore_eos))
-        if self.structured_outputs is not None:
-            self._set("structured_outputs", _structured_outputs(self.structured_outputs))
-        self._set("extra", _extra(self.extra))
-
-    def _set(self, name: str, value: Any) -> None:
-        if value is not getattr(self, name):
-            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, value: Any) -> Sampling:
@@ -108,23 +97,20 @@ def _named_init(self: Sampling, *args: Any, n: Any = 1, **fields: Any) -> None:
 
 Sampling.__init__ = _named_init
 
-_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("temperature", lambda value: value >= 0, "at least 0"),
-    ("top_p", lambda value: 0 < value <= 1, "in (0, 1]"),
-    ("min_p", lambda value: 0 <= value <= 1, "in [0, 1]"),
-    ("repetition_penalty", lambda value: value > 0, "above 0"),
-    ("presence_penalty", lambda value: -2 <= value <= 2, "in [-2, 2]"),
-    ("frequency_penalty", lambda value: -2 <= value <= 2, "in [-2, 2]"),
-)
-_INTEGERS = (
-    ("top_k", -1, arguments.INT32, "an integer of at least -1 (0 and -1 consider all tokens)"),
-    ("max_tokens", 1, arguments.INT32, "an integer of at least 1"),
-    ("min_tokens", 0, arguments.INT32, "an integer of at least 0"),
-    ("logprobs", 0, arguments.INT32, "None or an integer of at least 0"),
-    ("prompt_logprobs", 0, arguments.INT32, "None or an integer of at least 0"),
-    ("seed", 0, arguments.INT63, "None or an integer of at least 0"),
-)
-_OPTIONAL = ("logprobs", "prompt_logprobs", "seed")
+
+def _number(valid: Callable[[float], bool], rule: str) -> Callable[[str, Any], float]:
+    return lambda argument, value: arguments.number(argument, value, valid, rule)
+
+
+def _integer(rule: str = "", least: int = 0, most: int = arguments.INT32, *, optional: bool = False) -> _Check:
+    def check(argument: str, value: Any) -> int | None:
+        if optional and value is None:
+            return None
+        return arguments.integer(argument, value, least=least, most=most, rule=rule)
+
+    return check
+
+
 _SET_BY_VGEN = (
     *("skip_clone", "output_kind", "stream_interval", "detokenize", "flat_logprobs", "output_text_buffer_length"),
     *("prompt_logprob_token_ids", "prompt_logprob_start", "trace_decode_token_ids"),
@@ -137,21 +123,21 @@ def _require_one(argument: str, value: Any, rule: str = "1") -> None:
         arguments.integer(argument, value, least=1, most=1, rule=f"{rule}: pass num_generations to generate()")
 
 
-def _structured_outputs(value: Any) -> dict[str, Any]:
+def _structured_outputs(argument: str, value: Any) -> dict[str, Any]:
     rule = f"must be a mapping with one of {', '.join(STRUCTURES)}, and no more"
     if not isinstance(value, Mapping) or len(value.keys() & STRUCTURES) != 1:
-        raise ArgumentError("Sampling.structured_outputs", f"{rule}, got {arguments.shown(value)}")
-    return arguments.mapping("Sampling.structured_outputs", value)
+        raise ArgumentError(argument, f"{rule}, got {arguments.shown(value)}")
+    return arguments.mapping(argument, value)
 
 
-def _extra(value: Any) -> dict[str, Any]:
-    extra = arguments.mapping("Sampling.extra", value)
-    _require_one("Sampling.extra", extra.pop("n", 1), "without 'n'")
+def _extra(argument: str, value: Any) -> dict[str, Any]:
+    extra = arguments.mapping(argument, value)
+    _require_one(argument, extra.pop("n", 1), "without 'n'")
     for name in extra:
         if name in _FIELDS:
-            raise ArgumentError("Sampling.extra", f"must be without {name!r}: pass Sampling({name}=...)")
+            raise ArgumentError(argument, f"must be without {name!r}: pass Sampling({name}=...)")
         if name in _SET_BY_VGEN or name.startswith("_"):
-            raise ArgumentError("Sampling.extra", f"must be without {name!r}, which vgen sets itself")
+            raise ArgumentError(argument, f"must be without {name!r}, which vgen sets itself")
     return extra
 
 
@@ -174,7 +160,29 @@ def _from_vllm(params: Any) -> Sampling:
     return Sampling(**own, structured_outputs=structured, extra=extra)
 
 
-_FIELDS = {each.name for each in fields(Sampling)}
+_OPTIONAL_COUNT = _integer("None or an integer of at least 0", optional=True)
+_CHECKED: Mapping[str, _Check] = {
+    "temperature": _number(lambda value: value >= 0, "at least 0"),
+    "top_p": _number(lambda value: 0 < value <= 1, "in (0, 1]"),
+    "min_p": _number(lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "repetition_penalty": _number(lambda value: value > 0, "above 0"),
+    "presence_penalty": _number(lambda value: -2 <= value <= 2, "in [-2, 2]"),
+    "frequency_penalty": _number(lambda value: -2 <= value <= 2, "in [-2, 2]"),
+    "top_k": _integer("an integer of at least -1 (0 and -1 consider all tokens)", -1),
+    "max_tokens": _integer(least=1),
+    "min_tokens": _integer(),
+    "logprobs": _OPTIONAL_COUNT,
+    "prompt_logprobs": _OPTIONAL_COUNT,
+    "seed": _integer("None or an integer of at least 0", most=arguments.INT63, optional=True),
+    "stop": arguments.texts,
+    "stop_token_ids": arguments.integers,
+    "ignore_eos": arguments.flag,
+    "structured_outputs": _structured_outputs,
+    "extra": _extra,
+}
+_CHECKS = {each.name: (each.default, _CHECKED[each.name]) for each in fields(Sampling)}
+"""The default of each field of `Sampling`, which needs no check, and the check of any other value."""
+_FIELDS = _CHECKS.keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
