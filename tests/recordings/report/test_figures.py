@@ -87,3 +87,13 @@ def test_errors_and_lost_records_are_told(tmp_path, capsys):
     assert "vgen.generate ended with EngineError, once" in output.out
     assert "7 telemetry records were lost" in output.err
     assert summarize(tmp_path).steps[0].error == "EngineError"
+
+
+def test_a_steps_percentiles_are_exact_and_those_that_their_names_say(tmp_path):
+    writer = Writer(tmp_path)
+    step = writer.step(1, 0, 200)
+    seconds = [float(number) for number in range(1, 102)]
+    writer.generate(step, 0, 190, [(0, took) for took in reversed(seconds)])
+    found = summarize(tmp_path).steps[0].requests["e2e"]
+    assert (found.count, found.mean) == (101, pytest.approx(51.0))
+    assert [found.p50, found.p90, found.p99, found.max] == pytest.approx([51.0, 91.0, 100.0, 101.0])
