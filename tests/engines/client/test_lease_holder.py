@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 
 import pytest
 from helpers.server_generation import BATCH, PROMPTS, calls, generation, tokens
@@ -113,6 +114,22 @@ def test_a_lease_that_has_ended_is_taken_again_in_the_background(ours, monkeypat
         wait_until(lambda: last_token(ours, RENEW) == "token-2")
     assert "was taken again" in caplog.text
     assert "taken over" not in caplog.text
+
+
+def test_a_lease_is_renewed_well_before_it_ends_also_after_a_renewal_that_failed(ours, monkeypatch):
+    monkeypatch.setattr(lease_holder, "LEASE_SECONDS", 3.0)
+    renewed: list[float] = []
+
+    def note(_):
+        renewed.append(time.monotonic())
+        return {}
+
+    with generation(ours):
+        begun = time.monotonic()
+        ours.faults[RENEW] = [note, 503, note]
+        wait_until(lambda: len(renewed) == 2)
+    assert renewed[0] - begun < 2.0
+    assert renewed[1] - renewed[0] < 3.0  # the second renewal of three failed
 
 
 def test_weights_stay_known_if_nobody_held_the_lease_meanwhile(ours):
