@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow families matrix faults mutants check build clean
+.PHONY: help demo test slow families matrix faults mutants fuzz check build clean
 
 python := .venv/bin/python
 
@@ -39,12 +39,17 @@ mutants: ## change 300 places of the source and count the changes that the tests
 	@scripts/install.sh test
 	@$(python) scripts/mutants.py $(ARGS)
 
-check: ## check lint, format, types and complexity
+fuzz: ## fuzz what strangers and peers send, half an hour for each of four targets (ARGS)
+	@scripts/install.sh slow
+	@VGEN_FUZZ_SECONDS=1800 $(python) -m pytest -m slow tests/fuzz -k test_no_input_breaks_a_rule -s $(ARGS)
+
+check: ## check lint, format, types, complexity, and known vulnerabilities of what is installed
 	@scripts/install.sh lint
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m pyright
 	$(python) -m xenon --max-absolute C src  # C: at most 20
+	$(python) scripts/audit.py
 
 build: ## build the sdist and the wheel, into dist/
 	@scripts/install.sh build

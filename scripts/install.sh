@@ -20,7 +20,7 @@ case $level in
   test) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,test covers='test lint slow' ;;
   lint) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,test,lint covers='lint' ;;
   # Not in `test`: where DeepSpeed is installed, every process that saves a model imports it.
-  slow) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,deepspeed,bitsandbytes,router,test covers='slow' ;;
+  slow) extras=otel,otlp,server,dashboards,wandb,mlflow,trackio,nvtx,trl,peft,deepspeed,bitsandbytes,router,fuzz,test covers='slow' ;;
   *) die 'which level? scripts/install.sh build|demo|test|lint|slow' ;;
 esac
 

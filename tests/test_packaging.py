@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,13 +85,14 @@ def test_metadata_has_the_supported_pythons_and_extras(metadata: Message) -> Non
     assert sorted(line.split("<")[0] for line in core) == ["ddsketch", "rich"]
     promised = (
         "vllm cpu server dashboards otel otlp wandb mlflow trackio nvtx "
-        "trl peft deepspeed bitsandbytes router test lint dev"
+        "trl peft deepspeed bitsandbytes router fuzz test lint dev"
     )
     assert set(metadata.get_all("Provides-Extra", [])) == set(promised.split())
 
 
 def test_every_extra_but_the_engines_is_in_dev(metadata: Message) -> None:
-    requires = [line.split("; extra == ") for line in metadata.get_all("Requires-Dist", []) if "extra ==" in line]
+    lines = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" in line]
+    requires = [(line.split("extra == ")[0].removesuffix(" and "), line.split("extra == ")[1]) for line in lines]
     dev = {requirement for requirement, extra in requires if extra == "'dev'"}
     rest = {requirement for requirement, extra in requires if extra not in ("'cpu'", "'dev'", "'vllm'")}
     assert dev == rest
@@ -302,3 +305,51 @@ def test_missing_venv_package_is_named(
     assert done.returncode != 0
     assert f"python{sys.version_info.major}.{sys.version_info.minor}-venv" in done.stderr
     assert not (checkout.folder / ".venv").exists()
+
+
+# --- scripts/audit.py ---
+
+
+def audit_found(*packages: dict[str, Any]) -> dict[str, Any]:
+    return {"dependencies": [{"name": "a", "version": "1", "vulns": []}, *packages]}
+
+
+VULNERABLE = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-9"], "fix_versions": ["3"]}]}
+UNKNOWN = {"name": "c", "skip_reason": "not found on PyPI"}
+
+
+@pytest.fixture
+def audit() -> Any:
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "scripts/audit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("reachable", "found", "accepted", "status", "says"),
+    [
+        (True, audit_found(), {}, 0, "1 packages have no known vulnerability"),
+        (True, audit_found(VULNERABLE, UNKNOWN), {}, 1, "b 2: PYSEC-1, mended by 3"),
+        (True, audit_found(VULNERABLE), {"CVE-9": "why"}, 0, "2 packages have no known vulnerability"),
+        (True, audit_found(), {"CVE-9": "why"}, 0, "CVE-9 concerns nothing that is installed"),
+        (True, {"dependencies": [UNKNOWN]}, {}, 0, "nothing was audited"),
+        (True, None, {}, 0, "nothing was audited"),
+        (False, audit_found(VULNERABLE), {}, 0, "nothing was audited"),
+    ],
+)
+def test_known_vulnerabilities_fail_the_check_where_they_are_to_be_had(
+    audit, monkeypatch, capsys, reachable, found, accepted, status, says
+):
+    monkeypatch.setattr(audit, "reachable", lambda: reachable)
+    monkeypatch.setattr(audit, "report", lambda: found)
+    monkeypatch.setattr(audit, "ACCEPTED", accepted)
+    assert audit.main() == status
+    assert says in capsys.readouterr().out
+
+
+def test_an_audit_that_takes_too_long_is_ended(audit, monkeypatch):
+    monkeypatch.setattr(audit, "SECONDS", 0.01)
+    assert audit.report() is None

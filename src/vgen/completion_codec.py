@@ -85,19 +85,22 @@ def pack(completion: Completion) -> PackedCompletion:
 
 
 def unpack(packed: PackedCompletion, *, shift_ns: int = 0, **changes: Any) -> Completion:
-    """The completion that was packed.
+    """The completion that was packed. Raises `ValueError` for what `pack` never makes.
 
     `shift_ns` is added to the timing's timestamps: the receiver's monotonic clock minus the sender's. `changes` are
     fields of `Completion` that the receiver knows better, such as `server`.
     """
     values: dict[str, Any] = {name: getattr(packed, name) for name in packed.__struct_fields__}
-    values |= {
-        "token_ids": to_ints(packed.token_ids),
-        "logprobs": _optional(to_floats, packed.logprobs),
-        "top_logprobs": _optional(_unpack_top, packed.top_logprobs),
-        "prompt_logprobs": _optional(to_floats, packed.prompt_logprobs),
-        "error": _optional(error_from_dict, packed.error),
-    }
+    try:
+        values |= {
+            "token_ids": to_ints(packed.token_ids),
+            "logprobs": _optional(to_floats, packed.logprobs),
+            "top_logprobs": _optional(_unpack_top, packed.top_logprobs),
+            "prompt_logprobs": _optional(to_floats, packed.prompt_logprobs),
+            "error": _optional(error_from_dict, packed.error),
+        }
+    except (LookupError, TypeError, StopIteration) as error:
+        raise ValueError(f"the completion was not packed by vgen ({type(error).__name__}: {error})") from error
     if (timing := packed.timing) is not None:
         queued_ns, finished_ns = timing.queued_ns + shift_ns, timing.finished_ns + shift_ns
         values["timing"] = replace(timing, queued_ns=queued_ns, finished_ns=finished_ns)
@@ -125,7 +128,9 @@ def ints(values: Sequence[int]) -> bytes:
 
 
 def to_ints(raw: bytes) -> list[int]:
-    """The numbers that `ints` packed."""
+    """The numbers that `ints` packed. Raises `ValueError` for half a number."""
+    if len(raw) % INT_BYTES:
+        raise ValueError("not a whole number of int32")
     return [*struct.unpack(f"<{len(raw) // INT_BYTES}i", raw)]
 
 
@@ -157,8 +162,10 @@ def _narrowed(double: bytes) -> bytes | None:
 
 
 def to_floats(raw: bytes) -> list[float | None]:
-    """The numbers that `floats` packed, None for every NaN."""
-    kind = chr(raw[0])
+    """The numbers that `floats` packed, None for every NaN. Raises `ValueError` for all else."""
+    kind = chr(raw[0]) if raw else ""
+    if kind not in ("f", "d") or (len(raw) - 1) % struct.calcsize(kind):
+        raise ValueError("neither float32 nor float64")
     return none_for_nan([*struct.unpack_from(f"<{(len(raw) - 1) // struct.calcsize(kind)}{kind}", raw, 1)])
 
 

@@ -98,20 +98,26 @@ class CollectiveCall:
         with profiling.span(semconv.RANKS_GATHER) as span:
             if not self.leading:
                 sent = self._send(0, Message("ask", 0, 0, {"terms": own_terms}, pack_prompts(prompts)))
-                leaders = unpack_carrier(self.wait("begun")[0].data["carrier"])
+                begun, _ = self.wait("begun")
+                with _understood(0):
+                    leaders = unpack_carrier(begun.data["carrier"])
                 if outer is not None and leaders is not None:
                     outer.link(SpanLink(leaders.trace_id, leaders.span_id))
                 span.set({semconv.RANKS_BYTES: sent})
                 return []
             asks = self._asks()
             span.set({semconv.RANKS_BYTES: sum(size for _, size in asks)})
+            everything = [*prompts]
             for message, _ in asks:
-                terms_of_rank = message.data["terms"]
-                if different := sorted(name for name in own_terms if own_terms[name] != terms_of_rank.get(name)):
+                with _understood(message.rank):
+                    terms_of_rank = message.data["terms"]
+                    different = sorted(name for name in own_terms if own_terms[name] != terms_of_rank.get(name))
+                    everything += unpack_prompts(message)
+                if different:
                     names = ", ".join(different)
                     raise ValueError(f"rank {message.rank} called {self.name} with another {names} than rank 0")
             self.tell("begun", carrier=profiling.carrier(outer))
-        return [*prompts, *(prompt for message, _ in asks for prompt in unpack_prompts(message))]
+        return everything
 
     def lead(self, sample: Callable[[], list[Completion]]) -> list[Completion]:
         """`sample()` on the leader; the others wait until it is finished."""
@@ -125,7 +131,9 @@ class CollectiveCall:
     def share(self, function: Callable[[], Any]) -> Any:
         """What `function()` returns on the leader, as plain data, on every rank. It ends the call."""
         if not self.leading:
-            return self.wait("data")[0].data["result"]
+            message, _ = self.wait("data")
+            with _understood(0):
+                return message.data["result"]
         result = function()
         self._settled = True
         self.tell("data", result=result)
@@ -141,9 +149,10 @@ class CollectiveCall:
             if not self.leading:
                 message, size = self.wait("data")
                 span.set({semconv.RANKS_BYTES: size})
-                shift_ns = message.data["clock_ns"] - clock_ns
-                self.refused = None if (refused := message.data["refused"]) is None else unpack_error(refused)
-                return [unpack(packed, shift_ns=shift_ns) for packed in message.completions]
+                with _understood(0):
+                    shift_ns = message.data["clock_ns"] - clock_ns
+                    self.refused = None if (refused := message.data["refused"]) is None else unpack_error(refused)
+                    return [unpack(packed, shift_ns=shift_ns) for packed in message.completions]
             shares: dict[int, list[Completion]] = {rank: [] for rank in (0, *self._connections)}
             for completion in sampled:
                 shares[completion.rank].append(completion)
@@ -190,7 +199,7 @@ class CollectiveCall:
             elif message is not None:
                 self._early.append((message, size))
         if reports:
-            self._raise(min(reports, key=lambda message: message.data["at"]))
+            self._raise(min(reports, key=_reported_at))
         # A leader that closes right after it has sent the result is not missed.
         if gone and not any(message.kind == "data" for message, _ in self._early):
             raise gone[0]
@@ -259,7 +268,9 @@ class CollectiveCall:
 
     def _raise(self, message: Message) -> NoReturn:
         self._settled = not self.leading  # the leader itself must pass it on to the other ranks
-        raise unpack_error(message.data["error"])
+        with _understood(message.rank):
+            error = unpack_error(message.data["error"])
+        raise error
 
     def _read(self, rank: int) -> tuple[Message | None, int]:
         """The next message of `rank` and its size; None for a message of an earlier call."""
@@ -267,7 +278,9 @@ class CollectiveCall:
             content, size = self._connections[rank].receive(self._timeout)
         except OSError as error:
             raise RankError(f"rank {rank} is gone: its connection ended in {self.name}", rank=rank) from error
-        message = decode(content)
+        with _understood(rank):
+            message = decode(content)
+            message.rank = rank  # whatever it says of itself
         return (message if message.call == self._number else None), size
 
     def _send(self, rank: int, message: Message) -> int:
@@ -277,3 +290,18 @@ class CollectiveCall:
             return self._connections[rank].send(encode(message), self._timeout)
         except OSError as error:
             raise RankError(f"rank {rank} is gone: its connection ended in {self.name}", rank=rank) from error
+
+
+def _reported_at(message: Message) -> float:
+    with _understood(message.rank):
+        return float(message.data["at"])
+
+
+@contextmanager
+def _understood(rank: int) -> Generator[None]:
+    """A block that reads a message of `rank`. Raises `RankError` for one that no rank of this version sends."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        problem = f"rank {rank} sent what cannot be read here ({type(error).__name__}): do all ranks run the same vgen?"
+        raise RankError(problem, rank=rank) from error

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from ... import completion_codec as codec
-from ...completion_codec import Alive, BatchRequest, Done, End, Failed, Wanted
+from ...completion_codec import Alive, BatchRequest, Done, End, Failed, Frame, Wanted
 from ...engine_protocol import Batch, Request, refused_by
 from ...errors import ServerError
 from ...types import Completion, Sampling
@@ -22,20 +22,31 @@ async def complete(
 ) -> AsyncGenerator[Completion | tuple[Request, ServerError]]:
     """Yield a completion for each request that was sampled or refused, and the error for one that broke in the engine.
 
-    Raises `ServerError` where the whole call failed.
+    Raises `ServerError` where the whole call failed, or the server answers what it was not asked.
     """
     call = f"vgen-{secrets.token_hex(6)}"
     body = codec.encode(_body(batch, requests, call))
-    answers = server.frames(codec.PATH, body, codec.decode_frame, timeout, codec.SILENCE_SECONDS)
-    ended, tokens = False, 0
-    async for frame in answers:
-        if isinstance(frame, Done | Failed):
-            server.watch.progressed()
+    pending = dict(enumerate(requests))
+
+    def decode(raw: bytes) -> tuple[Frame, Completion | tuple[Request, ServerError] | None]:
+        """A frame, and the answer in it. Raises `ValueError`."""
+        frame = codec.decode_frame(raw)
+        if not isinstance(frame, Done | Failed):
+            return frame, None
+        request = pending.pop(frame.index, None)
+        if request is None:
+            raise ValueError("nothing was asked, or everything answered, under this index")
         if isinstance(frame, Done):
-            yield completion_of(requests[frame.index], frame, server.name)
-        elif isinstance(frame, Failed):
-            request, error = requests[frame.index], _error_of(frame, server.name)
-            yield (request, error) if error.retryable else refused_by(request, error, frame.limit)
+            return frame, completion_of(request, frame, server.name)
+        error = _error_of(frame, server.name)
+        return frame, (request, error) if error.retryable else refused_by(request, error, frame.limit)
+
+    answers = server.frames(codec.PATH, body, decode, timeout, codec.SILENCE_SECONDS)
+    ended, tokens = False, 0
+    async for frame, answer in answers:
+        if answer is not None:
+            server.watch.progressed()
+            yield answer
         elif isinstance(frame, Alive):
             # A server that answers may have an engine that is stuck: only new tokens are progress.
             before, tokens = tokens, frame.tokens or 0
@@ -44,7 +55,7 @@ async def complete(
             if frame.tokens is None or tokens != before:
                 batch.on_progress()
         ended = isinstance(frame, End)
-    if not ended:
+    if not ended or pending:
         raise ServerError("a batch was cut off", url=server.name, retryable=True)
 
 

@@ -122,7 +122,7 @@ class HttpClient:
         raw = await self._call("POST", path, timeout, body=body, headers=headers, inference=True)
         try:
             return decode(raw)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._no_answer(f"POST {path} returned a body that is not in vLLM's format") from error
 
     async def frames(
@@ -144,7 +144,7 @@ class HttpClient:
                     return
                 try:
                     decoded = decode(frame)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise self._no_answer(f"POST {path} returned an unknown frame") from error
                 yield decoded
 
@@ -247,7 +247,7 @@ class HttpClient:
     def _json(self, method: str, path: str, raw: bytes) -> Any:
         try:
             return json.loads(raw) if raw.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._no_answer(f"{method} {path} returned a body that is not JSON") from None
 
     def _refusal(self, method: str, path: str, status: int, raw: bytes) -> ServerError:
@@ -287,11 +287,12 @@ def _error_of(raw: bytes) -> tuple[str | None, str]:
     text = raw.decode("utf-8", "replace").strip()
     try:
         content: Any = json.loads(text)
-    except ValueError:
+        message = _message_of(content).encode("utf-8", "replace").decode()  # JSON can hold what no terminal can print
+    except (ValueError, RecursionError):
         return None, text[:_MESSAGE_LIMIT] or "no message"
     error = content.get("error") if isinstance(content, dict) else None
     reason = error.get("type") if isinstance(error, dict) else None
-    return reason if isinstance(reason, str) else None, _message_of(content)[:_MESSAGE_LIMIT] or "no message"
+    return reason if isinstance(reason, str) else None, message[:_MESSAGE_LIMIT] or "no message"
 
 
 def _message_of(content: Any) -> str:

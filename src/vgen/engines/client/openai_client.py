@@ -87,7 +87,7 @@ async def complete(
             _completion(request, choice, f"{answer.id}-{index}", http.name, timing)
             for index, (request, choice) in enumerate(zip(requests, choices, strict=True))
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ServerError("returned completions that are not in vLLM's format", url=http.name) from error
 
 

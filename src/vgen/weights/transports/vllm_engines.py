@@ -162,7 +162,12 @@ class VllmTransport(StreamTransport):
         try:
             if self._device is not None and self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-            return _trainer_engine(self._backend, client, self._engine_arguments())
+            engine = _trainer_engine(self._backend, client, self._engine_arguments())
+            if (communicator := getattr(engine, "model_update_group", None)) is not None:
+                # Its members met in a store that listens as long as somebody refers to it, and where they would unpickle
+                # what a stranger writes. They are connected, and ask it nothing any more.
+                communicator.group = None
+            return engine
         except Exception as error:
             raise self.not_connected(error) from error
 
