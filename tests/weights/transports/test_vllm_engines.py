@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -228,6 +229,23 @@ def test_servers_that_never_answer_are_waited_for_no_longer_than_the_timeout(ser
     transport = transport_to(servers, "nccl", timeout=0.2)
     with pytest.raises(WeightSyncError, match=r"did not connect: not within 0\.2 s"):
         transport.replace_weights(SOURCE)
+
+
+def test_vllms_store_listens_only_while_the_servers_connect(servers, transport, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # pyright: ignore
+    port, met, groups = store.port, vllm_engines._trainer_engine, [SimpleNamespace(store=store)]
+    del store
+
+    def connected(*arguments: Any) -> Any:
+        socket.create_connection(("127.0.0.1", port), 5.0).close()
+        engine = met(*arguments)
+        engine.model_update_group = SimpleNamespace(group=groups.pop())
+        return engine
+
+    monkeypatch.setattr(vllm_engines, "_trainer_engine", connected)
+    transport.replace_weights(SOURCE)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 5.0)
 
 
 @pytest.mark.real

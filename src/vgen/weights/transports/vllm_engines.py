@@ -164,8 +164,8 @@ class VllmTransport(StreamTransport):
                 torch.cuda.set_device(self._device)
             engine = _trainer_engine(self._backend, client, self._engine_arguments())
             if (communicator := getattr(engine, "model_update_group", None)) is not None:
-                # Its members met in a store that listens as long as somebody refers to it, and where they would unpickle
-                # what a stranger writes. They are connected, and ask it nothing any more.
+                # Its members met in a store that listens while somebody refers to it, and unpickle what they find
+                # there, a stranger's too. Now they are connected, and ask it nothing any more.
                 communicator.group = None
             return engine
         except Exception as error:
