@@ -131,10 +131,14 @@ class CallPlan:
 
 def prompt_list(prompts: Any) -> list[Any]:
     """`prompts` as a list with an item for each. Raises `ArgumentError` for one prompt, or what is not prompts."""
-    if type(prompts) is list and prompts:  # what nearly all calls pass; the questions below take a microsecond
+    if type(prompts) is list and prompts:  # what nearly all calls pass; other questions take a microsecond
         first = prompts[0]
         if type(first) is str or (type(first) is list and first and type(first[0]) is int):
             return prompts.copy()
+    return _prompt_list(prompts)
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | bytes):
         raise ArgumentError("prompts", "must be a list of prompts, got one text: pass [text]")
     if hasattr(prompts, "keys"):  # a dict, or what a tokenizer returns
