@@ -19,14 +19,9 @@ INFO = "/vgen/info"
 INSTANCE = "/vgen/instance"
 """GET, without a key: an identifier of this server process, which tells it from others behind the same address."""
 HEALTH = "/health"
-"""GET, without a key: 200 while the engine can work, also while it is busy.
+"""GET, without a key, answered at once: 200 (also if it is busy), or 503 if the engine was stopped or has ended.
 
-It is 503 within two seconds after a process of the engine was stopped or has ended, with the reason as `error.message`
-and `RefusalReason.ENGINE` as `error.type`. It asks the engine nothing, so it answers at once, also during another call
-that takes long. Calls that need the engine are then refused in the same way; `INFO` (its `problem` is the reason) and
-the lease's routes are not. A call that is under way gets no answer until the engine goes on; on the batch route its
-completions fail with status 503 in place of the next sign of life. A server whose engine has ended ends within seconds.
-"""
+All calls that need it are then refused by `RefusalReason.ENGINE`, and completions of the batch route fail with 503."""
 LEASE, LEASE_RENEW, LEASE_RELEASE = "/vgen/lease", "/vgen/lease/renew", "/vgen/lease/release"
 PAUSE = "/vgen/pause"
 """POST: vLLM's `/pause` without its wait of 20 ms."""

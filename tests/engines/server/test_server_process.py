@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ import psutil
 import pytest
 from helpers.waiting import wait_until
 
-from vgen import EngineError
+from vgen import EngineError, ServerError
+from vgen.engines.client.http import HttpClient
 from vgen.engines.server import launcher
 from vgen.engines.server.launcher import start_server
 from vgen.testing import FaultyServer
@@ -274,3 +276,88 @@ def test_a_file_without_a_certificate_is_an_error_before_the_server_starts(inste
     for name in ("empty.pem", "missing.pem"):
         with pytest.raises(EngineError, match=f"--ssl-certfile .*{name} holds no certificate"):
             start_server(model, arguments=["--ssl-certfile", str(tmp_path / name)])
+
+
+# Mutual TLS
+
+MUTUAL = """
+import json, os, uvicorn
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        body = json.dumps({"instance": os.environ["VGEN_INSTANCE"]}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": body})
+
+files = dict(ssl_certfile="CERTIFICATE", ssl_keyfile="PRIVATE", ssl_ca_certs="AUTHORITY", ssl_cert_reqs=2)
+uvicorn.run(app, host="127.0.0.1", port=PORT, lifespan="off", **files)
+"""
+"""What vLLM passes to uvicorn with `--ssl-ca-certs` and `--ssl-cert-reqs 2`."""
+
+
+@pytest.fixture
+def authority(tmp_path, certificates):
+    """Makes certificates that an authority has signed."""
+    file, key = certificates["other"]
+
+    def sign(name: str, *more: str) -> tuple[Path, Path]:
+        extensions = ["basicConstraints=critical,CA:FALSE", "subjectAltName=IP:127.0.0.1", *more]
+        options = [option for extension in extensions for option in ("-addext", extension)]
+        try:
+            return made(tmp_path, name, "-CA", str(file), "-CAkey", str(key), *options)
+        except subprocess.CalledProcessError:
+            pytest.skip("this openssl does not sign in one step")
+
+    return file, sign
+
+
+def start_mutual(instead, model, shown: tuple[Path, Path], authority: Path):
+    names = {"CERTIFICATE": shown[0], "PRIVATE": shown[1], "AUTHORITY": authority}
+    code = MUTUAL
+    for name, path in names.items():
+        code = code.replace(name, str(path))
+    instead(code)
+    arguments = ["--ssl-certfile", str(shown[0]), "--ssl-keyfile", str(shown[1]), "--ssl-ca-certs", str(authority)]
+    return start_server(model, timeout=30.0, arguments=[*arguments, "--ssl-cert-reqs", "2"])
+
+
+async def answer(url: str, context: ssl.SSLContext) -> dict[str, str]:
+    client = HttpClient(url, ssl=context)
+    try:
+        return await client.get("/vgen/instance", timeout=20)
+    finally:
+        await client.close()
+
+
+async def test_with_mutual_tls_only_clients_with_a_certificate_get_an_answer(instead, model, authority, certificates):
+    file, sign = authority
+    with start_mutual(instead, model, sign("server"), file) as server:
+        context = ssl.create_default_context(cafile=file)
+        context.load_cert_chain(*sign("client"))
+        assert await answer(server.url, context) == {"instance": server.instance}
+        for stranger in (None, certificates["own"]):
+            context = ssl.create_default_context(cafile=file)
+            if stranger is not None:
+                context.load_cert_chain(*stranger)
+            with pytest.raises(ServerError):
+                await answer(server.url, context)
+
+
+@pytest.mark.parametrize("usage", ["", "extendedKeyUsage=serverAuth"])
+def test_with_mutual_tls_a_certificate_that_the_server_does_not_trust_is_an_error_at_once(
+    instead, model, authority, certificates, usage
+):
+    file, sign = authority
+    shown, trusted = (sign("server", usage), file) if usage else (sign("server"), certificates["own"][0])
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"--ssl-ca-certs must hold the authority that has signed --ssl-certfile"):
+        start_mutual(instead, model, shown, trusted)
+    assert time.monotonic() - start < 20
+
+
+def test_a_key_that_is_not_the_certificates_is_an_error_before_the_server_starts(instead, model, certificates):
+    instead("raise SystemExit('it was started')")
+    certificate, key = certificates["own"][0], certificates["other"][1]
+    arguments = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-cert-reqs=2"]
+    with pytest.raises(EngineError, match=r"--ssl-keyfile .*other.key holds no key of .*own.pem"):
+        start_server(model, arguments=arguments)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import ssl
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,11 @@ def start_server(
     """
     _check(model)
     certificate = _value(arguments, "--ssl-certfile")
-    tls = None if certificate is None else trusting(certificate)
+    tls = None
+    if certificate is not None:
+        # A server that requires clients to have certificates asks the launcher for one as well.
+        mutual = _value(arguments, "--ssl-cert-reqs") == str(int(ssl.CERT_REQUIRED))
+        tls = trusting(certificate, _value(arguments, "--ssl-keyfile"), shown=mutual)
     port = free_port(host, port)
     control_key = _header_safe(control_key) if control_key is not None else secrets.token_urlsafe(32)
     folder = ServerFolder()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import time
@@ -26,14 +27,21 @@ INSTANCE_VARIABLE = "VGEN_INSTANCE"
 """The environment variable of a server that holds its instance ID, which its launcher has chosen."""
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 5.0
+HANG_UP_SECONDS = 2.0
+"""A server that has hung up, and runs on for so long, has refused the connection."""
 STOP_SECONDS = 30.0
 LAST_LINES = 15
 """How many lines of the log an error repeats."""
 _ERROR = re.compile(r"([\w.]+(Error|Exception)|[\w.]+: error): \S")
-_CAUSE_IS_ABOVE = ("See root cause above", "See stack trace (above)")
+_CAUSE_IS_ABOVE = ("See root cause above", "stack trace (above)", "stack trace above")
 """What vLLM writes of an error that it has logged already."""
 _NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
 """OpenSSL's reasons for an answer that is not TLS."""
+_TLS_REFUSED = (
+    "the server refuses its own certificate, with which the launcher asks it whether it is healthy: with "
+    "--ssl-cert-reqs 2, --ssl-ca-certs must hold the authority that has signed --ssl-certfile, and that must be a "
+    "certificate for clients as well"
+)
 _LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*((ERROR|WARNING|INFO) [\d-]+ [\d:]+ \[[^\]]*\]\s?)?")
 
 
@@ -86,6 +94,9 @@ class ServerProcess:
             )
         with closing(connection):
             try:
+                connection.connect()
+                if self.tls is not None and _is_hung_up(connection.sock):
+                    raise ssl.SSLEOFError(0, "it has hung up")
                 _, raw = _get(connection, INSTANCE)
                 if json.loads(raw)["instance"] != self.instance:
                     raise self._foreign("it is another server of vgen's")
@@ -96,11 +107,19 @@ class ServerProcess:
                 problem = f"its certificate is not the one in --ssl-certfile ({error.verify_message})"
                 raise self._foreign(problem) from error
             except ssl.SSLError as error:
-                if error.reason in _NO_TLS:
+                if getattr(error, "reason", "") in _NO_TLS:
                     raise self._foreign("it does not speak TLS") from error
+                if isinstance(error, ssl.SSLEOFError) and self._runs_on():
+                    raise EngineError(f"{_TLS_REFUSED}{self._log_end()}") from error
                 raise
             except (http.client.HTTPException, ValueError, TypeError, LookupError, RecursionError) as error:
                 raise self._foreign("it is no server of vgen's") from error
+
+    def _runs_on(self) -> bool:
+        """Whether the server is not just about to end."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(HANG_UP_SECONDS)
+        return self.process.poll() is None
 
     def _foreign(self, problem: str) -> EngineError:
         port = urlsplit(self.url).port
@@ -140,10 +159,11 @@ class ServerProcess:
         self.stop()
 
 
-def trusting(certificate: str | Path) -> ssl.SSLContext:
+def trusting(certificate: str | Path, key: str | Path | None = None, *, shown: bool = False) -> ssl.SSLContext:
     """A TLS context that trusts a server with the certificate in this file, and nobody else.
 
-    Raises `EngineError` if the file does not hold a certificate.
+    With `shown` it shows the same certificate, whose key is in the other file or in the same. Raises `EngineError` if
+    the files do not hold a certificate, or its key.
     """
     # The file is what the server was given to show: its own certificate, then perhaps those of the authorities that
     # signed it. Only the first is trusted. Otherwise all that a public authority has signed would do.
@@ -154,6 +174,11 @@ def trusting(certificate: str | Path) -> ssl.SSLContext:
         context = ssl.create_default_context(cadata=own)  # with `cadata` it does not load the system's authorities
     except (OSError, ValueError) as error:
         raise EngineError(f"--ssl-certfile {certificate} holds no certificate that Python can read: {error}") from error
+    if shown:
+        try:
+            context.load_cert_chain(certificate, key)
+        except OSError as error:
+            raise EngineError(f"--ssl-keyfile {key} holds no key of {certificate} for Python: {error}") from error
     # The certificate may name a public host, and the launcher connects by a local address. As only one certificate is
     # trusted, the name would add nothing.
     context.check_hostname = False
@@ -161,6 +186,20 @@ def trusting(certificate: str | Path) -> ssl.SSLContext:
     # that an authority has signed is trusted without that authority.
     context.verify_flags = (context.verify_flags & ~ssl.VERIFY_X509_STRICT) | ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
+
+
+def _is_hung_up(connection: socket.socket) -> bool:
+    """Whether the server closes a new connection. It does so when it refuses the client's certificate.
+
+    In TLS 1.3 that comes after the handshake. A request that is under way by then would be answered by a mere reset.
+    """
+    connection.settimeout(POLL_SECONDS)
+    try:
+        return not connection.recv(1)
+    except TimeoutError:
+        return False
+    finally:
+        connection.settimeout(ANSWER_SECONDS)
 
 
 def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]:
