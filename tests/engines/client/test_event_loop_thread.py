@@ -41,3 +41,21 @@ def test_a_loop_that_is_dropped_ends_its_thread():
     del made
     gc.collect()
     wait_until(lambda: not thread.is_alive())
+
+
+def test_what_still_runs_when_a_loop_ends_is_cancelled_and_waited_for():
+    made, started, cleaned = EventLoopThread(), threading.Barrier(4), list[str]()
+
+    async def call(name: str, seconds: float):
+        try:
+            await asyncio.to_thread(started.wait, 5)
+            await asyncio.sleep(600)
+        finally:
+            await asyncio.sleep(seconds)
+            cleaned.append(name)
+
+    futures = [made.start(call(name, seconds)) for name, seconds in (("at once", 0), ("late", 0.05), ("later", 0.1))]
+    started.wait(5)
+    made.close()
+    assert cleaned == ["at once", "late", "later"]
+    assert all(future.done() for future in futures)
