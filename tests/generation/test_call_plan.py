@@ -34,6 +34,13 @@ def test_requests_carry_the_callers_numbers_and_seeds_of_their_places_among_all_
     assert {request.seed for request in make_requests(PROMPTS, 2, None)} == {None}
 
 
+def test_no_two_of_many_requests_share_a_seed():
+    places = [(seed, place, generation) for seed in (1, 11, 111) for place in range(120) for generation in range(12)]
+    seeds = {request_seed(*place) for place in places}
+    assert len(seeds) == len(places)
+    assert min(seeds - {1, 11, 111}) > 2**40  # of 63 bits
+
+
 def test_each_request_gets_its_own_trace_context_or_the_default():
     batch = plan().batch({(1, 1, 0): {"traceparent": "own"}}, {"traceparent": "default"})
     contexts = {request.key: request.headers["traceparent"] for request in batch.requests}

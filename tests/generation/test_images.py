@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vgen import PromptError
-from vgen.generation.images import Placeholders, take_images
+from vgen.generation.images import Placeholders, check_images, take_images
 from vgen.testing import byte_tokenizer, tiny_vision_model
 
 pytest.importorskip("transformers", reason="transformers is not installed: it comes with the engine")
@@ -124,3 +124,30 @@ def test_an_expansion_holds_no_special_tokens_of_a_text():
     image = picture("wide")
     placeholders = Placeholders(Processor())
     assert placeholders.one_each(0, [7, 50, 50, 50, 50, 8], [image]) == [7, 50, 8]
+
+
+BROKEN = "data:image/png;base64,"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("http://host/image.png", "neither a PIL.Image nor a base64 data: URI"),
+        ("data:image/png,abc", "neither a PIL.Image nor a base64 data: URI"),
+        (f"{BROKEN}AAAA", "holds no image"),
+        (f"{BROKEN}*", "holds no image"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named_with_its_prompt(source, says):
+    part = {"type": "image_url", "image_url": {"url": source}}
+    with pytest.raises(PromptError, match=says) as caught:
+        take_images(3, [{"role": "user", "content": [part]}])
+    assert caught.value.index == 3
+    assert source not in str(caught.value)
+
+
+def test_something_else_than_an_image_is_named_with_its_prompt():
+    check_images(4, [Image.new("L", (1, 1))])
+    with pytest.raises(PromptError, match=r"not a PIL\.Image") as caught:
+        check_images(4, [Image.new("L", (1, 1)), "a path"])
+    assert caught.value.index == 4

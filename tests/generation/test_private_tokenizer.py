@@ -84,6 +84,7 @@ def test_a_lone_surrogate_loses_its_own_prompt_alone():
     generation = Generation(FakeEngine(), SmallSource(), processing_class=Tokenizer())
     rollouts = generation.generate(["a b", "\ud800", "c"], refused="mark")
     assert [completion.error is not None for completion in rollouts] == [False, True, False]
+    assert (rollouts[1].error.index, rollouts[1].error.problem) == (1, "cannot be encoded (UnicodeEncodeError)")
 
 
 class Stateful:
