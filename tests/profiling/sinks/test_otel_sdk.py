@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 from helpers.collectors import GrpcCollector, HttpCollector, attributes
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from vgen.profiling import ProfilingContext, semconv
 from vgen.profiling.sinks.otel import OTelSink
@@ -175,3 +179,12 @@ def test_flushing_the_context_delivers(http: HttpCollector):
         assert profiling.flush(10)
         assert len(http.spans) == 4
         assert http.metrics
+
+
+def test_the_sdk_does_not_close_the_providers_at_exit_by_itself(monkeypatch: Any):
+    """It would wait for a dead collector, for up to half a minute."""
+    registered: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda function, *_, **__: registered.append(function))
+    with Providers(Resource.create({}), InMemorySpanExporter(), metric_readers=[InMemoryMetricReader()]):
+        names = [getattr(function, "__qualname__", "") for function in registered]
+    assert not [name for name in names if "shutdown" in name], names
