@@ -185,6 +185,7 @@ def test_the_sdk_does_not_close_the_providers_at_exit_by_itself(monkeypatch: Any
     """It would wait for a dead collector, for up to half a minute."""
     registered: list[Any] = []
     monkeypatch.setattr(atexit, "register", lambda function, *_, **__: registered.append(function))
+    monkeypatch.setattr("opentelemetry.sdk.metrics._internal.register", atexit.register)  # it imports the function
     with Providers(Resource.create({}), InMemorySpanExporter(), metric_readers=[InMemoryMetricReader()]):
         names = [getattr(function, "__qualname__", "") for function in registered]
     assert not [name for name in names if "shutdown" in name], names
