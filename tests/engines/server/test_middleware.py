@@ -434,6 +434,29 @@ async def test_a_scheduler_step_during_an_update_is_prevented(call):
     assert (await call("POST", "/resume"))[0] == 200
 
 
+async def test_an_update_whose_client_is_gone_has_failed_and_is_not_resumed(call):
+    first = await call.lease("first", ttl_seconds=10)
+    await call("POST", "/start_weight_update", headers=first)
+    assert (await call("GET", "/vgen/info"))[1]["weights"] == "updating"
+    assert (await call("POST", "/v1/completions", headers={}))[0] == 200  # it waits for the update to end
+    call.clock.now += 11
+    for holds in ({}, await call.lease("second")):
+        assert (await call("GET", "/vgen/info"))[1]["weights"] == "failed"
+        status, answer = await call("POST", "/v1/completions", headers={})
+        assert (status, answer["error"]["type"]) == (503, "vgen_weights")
+        assert (await call("POST", "/resume", headers={**HAS_KEY, **holds}))[0] == 409  # layers are on the meta device
+    for step in ("/start_weight_update", "/update_weights", "/finish_weight_update"):
+        assert (await call("POST", step, headers=holds))[0] == 200
+    assert (await call("GET", "/vgen/info"))[1]["weights"] == "ready"
+
+
+async def test_without_a_lease_an_update_lasts_until_it_is_finished(call):
+    await call("POST", "/start_weight_update")
+    await call.lease("another", ttl_seconds=10)
+    assert (await call("GET", "/vgen/info"))[1]["weights"] == "updating"
+    assert (await call("POST", "/v1/completions", headers={}))[0] == 200
+
+
 # The engine's health
 
 

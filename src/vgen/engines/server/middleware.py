@@ -82,6 +82,8 @@ class ControlMiddleware:
         """Tells this server process from others behind the same address, and its launcher that it is the right one."""
         self._weights = "ready"
         """`ready`, `updating`, or `failed`: some weights are old and some new."""
+        self._updater: int | None = None
+        """The epoch of the lease under which the last update was started; None if there was none."""
         self._health: CoreHealth | None = None
         self._resuming = asyncio.Lock()
 
@@ -125,6 +127,12 @@ class ControlMiddleware:
         finally:
             watch.cancel()
 
+    @property
+    def _weights_now(self) -> str:
+        """The state of the weights. An update whose client has lost its lease will not be finished: it has failed."""
+        abandoned = self._updater is not None and self._updater != (self._leases.describe() or {}).get("epoch")
+        return "failed" if self._weights == "updating" and abandoned else self._weights
+
     def _require_engine(self) -> None:
         if self._health is not None and self._health.problem:
             raise Refusal(503, RefusalReason.ENGINE, self._health.problem)
@@ -133,7 +141,7 @@ class ControlMiddleware:
         path, method = _path(scope), scope.get("method", "")
         reads = method in ("GET", "HEAD")
         if path not in ADAPTERS and _under(path, INFERENCE):
-            if self._weights == "failed" and not reads and method != "OPTIONS":
+            if self._weights_now == "failed" and not reads and method != "OPTIONS":
                 message = "the last weight update failed: some weights are old and some new until an update succeeds"
                 raise Refusal(503, RefusalReason.WEIGHTS, message)
             self._require_engine()
@@ -170,6 +178,8 @@ class ControlMiddleware:
                     return
                 raw, receive = whole, _again(whole, receive)
             with nullcontext() if token is None and self._leases.free else self._leases.using(token) as lease:
+                if path == server_api.START_UPDATE:
+                    self._updater = lease.epoch if lease is not None else None
                 note = functools.partial(audit_log.changed, scope, path, lease and lease.holder, raw)
                 if path in ("/resume", "/wake_up"):
                     await self._start_again(path, scope, receive, send, note)
@@ -230,7 +240,7 @@ class ControlMiddleware:
         token = _header(scope, LEASE_HEADER)
         if (method, path) == ("GET", server_api.INFO):
             problem = self._health.problem if self._health is not None else ""
-            state = {"lease": self._leases.describe(), "weights": self._weights, "problem": problem}
+            state = {"lease": self._leases.describe(), "weights": self._weights_now, "problem": problem}
             return {"features": [*FEATURES, *features(scope.get("app"))], **state, **facts(scope.get("app"))}
         if (method, path) == ("POST", server_api.LEASE):
             try:
