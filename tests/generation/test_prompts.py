@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from helpers.operations import calls_made
 from helpers.sources import SmallSource
 
 from vgen import Generation, PromptError
+from vgen.generation.prompts import Encoder
 from vgen.testing import FakeEngine
 
 WORDS = {"one": 1, "two": 2, "three": 3}
@@ -66,3 +68,16 @@ def test_a_prompt_that_the_engine_could_not_take_is_named_and_the_others_are_gen
     rollouts = generation.generate([[1], prompt, [2]], refused="mark")
     assert [completion.error is None for completion in rollouts] == [True, False, True]
     assert rollouts.prompt_ids == [[1], [], [2]]
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 512, 900])
+def test_a_prompts_checks_are_a_few_calls_of_c_however_long_it_is(length):
+    """benchmarks/arguments.py has their time."""
+    encoder = Encoder(FakeEngine(max_model_length=1000), None)
+
+    def calls(prompts: int) -> int:
+        return calls_made(lambda: encoder.encode([[1] * length] * prompts, [()] * prompts))
+
+    calls(1)
+    assert calls(1) < 30
+    assert calls(101) - calls(1) <= 100 * 15
