@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from helpers.handmade import Writer, usual_run, words
 
 from vgen.cli import main
@@ -71,9 +72,10 @@ def test_without_servers_there_is_no_column_for_them(tmp_path, capsys):
     assert "server" not in shown
 
 
-def test_memory_that_grows_is_told_from_the_first_cycle_to_the_last(tmp_path, capsys):
+@pytest.mark.parametrize("middle", [3_000_000, 9_000_000, 1_000_000])
+def test_memory_that_grows_is_told_from_the_first_cycle_to_the_last(tmp_path, capsys, middle):
     writer = Writer(tmp_path)
-    for number, resident in enumerate((3_000_000, 9_000_000, 5_000_000), 1):
+    for number, resident in enumerate((3_000_000, middle, 5_000_000), 1):
         step = writer.step(number, 10 * number, 10 * number + 9)
         memory = {"vgen__memory__host__resident": resident, "vgen__memory__device__free": 8_000_000 - resident // 2}
         writer.span(semconv.SLEEP, 10 * number, 10 * number + 1, under=step, vgen__sleep__level=1)
