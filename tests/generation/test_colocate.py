@@ -216,3 +216,12 @@ def test_the_least_value_of_each_number_is_accepted_and_one_less_refused(engines
     with pytest.raises(ArgumentError, match=name):
         ColocateGeneration(Model(), **{name: least - 1})
     ColocateGeneration(Model(), **{name: least}).close()
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.001, 1.5, float("nan")])
+def test_a_share_of_the_device_memory_is_more_than_none_and_at_most_all(engines, share):
+    with pytest.raises(ArgumentError, match="gpu_memory_utilization"):
+        ColocateGeneration(Model(), gpu_memory_utilization=share)
+    for right in (0.001, 1, 1.0):
+        ColocateGeneration(Model(), gpu_memory_utilization=right).close()
+    assert [arguments["gpu_memory_utilization"] for arguments in engines] == [0.001, 1.0, 1.0]
