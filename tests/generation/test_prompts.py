@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from helpers.operations import calls_made
 from helpers.sources import SmallSource
 
 from vgen import Generation, PromptError
-from vgen.generation.prompts import Encoder
+from vgen.generation.prompts import Encoder, token_ids
 from vgen.testing import FakeEngine
 
 WORDS = {"one": 1, "two": 2, "three": 3}
@@ -70,8 +71,27 @@ def test_a_prompt_that_the_engine_could_not_take_is_named_and_the_others_are_gen
     assert rollouts.prompt_ids == [[1], [], [2]]
 
 
+@pytest.fixture(params=["with NumPy", "without NumPy"])
+def numpy(request, monkeypatch):
+    """Checks of long prompts use NumPy where the trainer has loaded it."""
+    module = pytest.importorskip("numpy") if request.param == "with NumPy" else None
+    monkeypatch.setitem(sys.modules, "numpy", module)
+    return module
+
+
+def test_a_long_prompt_is_checked_with_and_without_numpy(numpy):
+    found = token_ids(0, [*range(90), True], 90)
+    assert found == [*range(90), 1]
+    assert {type(each) for each in found} == {int}
+    for wrong in (90, -1, 2**40):
+        with pytest.raises(PromptError, match="outside the vocabulary of 90"):
+            token_ids(0, [*range(90), wrong], 90)
+    with pytest.raises(PromptError, match="must hold integers"):
+        token_ids(0, [*range(90), 1.0], 90)
+
+
 @pytest.mark.parametrize("length", [1, 64, 65, 512, 900])
-def test_a_prompts_checks_are_a_few_calls_of_c_however_long_it_is(length):
+def test_a_prompts_checks_are_a_few_calls_of_c_however_long_it_is(length, numpy):
     """benchmarks/arguments.py has their time."""
     encoder = Encoder(FakeEngine(max_model_length=1000), None)
 
