@@ -191,3 +191,13 @@ def test_one_address_is_listened_on_and_no_other():
             socket.create_connection(("127.0.0.2", port), SOON)
     with listen("", 0, 1) as everywhere:
         socket.create_connection(("127.0.0.2", everywhere.getsockname()[1]), SOON).close()
+
+
+def test_a_stranger_who_hangs_up_before_he_is_let_in_keeps_nobody_waiting(listener):
+    """`accept` would wait for the next one."""
+    with closing(members(listener, SECRET, time.monotonic() + 0.05)) as coming:
+        assert next(coming, None) is None
+    start = time.monotonic()
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    assert time.monotonic() - start < 1.0
