@@ -186,6 +186,8 @@ def test_nothing_knows_a_trainer(path):
             continue  # vLLM calls the sending side of a weight transfer a trainer
         if isinstance(node, ast.ImportFrom | ast.Import):
             found = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            if path.name == "trl.py" and found[-1] == "transformers":  # to wrap its methods, which get the trainer
+                found = [name for name in found if name not in ("Trainer", "TrainerCallback")]
             assert not any("trainer" in name.lower() for name in found), found
         elif isinstance(node, ast.arg):
             assert "trainer" not in node.arg.lower(), node.arg

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import gc
+import sys
 import threading
 import time
-from pathlib import Path
+import weakref
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from helpers.server_generation import Model
 
-from vgen import ServerConnection, ServerError, ServerGeneration
-from vgen.testing import FaultyServer
+from vgen import ProfilingContext, ServerConnection, ServerError, ServerGeneration, VgenError
+from vgen.profiling import semconv
+from vgen.testing import FaultyServer, MemorySink
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'vgen[trl]'")
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install 'vgen[server]'")
@@ -90,18 +91,127 @@ def test_a_mode_that_is_none_is_named():
         TRLGeneration(Model(), None, None, mode="elsewhere")
 
 
-def test_the_block_of_the_readme_puts_vgen_in_the_place_of_trls_class(tmp_path, monkeypatch):
-    import trl.trainer.grpo_trainer
+def test_enable_replaces_trls_class_before_and_after_the_trainers_are_imported_and_undoes_that():
+    import trl.generation.vllm_generation as home
+    import trl.trainer.grpo_trainer as loaded
+    from transformers import Trainer
 
-    from vgen.integrations.trl import TRLGeneration
+    from vgen.integrations.trl import TRLGeneration, enable
 
-    readme = Path(__file__).parents[2] / "README.md"
-    [block] = [each for each in re.findall(r"^```python\n(.*?)^```$", readme.read_text(), re.M | re.S) if "trl" in each]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", None)  # so that it is put back afterwards
-    namespace: dict[str, Any] = {}
-    exec(compile(block, str(readme), "exec"), namespace)
-    replaced = trl.trainer.grpo_trainer.VLLMGeneration
-    assert replaced.func is TRLGeneration
-    assert replaced.keywords == {"profiling": namespace["profiling"]}
-    namespace["profiling"].close()
+    stock, train, log = home.VLLMGeneration, Trainer.train, Trainer.log
+    later = "trl.trainer.rloo_trainer"
+    before = sys.modules.pop(later, None)
+    try:
+        with enable():
+            import trl.trainer.rloo_trainer as imported_meanwhile
+
+            for module in (home, loaded, imported_meanwhile):
+                assert issubclass(module.VLLMGeneration, TRLGeneration)
+            assert Trainer.train is not train
+        assert home.VLLMGeneration is loaded.VLLMGeneration is imported_meanwhile.VLLMGeneration is stock
+        assert (Trainer.train, Trainer.log) == (train, log)
+    finally:
+        if before is not None:
+            sys.modules[later] = before
+
+
+def test_enable_twice_and_after_a_trainer_was_built_says_what_to_do():
+    import trl.generation.vllm_generation as home
+
+    from vgen.integrations.trl import enable
+
+    enabled = enable()
+    with pytest.raises(VgenError, match=r"enabled already: call disable\(\)"):
+        enable()
+    enabled.disable()
+    enabled.disable()  # has no effect
+    built = home.VLLMGeneration.__new__(home.VLLMGeneration)
+    with pytest.raises(VgenError, match=r"built before enable\(\)"):
+        enable()
+    del built
+    enable().disable()
+
+
+def test_an_untested_trl_is_named_once_with_its_vllm(monkeypatch, caplog):
+    from vgen.integrations import trl
+
+    monkeypatch.setattr(trl, "version", lambda name: {"trl": "1.99.0", "vllm": "0.77"}[name])
+    trl.enable().disable()
+    (record,) = caplog.records
+    assert "TRL 1.99.0 with vLLM 0.77" in record.getMessage()
+
+
+class Counting:
+    """What transformers asks of a trainer in `log`, and of its state."""
+
+    def __init__(self, callbacks):
+        self.callback_handler = SimpleNamespace(
+            callbacks=callbacks, on_log=lambda _args, _state, control, logs: control
+        )
+        self.state = SimpleNamespace(epoch=None, global_step=0, log_history=[], num_input_tokens_seen=0)
+        self.args = SimpleNamespace(include_num_input_tokens_seen="no")
+        self.control = None
+
+
+def test_a_log_has_the_figures_of_all_steps_since_the_last_one():
+    from transformers import Trainer
+
+    from vgen.integrations.trl import _step_recorder_class, enable
+
+    profiling = ProfilingContext([])
+    recorder = _step_recorder_class()(profiling)
+    trainer = Counting([recorder])
+    with enable(profiling=profiling):
+        for step in range(3):
+            recorder.on_step_begin(None, SimpleNamespace(global_step=step), None)
+            with profiling.span("reward"):
+                pass
+            recorder.on_step_end(None, SimpleNamespace(global_step=step + 1), None)
+            if step:
+                Trainer.log(trainer, {"loss": 1.0})
+        Trainer.log(trainer, {"eval_loss": 1.0})
+        Trainer.log(trainer, {"train_runtime": 1.0})
+    first, second, evaluated, last = trainer.state.log_history
+    assert (first["vgen/steps"], second["vgen/steps"]) == (2, 1)
+    assert first["loss"] == 1.0
+    assert 0 < first["vgen/reward.duration.sum"] < first["vgen/train.step.duration.sum"]
+    assert first["vgen/stall.duration.sum"] == 0
+    assert not any(name.startswith("vgen/") for name in [*evaluated, *last])
+
+
+def test_a_step_in_which_training_fails_ends_with_the_error():
+    from transformers import Trainer
+
+    from vgen.integrations.trl import TRLGeneration, _step_recorder_class, enable
+
+    sink = MemorySink()
+    callbacks = []
+
+    class Failing(Trainer):
+        def __init__(self):
+            self.vllm_generation = TRLGeneration.__new__(TRLGeneration)
+
+        def add_callback(self, callback):
+            callbacks.append(callback)
+
+        def remove_callback(self, callback):
+            callbacks.remove(callback)
+
+        @property
+        def _memory_tracker(self):  # the first thing that `train` asks for
+            (recorder,) = callbacks
+            assert isinstance(recorder, _step_recorder_class())
+            recorder.on_step_begin(None, SimpleNamespace(global_step=500), None)
+            raise ZeroDivisionError
+
+    with enable(profiling=ProfilingContext([sink])):
+        trainer = Failing()
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        alive = weakref.ref(trainer)
+        del trainer
+        gc.collect()
+        assert alive() is None  # nothing keeps it
+    (step,) = sink.named(semconv.STEP)
+    assert (step.number, step.error) == (501, "ZeroDivisionError")
+    assert not callbacks

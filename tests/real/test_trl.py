@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
+from helpers.recorded_run import read_run
 
 from vgen import ServerConnection
 from vgen.profiling import ProfilingContext, semconv
@@ -105,3 +111,82 @@ def test_grpo_trainer_takes_steps_with_images(tmp_path, monkeypatch):
     settings["learning_rate"] = 1e-5
     with trained(model, processor, tmp_path, monkeypatch, {"prompt": prompts, "image": images}, **settings):
         pass
+
+
+def grpo(folder, **settings):
+    """A GRPO trainer over a tiny model, as a user of TRL makes it."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = tiny_model(folder / "model")
+    usual = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "learning_rate": 1e-3}
+    usual |= {"vllm_mode": "colocate", "vllm_max_model_length": 256, "use_cpu": True, "bf16": False}
+    usual |= {"report_to": [], "save_strategy": "no", "logging_steps": 1}
+    return GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(str(completion))) for completion in completions],
+        train_dataset=Dataset.from_dict(ROWS),
+        args=GRPOConfig(output_dir=str(folder / "out"), use_vllm=True, **usual | settings),
+    )
+
+
+def logged(trainer):
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def test_the_readmes_call_records_a_run_of_trls_own_trainer(tmp_path, monkeypatch):
+    readme = Path(__file__).parents[2] / "README.md"
+    [block] = [each for each in re.findall(r"^```python\n(.*?)^```$", readme.read_text(), re.M | re.S) if "trl" in each]
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(compile(block, str(readme), "exec"), namespace)
+    with namespace["enabled"], namespace["profiling"]:
+        trainer = grpo(tmp_path, max_steps=3)
+        trainer.train()
+        trainer.vllm_generation.generation.close()
+    assert len(read_run(tmp_path / "runs" / "a").rows) == 3
+    report = subprocess.run(
+        [sys.executable, "-m", "vgen.cli", "report", "runs/a"], capture_output=True, text=True, check=True
+    )
+    assert "weight sync" in report.stdout.lower()
+
+
+def test_one_call_opens_steps_and_adds_to_the_trainers_own_log(tmp_path):
+    from vgen.integrations.trl import enable
+
+    sink = MemorySink()
+    with enable(profiling=ProfilingContext([sink])):
+        trainer = grpo(tmp_path, max_steps=5, logging_steps=2, num_iterations=2, gradient_accumulation_steps=2)
+        trainer.train()
+    steps = sink.named(semconv.STEP)
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5]
+    generations = sink.named(semconv.GENERATE)
+    assert {span.parent_id for span in generations} <= {step.span_id for step in steps}
+    assert len(generations) == 3  # two steps share their completions
+    rows = logged(trainer)
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        figures = {name: value for name, value in row.items() if name.startswith("vgen/")}
+        assert len(figures) <= 31  # with the number of steps
+        assert figures["vgen/steps"] == 2
+        assert 0 < figures["vgen/generate.duration.sum"] < figures["vgen/train.step.duration.sum"]
+        assert figures["vgen/generate.output_tokens"] > 0
+        assert figures["vgen/weight_sync.duration.sum"] > 0
+    trainer.vllm_generation.generation.close()
+
+
+def test_a_resumed_run_goes_on_with_its_step_numbers(tmp_path):
+    from vgen.integrations.trl import enable
+
+    sink = MemorySink()
+    with enable(profiling=ProfilingContext([sink])):
+        trainer = grpo(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.train()
+        trainer.vllm_generation.generation.close()
+        trainer = grpo(tmp_path, max_steps=2)
+        trainer.train(resume_from_checkpoint=True)
+    assert [step.number for step in sink.named(semconv.STEP)] == [1, 2]
+    assert [row["step"] for row in logged(trainer)] == [1, 2]
+    assert logged(trainer)[-1]["vgen/steps"] == 1
+    trainer.vllm_generation.generation.close()

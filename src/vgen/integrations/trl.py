@@ -1,30 +1,40 @@
 """vgen in the place of TRL's own generation object, for the trainers of TRL 1.16.
 
-Before the trainer is constructed, replace the class that it uses:
+    from vgen.integrations.trl import enable
 
-    import functools
-    import trl.trainer.grpo_trainer
-    from vgen.integrations.trl import TRLGeneration
+    enable(profiling=profiling)
 
-    trl.trainer.grpo_trainer.VLLMGeneration = functools.partial(TRLGeneration, profiling=profiling)
-
-TRL's own settings apply: `GRPOConfig(use_vllm=True, vllm_mode="colocate", ...)`, or `vllm_mode="server"` for a server
-that `vgen serve` started.
+This is the one thing in vgen that changes other libraries, for the whole process: TRL's trainers then generate through
+`TRLGeneration`, and training opens a step for each optimizer step. TRL's own settings apply:
+`GRPOConfig(use_vllm=True, vllm_mode="colocate", ...)`, or `vllm_mode="server"` for a server that `vgen serve` started.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
+import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any, TypeAlias
 
 from ..engine_protocol import EngineState
-from ..errors import ServerError
+from ..errors import ServerError, VgenError, needs_extra
 from ..generation import ColocateGeneration, Generation, ServerGeneration
 from ..profiling import ProfilingContext
+from ..profiling.aggregation import Row
+from ..profiling.key_figures import key_figures
 from ..types import Sampling
+
+logger = logging.getLogger(__name__)
+
+TESTED = "1.16."
+REPLACED = "VLLMGeneration"
+"""TRL's class, under this name in `trl.generation` and in the modules of its trainers."""
 
 Generated: TypeAlias = (
     "tuple[list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None]"
@@ -170,6 +180,143 @@ class TRLGeneration:
         logprobs = [[[logprob for _, logprob in position] for position in sequence] for sequence in pairs]
         token_ids = [[[token for token, _ in position] for position in sequence] for sequence in pairs]
         return rollouts.prompt_ids, completion_ids, logprobs, token_ids
+
+
+class Enabled:
+    """What `enable` returns: undoes it, by `disable` or as a context manager."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo: Callable[[], None] | None = undo
+
+    def disable(self) -> None:
+        """Give TRL and transformers their own classes and methods back. A second call has no effect."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+def enable(
+    *,
+    profiling: ProfilingContext = ProfilingContext.disabled(),
+    engine_kwargs: Mapping[str, Any] | None = None,
+    server_kwargs: Mapping[str, Any] | None = None,
+) -> Enabled:
+    """Let every trainer of TRL that is constructed from now on generate through vgen, in this process.
+
+    It may be called before or after TRL's trainers are imported. Each optimizer step becomes a step of `profiling`,
+    under the number that the trainer's log has (`global_step`), and the trainer's log and its `log_history` get the
+    numbers of `vgen.profiling.key_figures`, under `vgen/...`, for all steps since the last log. Trainers that do not
+    use vLLM stay as they are.
+
+    Args:
+        profiling: Receives spans and measurements. By default nothing is recorded.
+        engine_kwargs: Further arguments of `vllm.LLM`, in colocate mode.
+        server_kwargs: Further arguments of `ServerGeneration`, in server mode, such as `control_key` or `connection`.
+
+    Raises:
+        VgenError: It is enabled already, or TRL has built a generation object of its own before.
+        MissingExtraError: TRL is not installed.
+    """
+    with needs_extra("vgen.integrations.trl", "TRL", "trl"):
+        import trl.generation.vllm_generation as home
+        from transformers import Trainer
+
+    stock = home.VLLMGeneration
+    if issubclass(stock, TRLGeneration):
+        raise VgenError("vgen.integrations.trl is enabled already: call disable() on what the first enable() returned")
+    if any(type(each) is stock for each in gc.get_objects()):
+        raise VgenError("a TRL trainer was built before enable(), and generates by itself: call enable() before that")
+    if not version("trl").startswith(TESTED):
+        versions = f"TRL {version('trl')} with vLLM {version('vllm')}"
+        logger.warning("vgen: its drop-in for TRL is tested with TRL %sx, not with %s", TESTED, versions)
+
+    class VLLMGeneration(TRLGeneration):
+        @functools.wraps(TRLGeneration.__init__)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = {"profiling": profiling, "engine_kwargs": engine_kwargs, "server_kwargs": server_kwargs}
+            super().__init__(*args, **given | kwargs)
+
+    train, log = Trainer.train, Trainer.log
+
+    @functools.wraps(train)
+    def train_in_steps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self, "vllm_generation", None), TRLGeneration):
+            return train(self, *args, **kwargs)
+        recorder = _step_recorder_class()(profiling)
+        self.add_callback(recorder)
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            self.remove_callback(recorder)
+            recorder.end_step(*sys.exc_info())
+
+    @functools.wraps(log)
+    def log_with_figures(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if not any(name.startswith("eval_") for name in logs):
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, _step_recorder_class()):
+                    logs.update(callback.take())
+        log(self, logs, *args, **kwargs)
+
+    def undo() -> None:
+        _replace_everywhere(VLLMGeneration, stock)
+        Trainer.train, Trainer.log = train, log
+
+    _replace_everywhere(stock, VLLMGeneration)
+    Trainer.train, Trainer.log = train_in_steps, log_with_figures
+    return Enabled(undo)
+
+
+def _replace_everywhere(old: type, new: type) -> None:
+    """In all modules of TRL that have imported it. Those that are imported later take it from its home."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "trl" and vars(module).get(REPLACED) is old:
+            setattr(module, REPLACED, new)
+
+
+@functools.cache
+def _step_recorder_class() -> Any:
+    from transformers import TrainerCallback
+
+    class StepRecorder(TrainerCallback):
+        """Opens a step at the first batch of each optimizer step, and keeps the rows of those that are not logged."""
+
+        def __init__(self, profiling: ProfilingContext) -> None:
+            self._profiling, self._row, self._steps = profiling, Row(), 0
+            self._scope: Any = None
+            self._step: Any = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._scope = self._profiling.step(state.global_step + 1)
+            self._step = self._scope.__enter__()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.end_step(None, None, None)
+
+        def end_step(self, *error: Any) -> None:
+            if self._scope is not None:
+                scope, self._scope = self._scope, None
+                scope.__exit__(*error)
+                if self._profiling.enabled:
+                    self._row.merge(self._step.row)
+                    self._steps += 1
+
+        def take(self) -> dict[str, float]:
+            """The figures of all steps since the last call, and how many these were."""
+            row, steps = self._row, self._steps
+            self._row, self._steps = Row(), 0
+            if not steps:
+                return {}
+            figures = key_figures(row.summary()) | {"steps": steps}
+            return {f"vgen/{name.removeprefix('vgen.')}": value for name, value in figures.items()}
+
+    return StepRecorder
 
 
 def _retry_until_up(build: Callable[[], ServerGeneration], seconds: float) -> ServerGeneration:
