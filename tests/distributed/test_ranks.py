@@ -103,3 +103,7 @@ def test_one_rank_alone_passes_everything_through():
 @pytest.mark.parametrize("leading", [SingleRank.leading, TensorParallelRanks.leading])
 def test_every_such_rank_has_an_engine(leading):
     assert leading
+
+
+def test_a_prompt_is_rank_0s_unless_another_rank_is_named():
+    assert (RankPrompt(3, [1]).rank, list(RankPrompt(3, [1]).images)) == (0, [])
