@@ -37,5 +37,5 @@ def test_a_rendered_prompt_leaves_room_for_a_token():
     prompt = {"prompt_token_ids": [1, 2, 3]}
     assert checked_length(0, prompt, config()) is prompt
     with pytest.raises(PromptError, match="has 4 tokens with its images; at most 3") as caught:
-        checked_length(0, {"prompt_token_ids": [1, 2, 3, 4]}, config())
-    assert caught.value.limit == 3
+        checked_length(7, {"prompt_token_ids": [1, 2, 3, 4]}, config())
+    assert (caught.value.index, caught.value.limit) == (7, 3)

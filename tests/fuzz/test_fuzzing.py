@@ -49,7 +49,7 @@ def test_no_input_breaks_a_rule(tmp_path, target):
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}\n{culprits}"
     (runs,) = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("Done ")]
     print(f"{target}: {runs} inputs")
-    assert int(runs) > 5 * SECONDS
+    assert int(runs) > len(fuzzing.first_inputs(target))
 
 
 @pytest.mark.slow

@@ -51,7 +51,17 @@ def test_prompt_errors_hold_no_prompt(generation):
 
 @pytest.mark.parametrize(
     ("prompt", "problem"),
-    [([], "is empty"), ([1] * 1000, r"has 1000 tokens; at most \d+ leave room"), ([-1], "outside the vocabulary")],
+    [
+        ([], "is empty"),
+        ([1] * 1000, r"has 1000 tokens; at most \d+ leave room"),
+        ([-1], "outside the vocabulary"),
+        ([100], "outside the vocabulary"),
+        ([1.5], "must hold integers"),
+        ([None], "must hold integers"),
+        (memoryview(bytes(4)).cast("B", (2, 2)), "has 2 dimensions"),
+        (object(), "must be text or token ids, got object"),
+        (b"one", "must be text or token ids, got bytes"),
+    ],
 )
 @pytest.mark.fault(
     point="arguments and prompts",

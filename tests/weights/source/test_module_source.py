@@ -329,6 +329,12 @@ def test_named_tensors_that_iterate_repeatedly_are_a_source():
     assert source_of({"a": tensors["a"], "tied": tensors["a"]}).ties() == {"tied": "a"}
 
 
+def test_tensors_in_the_same_memory_that_read_it_otherwise_are_not_tied():
+    square = torch.randn(3, 3)
+    halves = {"whole": square, "transposed": square.T, "part": square[:2], "bits": square.view(torch.int32)}
+    assert source_of(halves | {"again": square}).ties() == {"again": "whole"}
+
+
 def test_vllms_sources_describe_themselves():
     class Described(list):
         def metadata(self):
