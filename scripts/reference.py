@@ -31,7 +31,7 @@ DOORS: dict[str, list[str]] = {
     "vgen.profiling.sinks.wandb": ["WandbSink"],
     "vgen.weights": [],
     "vgen.checks": [],
-    "vgen.integrations.trl": ["TRLGeneration"],
+    "vgen.integrations.trl": ["enable", "Enabled", "TRLGeneration"],
     "vgen.testing": [],
 }
 """The modules that users import from, with the names that they import; by default all names in `__all__`."""

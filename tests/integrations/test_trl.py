@@ -91,6 +91,38 @@ def test_a_mode_that_is_none_is_named():
         TRLGeneration(Model(), None, None, mode="elsewhere")
 
 
+def test_what_a_trainer_sets_between_two_calls_holds_for_the_next(tmp_path):
+    with FaultyServer() as server:
+        made = build(server_base_url=server.url, server_kwargs={"control_key": "a-key"}, generation_kwargs={"seed": 3})
+        made.generate([[1, 2, 3]], None, 1)
+        made.temperature, made.max_completion_length = 0.25, 1
+        made.generate([[1, 2, 3]], None, 1)
+        first, second = (body for path, _, body in server.seen if path == "/v1/completions")
+        assert (first["temperature"], first["max_tokens"], first["seed"]) == (1.0, 2, 3)
+        assert (second["temperature"], second["max_tokens"], second["seed"]) == (0.25, 1, 3)
+        made.close()
+        made.close()
+
+
+def test_the_prefix_cache_is_emptied_and_the_workers_are_counted_with_the_keys():
+    with FaultyServer() as server:
+        made = build(server_base_url=server.url, server_kwargs={"control_key": "a-key"})
+        asked = len(server.seen)
+        made.reset_prefix_cache()
+        server.answers["/get_world_size"] = {"world_size": 3}
+        assert made.vllm_client.get_world_size() == 3
+        paths = [path for path, _, _ in server.seen[asked:]]
+        assert paths == ["/reset_prefix_cache", "/get_world_size"]
+        made.close()
+
+
+def test_a_refused_key_names_server_kwargs():
+    with FaultyServer() as server:
+        server.faults["/v1/models"] = [401, 401]
+        with pytest.raises(ServerError, match="pass the server's keys in server_kwargs, as api_key and control_key"):
+            build(server_base_url=server.url)
+
+
 def test_enable_replaces_trls_class_before_and_after_the_trainers_are_imported_and_undoes_that():
     import trl.generation.vllm_generation as home
     import trl.trainer.grpo_trainer as loaded

@@ -16,11 +16,11 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..engine_protocol import EngineState
 from ..errors import ServerError, VgenError, needs_extra
@@ -29,6 +29,9 @@ from ..profiling import ProfilingContext
 from ..profiling.aggregation import Row
 from ..profiling.key_figures import key_figures
 from ..types import Sampling
+
+if TYPE_CHECKING:
+    from ..engines.client.keys import KeyOrFile
 
 logger = logging.getLogger(__name__)
 
@@ -97,18 +100,17 @@ class TRLGeneration:
     ) -> None:
         if mode not in ("colocate", "server"):
             raise ValueError(f"vllm_mode must be 'colocate' or 'server', got {mode!r}")
-        extra = dict(generation_kwargs or {})
-        sampling: dict[str, Any] = dict(
-            repetition_penalty=repetition_penalty,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p or 0.0,
-            max_tokens=max_completion_length,
-            logprobs=logprobs,
+        self.model, self.accelerator, self.processing_class, self.mode = model, accelerator, processing_class, mode
+        self.repetition_penalty, self.temperature, self.top_p, self.top_k = (
+            repetition_penalty,
+            temperature,
+            top_p,
+            top_k,
         )
-        sampling |= {name: extra.pop(name) for name in list(extra) if name in _SAMPLING_FIELDS}
-        self._sampling = Sampling(**sampling, extra=extra)
+        self.min_p, self.max_completion_length, self.logprobs = min_p, max_completion_length, logprobs
+        self.generation_kwargs, self.structured_outputs_regex = dict(generation_kwargs or {}), structured_outputs_regex
+        self.tensor_parallel_size, self.enable_sleep_mode = tensor_parallel_size, enable_sleep_mode
+        self.sampling()  # refuses what cannot be sampled with before an engine is built
         self._sleep = enable_sleep_mode and mode == "colocate"
         shared: dict[str, Any] = dict(
             processing_class=processing_class, structured_outputs_regex=structured_outputs_regex, profiling=profiling
@@ -121,7 +123,7 @@ class TRLGeneration:
             self.generation = _retry_until_up(
                 lambda: ServerGeneration(model, accelerator=accelerator, base_urls=[url], **options), server_timeout
             )
-            self.vllm_client = _Client(url, options.get("api_key"), options.get("control_key"))
+            self.vllm_client = Client(url, options.get("api_key"), options.get("control_key"))
         else:
             self.generation = ColocateGeneration(
                 model,
@@ -138,6 +140,21 @@ class TRLGeneration:
         if self._sleep:
             self.generation.sleep(level=2)
         accelerator.wait_for_everyone()
+
+    def sampling(self) -> Sampling:
+        """The sampling parameters by this object's attributes, which a trainer may set between two calls."""
+        extra = dict(self.generation_kwargs)
+        fields: dict[str, Any] = dict(
+            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p or 0.0,
+            max_tokens=self.max_completion_length,
+            logprobs=self.logprobs,
+        )
+        fields |= {name: extra.pop(name) for name in list(extra) if name in _SAMPLING_FIELDS}
+        return Sampling(**fields, extra=extra)
 
     @property
     def llm(self) -> Any:
@@ -165,12 +182,13 @@ class TRLGeneration:
         """
         if self.generation.state is EngineState.ASLEEP:
             self.generation.wake_up()
+        sampling = self.sampling()
         with profiler or nullcontext():
-            rollouts = self.generation.generate(prompts, self._sampling, images=images)
+            rollouts = self.generation.generate(prompts, sampling, images=images)
         if self._sleep:
             self.generation.sleep(level=2)
         completion_ids = [completion.token_ids for completion in rollouts]
-        if self._sampling.logprobs is None:
+        if sampling.logprobs is None:
             return rollouts.prompt_ids, completion_ids, None, None
         pairs = [
             completion.top_logprobs
@@ -180,6 +198,17 @@ class TRLGeneration:
         logprobs = [[[logprob for _, logprob in position] for position in sequence] for sequence in pairs]
         token_ids = [[[token for token, _ in position] for position in sequence] for sequence in pairs]
         return rollouts.prompt_ids, completion_ids, logprobs, token_ids
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the engine's prefix cache. Every weight sync does that by itself. Raises `ServerError`."""
+        if self.mode == "server":
+            self.vllm_client.reset_prefix_cache()
+        else:
+            self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Shut the engine down, or release the server. A second call has no effect."""
+        self.generation.close()
 
 
 class Enabled:
@@ -326,26 +355,40 @@ def _retry_until_up(build: Callable[[], ServerGeneration], seconds: float) -> Se
         try:
             return build()
         except ServerError as error:
+            if error.status == 401:
+                problem = f"{error.problem}; pass the server's keys in server_kwargs, as api_key and control_key"
+                raise ServerError(problem, url=error.url, status=401, reason=error.reason) from error
             if error.status is not None or time.monotonic() > deadline:
                 raise
         time.sleep(min(1.0, seconds))
 
 
-class _Client:
+class Client:
     """The part of TRL's own client that TRL's trainers use."""
 
-    def __init__(self, url: str, api_key: str | None, control_key: str | None) -> None:
-        self._url, self._api_key, self._control_key = url, api_key, control_key
+    def __init__(self, url: str, api_key: KeyOrFile, control_key: KeyOrFile) -> None:
+        self.base_url, self._api_key, self._control_key = url, api_key, control_key
 
     def get_server_info(self) -> dict[str, Any]:
         """The server's configuration from vLLM's `/server_info`. Raises `ServerError`."""
+        return self._ask(lambda server: server.get("/server_info?config_format=json"))["vllm_config"]
+
+    def get_world_size(self) -> int:
+        """The number of the server's workers. Raises `ServerError`."""
+        return self._ask(lambda server: server.get("/get_world_size"))["world_size"]
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the server's prefix cache. Raises `ServerError`."""
+        self._ask(lambda server: server.post("/reset_prefix_cache", json_answer=False))
+
+    def _ask(self, call: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         from ..engines.client.event_loop_thread import EventLoopThread
         from ..engines.client.http import HttpClient
 
-        server = HttpClient(self._url, api_key=self._api_key, control_key=self._control_key, timeout=60.0)
+        server = HttpClient(self.base_url, api_key=self._api_key, control_key=self._control_key, timeout=60.0)
         loop = EventLoopThread()
         try:
-            return loop.run(server.get("/server_info?config_format=json"))["vllm_config"]
+            return loop.run(call(server))
         finally:
             loop.run(server.close())
             loop.close()
