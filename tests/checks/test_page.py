@@ -55,7 +55,7 @@ def commands():
 def test_the_adapter_and_the_tests_of_another_project_run(tmp_path):
     adapter, tests = blocks("python")
     (tmp_path / "test_my_sync.py").write_text(ENGINE + adapter + "\n" + tests)
-    # Some of the cases: the command below runs them all.
+    # Some of the cases: test_sync_cases.py runs them all on such an adapter.
     chosen = ["-k", "fresh or stale or untied or sleep"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_sync.py", *chosen]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
@@ -70,10 +70,13 @@ def test_the_command_with_the_adapter_runs(tmp_path):
     package, _, name = module.rpartition(".")
     (tmp_path / package).mkdir()
     (tmp_path / package / f"{name}.py").write_text(f"{ENGINE}{blocks('python')[0]}\n{function} = MyWeightSync\n")
+    # Two of the cases: test_sync_cases.py runs them all on such an adapter.
+    command += ["--case", "fresh sync", "--case", "tied embeddings"]
     done = subprocess.run(
         [sys.executable, "-m", "vgen.cli", *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 right" in done.stdout
 
 
 def test_every_command_of_the_page_is_one_that_the_command_line_takes(capsys, monkeypatch):

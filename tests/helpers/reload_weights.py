@@ -32,9 +32,14 @@ class PlainEngine:
 
 
 class ReloadWeights(PlainEngine):
-    """A `WeightSyncSubject`."""
+    """A `WeightSyncSubject`, with an engine of its own or that of `other`, which then has the model's weights."""
 
-    def __init__(self, model: torch.nn.Module, folder: str) -> None:
+    def __init__(self, model: torch.nn.Module, folder: str, other: ReloadWeights | None = None) -> None:
+        if other is not None:
+            self.llm = other.llm
+            other.sync(model)
+            self.close = lambda: None
+            return
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 

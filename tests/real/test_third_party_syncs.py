@@ -17,8 +17,18 @@ WRONG_IN_VLLM = {
 
 
 @pytest.fixture(scope="module")
-def session():
-    with Session(tiny_model("llama", seed=1), ReloadWeights) as session:
+def engines():
+    """What the session below makes: its first engine is that of the broken syncs too."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def session(engines):
+    def make(*arguments):
+        engines.append(ReloadWeights(*arguments))
+        return engines[-1]
+
+    with Session(tiny_model("llama", seed=1), make) as session:
         yield session
 
 
@@ -33,9 +43,10 @@ def test_vllms_own_reload_is_right_or_named(session, case):
 
 
 @pytest.mark.parametrize(("subject", "name"), broken())
-def test_each_broken_sync_is_caught(subject, name):
-    with Session(tiny_model("llama", seed=1), subject) as session:
-        outcome = session.run(CASES[name])
+def test_each_broken_sync_is_caught(session, engines, subject, name):
+    assert session.run(CASES["fresh sync"]).status == "right"
+    with Session(tiny_model("llama", seed=1), lambda *arguments: subject(*arguments, engines[0])) as other:
+        outcome = other.run(CASES[name])
     assert outcome.status in ("wrong", "refused"), outcome
     assert outcome.cause
     assert outcome.fix
