@@ -23,6 +23,8 @@ from vgen import (
     WeightSyncOptions,
 )
 from vgen import completion_codec as codec
+from vgen.engine_protocol import Batch, Request
+from vgen.engines.client import load_balancer
 from vgen.generation.call_plan import request_seed
 from vgen.testing import FaultyServer, MemorySink
 
@@ -299,3 +301,132 @@ def test_a_request_that_leaves_with_a_sleep_is_refused_and_reaches_no_server(ser
         assert not calls(server, COMPLETIONS)
         made.wake_up()
         assert tokens(made.generate([[1, 2, 3]], Sampling(logprobs=None))) == [[1, 2, 3]]
+
+
+# --- attempts and deadlines ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Servers that failed are tried again at once."""
+    monkeypatch.setattr(load_balancer, "BACKOFF_SECONDS", (0.01,))
+
+
+@pytest.mark.parametrize("features", [(), ("batch", "lease")])
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_request_is_sent_four_times_at_most(hurried, features, status):
+    path = BATCH if features else COMPLETIONS
+    with FaultyServer(features=features) as server, generation(server, frozen=True) as made:
+        server.faults[path] = [status] * 99
+        with pytest.raises(ServerError, match="the server says no") as caught:
+            made.generate([[1]])
+        assert caught.value.status == status
+        assert len(calls(server, path)) == 4
+        server.faults[path] = [status] * 3
+        assert tokens(made.generate([[1]])) == [[1]]
+        assert len(calls(server, path)) == 8
+
+
+def test_attempts_are_counted_for_each_request(hurried, ours):
+    """Not for the call that carries several of them."""
+
+    def failing(prompt_index):
+        """An answer in which the request of this prompt fails, wherever it is in the call."""
+
+        def change(frame):
+            if not isinstance(frame, codec.Done) or first_token(frame) != PROMPTS[prompt_index][0]:
+                return frame
+            return codec.Failed(frame.index, 503, "no")
+
+        return change
+
+    with generation(ours, frozen=True) as made:
+        ours.faults[BATCH] = [failing(3), failing(3), failing(3)]
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+        ours.faults[BATCH] = [failing(3)] * 99
+        before = len(calls(ours, BATCH))
+        with pytest.raises(ServerError, match="a request failed in the engine: no"):
+            made.generate(PROMPTS)
+        assert len(calls(ours, BATCH)) == before + 4
+
+
+def first_token(frame):
+    return codec.unpack(frame.completion, shift_ns=0, rank=0, prompt_index=0, generation_index=0, server="").token_ids[
+        0
+    ]
+
+
+def test_a_request_that_failed_waits_for_another_server_that_is_busy(hurried, server):
+    """Else the server that fails at once would use up its attempts."""
+    held = Held(finished)
+    with FaultyServer() as other, generation(server, other, frozen=True) as made, ThreadPoolExecutor() as pool:
+        server.faults[COMPLETIONS] = [503] * 99
+        other.faults[COMPLETIONS] = [held]
+        flight = pool.submit(made.generate, [[1], [2]], Sampling(logprobs=None))
+        assert held.begun.wait(20)
+        wait_until(lambda: calls(server, COMPLETIONS))
+        with suppress(AssertionError):
+            wait_until(lambda: len(calls(server, COMPLETIONS)) > 1, 1.0)
+        held.answer()
+        assert tokens(flight.result(20)) == [[1], [2]]
+    assert len(calls(server, COMPLETIONS)) == 1
+    assert len(calls(other, COMPLETIONS)) == 2
+
+
+@pytest.mark.parametrize("features", [(), ("batch", "lease")])
+@pytest.mark.parametrize("fault", ["silent", 429])
+def test_all_attempts_share_one_deadline(features, fault, monkeypatch):
+    monkeypatch.setattr(load_balancer, "ATTEMPTS", 10**6)
+    path = BATCH if features else COMPLETIONS
+    with FaultyServer(features=features) as server, generation(server, frozen=True, timeout=1.0) as made:
+        server.faults[path] = [fault] * 10**4
+        begun = time.monotonic()
+        with pytest.raises(ServerError):
+            made.generate([[1]])
+        assert time.monotonic() - begun < 4.0
+
+
+def test_the_deadline_is_one_for_all_attempts(server):
+    """The second attempt has only what the first one has left."""
+
+    def slowly(body):
+        threading.Event().wait(2.0)
+        return aborted(body)
+
+    with generation(server, frozen=True, timeout=3.0) as made:
+        server.faults[COMPLETIONS] = [slowly, *["silent"] * 9]
+        begun = time.monotonic()
+        with pytest.raises(ServerError):
+            made.generate([[1]], Sampling(logprobs=None))
+        assert len(calls(server, COMPLETIONS)) == 2
+        assert time.monotonic() - begun < 4.5
+
+
+def test_a_server_that_fails_now_and_then_is_not_given_up(hurried, server, monkeypatch):
+    monkeypatch.setattr(load_balancer, "CONCURRENCY", 1)
+    with generation(server, frozen=True) as made:
+        server.faults[COMPLETIONS] = [503, None] * len(PROMPTS)
+        assert tokens(made.generate(PROMPTS)) == PROMPTS
+
+
+def test_a_server_that_always_fails_is_given_up(hurried, server, monkeypatch):
+    """Before every request of a large batch has failed there."""
+    monkeypatch.setattr(load_balancer, "CONCURRENCY", 1)
+    held = Held(finished)
+    with FaultyServer() as other, generation(server, other, frozen=True) as made, ThreadPoolExecutor() as pool:
+        server.faults[COMPLETIONS] = [503] * 99
+        other.faults[COMPLETIONS] = [held]
+        flight = pool.submit(made.generate, [[i] for i in range(40)], Sampling(logprobs=None))
+        wait_until(lambda: len(calls(server, COMPLETIONS)) == 9)
+        with suppress(AssertionError):
+            wait_until(lambda: len(calls(server, COMPLETIONS)) > 9, 1.0)
+        held.answer()
+        assert tokens(flight.result(20)) == [[i] for i in range(40)]
+    assert len(calls(server, COMPLETIONS)) == 9
+
+
+def test_what_fails_after_the_deadline_ends_with_its_own_error():
+    dispatch = load_balancer.Dispatch(Batch([Request(0, 0, [1], None)], Sampling()), timing=False, timeout=-1.0)
+    error = ServerError("it is busy", url="http://one", status=429, retryable=True)
+    with pytest.raises(ServerError, match="it is busy"):
+        dispatch.put_back(dispatch.take(1, "http://one"), error, "http://one")

@@ -193,6 +193,7 @@ async def _keep_busy(load: _EndpointLoad, lost: list[ServerError]) -> None:
                 problem = f"not all requests were answered within {dispatch.timeout:g} s"
                 raise await _explained(ServerError(problem, url=endpoint.name, retryable=True), endpoint)
             errors = _errors_of(calls & done)
+            failures = failures if errors or not calls & done else 0
             calls -= done
             if not errors:
                 continue
@@ -230,8 +231,7 @@ async def _recovered(endpoint: Endpoint, dispatch: Dispatch, error: ServerError,
     endpoint.lost = endpoint.lost or not busy
     pause = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
     await asyncio.sleep(min(pause, dispatch.seconds_left))
-    usable = busy or await endpoint.has_returned()
-    return usable and time.monotonic() < dispatch.deadline and failures < 2 * ATTEMPTS
+    return failures < 2 * ATTEMPTS and (busy or await endpoint.has_returned())
 
 
 class _EndpointLoad:
