@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.changed_source import ChangedSource
+from helpers.plain_layout import plain_layout_environment
 from helpers.small_models import MODELS, three_times
 from helpers.transfers import K_PROJ, LAST, SMALL, missing, randomize, wrong_shape
 
@@ -21,34 +22,11 @@ from vgen.testing import MemorySink
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = ["--max-model-len", "256", "--dtype", "float32", "--kv-cache-memory-bytes", str(16 << 20)]
-KEEP_LAYOUT = '''
-import importlib.abc, importlib.util, sys
-
-class Keeping(importlib.abc.MetaPathFinder):
-    """As on a GPU, linear layers keep the layout they are loaded with."""
-
-    def find_spec(self, name, path, target=None):
-        if name != "vllm._custom_ops":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-        def exec_module(module):
-            run(module)
-            module._supports_onednn = False
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Keeping())
-'''
 
 
 def served(folder: Path) -> Any:
     """A server with two tensor-parallel workers, all of which keep the loaded layout."""
-    own = folder / "own"
-    own.mkdir()
-    (own / "sitecustomize.py").write_text(KEEP_LAYOUT)
-    environment = {"PYTHONPATH": str(own)}
+    environment = plain_layout_environment(folder / "own")
     return start_server(folder, arguments=ARGUMENTS, environment=environment, tensor_parallel_size=2)
 
 
