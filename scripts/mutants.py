@@ -275,11 +275,8 @@ class Mutations(ast.NodeVisitor):
         if name in OPPOSITE and isinstance(node.func, ast.Name):
             self._add("opposite", node.func, OPPOSITE[name])
         first = node.args[:2]
-        if (
-            len(first) == 2
-            and name not in SYMMETRIC
-            and not any(isinstance(argument, ast.Starred) for argument in first)
-        ):
+        differ = len({ast.dump(argument) for argument in first}) == 2
+        if differ and name not in SYMMETRIC and not any(isinstance(argument, ast.Starred) for argument in first):
             changed = copy.copy(node)
             changed.args = [node.args[1], node.args[0], *node.args[2:]]
             self._add("arguments swapped", node, changed)

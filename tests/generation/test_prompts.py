@@ -111,3 +111,13 @@ def test_a_prompts_checks_are_a_few_calls_of_c_however_long_it_is(length, numpy)
     calls(1)
     assert calls(1) < 30
     assert calls(101) - calls(1) <= 100 * 15
+
+
+def test_images_of_one_prompt_are_checked_beside_prompts_without(engine):
+    """The engine takes no images, so the prompt that has one is refused, wherever it stands."""
+    generation = Generation(engine, SmallSource())
+    image = object()
+    for images, refused in (([[], [image]], 1), ([[image], []], 0)):
+        with pytest.raises(PromptError, match="image") as caught:
+            generation.generate([[1], [2]], images=images)
+        assert caught.value.index == refused
