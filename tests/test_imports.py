@@ -71,7 +71,7 @@ def test_a_missing_extra_fails_where_it_is_used_and_says_what_to_install(module,
 
 
 # Every room, and the rooms that it may import from: only rooms below it.
-GROUND = {"types", "arguments", "errors", "_version", "_addresses", "_output"}
+GROUND = {"types", "padding", "arguments", "errors", "_version", "_addresses", "_output"}
 PROFILING = {"profiling"}
 PROTOCOL = {*PROFILING, "completion_codec", "engine_protocol"}
 SYNC = {*PROTOCOL, "distributed", "weights", "weights.source", "weights.load", "weights.transports"}

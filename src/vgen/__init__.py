@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ServerGeneration,
         WeightSyncOptions,
     )
+    from .padding import PaddedBatch
     from .profiling import Instrument, ProfilingContext, Sink, Span, Step
     from .types import (
         Completion,
@@ -53,6 +54,7 @@ _HOMES = {
     "Instrument": "profiling",
     "LoRARequest": "types",
     "MissingExtraError": "errors",
+    "PaddedBatch": "padding",
     "ProfilingContext": "profiling",
     "PromptError": "errors",
     "RankError": "errors",

@@ -6,10 +6,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from . import arguments
 from .errors import ArgumentError, PromptError
+
+if TYPE_CHECKING:
+    from .padding import PaddedBatch
 
 STRUCTURES = ("regex", "json", "json_object", "choice", "grammar", "structural_tag")
 """What `Sampling.structured_outputs` may ask for."""
@@ -301,6 +304,21 @@ class Completions(Sequence[Completion]):
         """The completions of one prompt."""
         start = range(len(self.prompt_ids))[prompt_index] * self.num_generations
         return self.completions[start : start + self.num_generations]
+
+    def padded(self, pad_token_id: int, device: Any = "cpu") -> PaddedBatch:
+        """All completions as tensors on `device`, a row for each, with masks; `pad_token_id` fills the rest.
+
+        A refused prompt and its completion are padding only.
+        """
+        from .padding import padded
+
+        return padded(
+            [self.prompt_ids[each.prompt_index] for each in self.completions],
+            [each.token_ids for each in self.completions],
+            [each.logprobs for each in self.completions],
+            arguments.integer("pad_token_id", pad_token_id, least=0, rule="a token id"),
+            device,
+        )
 
     @property
     def output_tokens(self) -> int:
