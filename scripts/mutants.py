@@ -283,7 +283,7 @@ class Mutations(ast.NodeVisitor):
         self.generic_visit(node)
 
 
-def mutants_of(room: str) -> list[Mutant]:
+def mutants_of(room: str, seed: str = SEED) -> list[Mutant]:
     """All of a room's mutants, in the order in which they are drawn."""
     found = []
     for path in sorted((ROOT / "src" / "vgen" / room).rglob("*.py")):
@@ -301,7 +301,7 @@ def mutants_of(room: str) -> list[Mutant]:
                 starts[node.end_lineno - 1] + node.end_col_offset,  # type: ignore[attr-defined]
             )
             before = source[start:end].decode()
-            key = "\0".join([SEED, module, function, operator, " ".join(before.split()), after])
+            key = "\0".join([seed, module, function, operator, " ".join(before.split()), after])
             seen[key] = seen.get(key, 0) + 1  # the same text again in the same function
             identity = hashlib.sha256(f"{key}\0{seen[key]}".encode()).hexdigest()[:12]
             line = source.count(b"\n", 0, start) + 1
@@ -309,10 +309,10 @@ def mutants_of(room: str) -> list[Mutant]:
     return sorted(found, key=lambda mutant: mutant.id)
 
 
-def draw(rooms: tuple[str, ...] = ROOMS) -> list[Mutant]:
+def draw(seed: str = SEED) -> list[Mutant]:
     """The mutants that count: `PER_ROOM` of each room that are not listed as equivalent, the rooms in turn."""
     equivalent = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
-    chosen = ([m for m in mutants_of(room) if m.id not in equivalent][:PER_ROOM] for room in rooms)
+    chosen = ([m for m in mutants_of(room, seed) if m.id not in equivalent][:PER_ROOM] for room in ROOMS)
     return [mutant for turn in zip(*chosen, strict=True) for mutant in turn]
 
 
@@ -570,8 +570,16 @@ def ended(jobs: list[Job]) -> Iterator[tuple[Job, dict]]:
         shutil.copyfile(ROOT / "src" / "vgen" / job.mutant.module, job.tree / "src" / "vgen" / job.mutant.module)
 
 
-def run(waiting: list[Mutant], work: Path, jobs: int, minutes: float, results: dict[str, dict], out: Path) -> None:
-    """Run mutants until the time is over. Each result is written at once."""
+def run(
+    drawn: list[Mutant],
+    waiting: list[Mutant],
+    work: Path,
+    jobs: int,
+    minutes: float,
+    results: dict[str, dict],
+    out: Path,
+) -> None:
+    """Run the mutants that wait, until the time is over. Each result is written at once."""
     deadline = time.monotonic() + minutes * 60
     trees = [copy_tree(Path(tempfile.mkdtemp(prefix="tree-", dir=work))) for _ in range(jobs)]
     preload()
@@ -588,7 +596,7 @@ def run(waiting: list[Mutant], work: Path, jobs: int, minutes: float, results: d
                 print(f"{result['outcome']:9} {result['seconds']:6} s  {described(job.mutant)}", flush=True)
                 if result["outcome"] == "survives":
                     shutil.copyfile(job.folder / "log", work / f"{job.mutant.id}.log")
-                write(results, out)
+                write(drawn, results, out)
             time.sleep(0.1)
     finally:
         for job in running:
@@ -602,10 +610,9 @@ def described(mutant: Mutant) -> str:
     return f"{mutant.id} {mutant.module}:{mutant.line} {mutant.function}  {mutant.operator}: {before}  ->  {after}"
 
 
-def write(results: dict[str, dict], out: Path) -> None:
-    """The results of the draw as it is now, with their sums."""
-    drawn = [mutant.id for mutant in draw()]
-    kept = [results[identity] for identity in drawn if identity in results]
+def write(drawn: list[Mutant], results: dict[str, dict], out: Path) -> None:
+    """The results of what is drawn now, with their sums."""
+    kept = [results[mutant.id] for mutant in drawn if mutant.id in results]
     rooms = {}
     for room in ROOMS:
         outcomes = [result["outcome"] for result in kept if result["room"] == room]
@@ -631,9 +638,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=150.0)
     parser.add_argument("--only", nargs="+", help="run these mutants, also if they have run")
     parser.add_argument("--survivors", action="store_true", help="run again also those that survived")
+    parser.add_argument("--seed", default=SEED, help="another draw, to see what the usual one does not; with --out")
     parser.add_argument("--list", action="store_true", help="print the draw and run nothing")
     arguments = parser.parse_args()
-    drawn = draw()
+    drawn = draw(arguments.seed)
     if arguments.list:
         print("\n".join(described(mutant) for mutant in drawn))
         return 0
@@ -641,15 +649,15 @@ def main() -> int:
     if arguments.out.exists():
         results = {result["id"]: result for result in json.loads(arguments.out.read_text())["mutants"]}
     if arguments.only:
-        everything = (mutant for room in ROOMS for mutant in mutants_of(room))
+        everything = (mutant for room in ROOMS for mutant in mutants_of(room, arguments.seed))
         waiting = [mutant for mutant in everything if mutant.id in arguments.only]
     else:
         done = {k for k, each in results.items() if not (arguments.survivors and each["outcome"] in SURVIVED)}
         waiting = [mutant for mutant in drawn if mutant.id not in done]
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.nice(10)
-    run(waiting, arguments.work.resolve(), arguments.jobs, arguments.minutes, results, arguments.out)
-    write(results, arguments.out)
+    run(drawn, waiting, arguments.work.resolve(), arguments.jobs, arguments.minutes, results, arguments.out)
+    write(drawn, results, arguments.out)
     sums = json.loads(arguments.out.read_text())
     print(f"{sums['run']} of {sums['drawn']} have run, {sums['caught_share']:.1%} caught: {sums['rooms']}")
     return 0 if sums["caught_share"] >= 0.9 and sums["run"] == sums["drawn"] else 1
