@@ -217,3 +217,41 @@ def test_a_request_that_is_stuck_does_not_keep_the_server_alive(servers):
         os.kill(server.described["pid"], signal.SIGTERM)
         seconds(lambda: not psutil.pid_exists(server.described["pid"]), ENDED_SECONDS)
         server.process.wait(10)
+
+
+SENDS_GARBAGE = """
+import asyncio, multiprocessing, sys
+
+async def main():
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vgen.engines.server.core_health import CoreHealth
+
+    options = dict(dtype="float32", max_model_len=128, kv_cache_memory_bytes=16 << 20, enforce_eager=True)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=sys.argv[1], **options))
+    health, client = CoreHealth(engine, multiprocessing.active_children()), engine.engine_core
+    health.look()
+    print("before:", health.problem, flush=True)
+    await client._send_input_message((b"\\0", b"this is no request"), client.core_engine)
+    async with asyncio.timeout(20):
+        await health.watch(lambda: None)
+    print("after:", health.problem, flush=True)
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_core_whose_decoder_thread_has_failed_is_gone(model, tmp_path):
+    (tmp_path / "main.py").write_text(SENDS_GARBAGE)
+    variables = {"VGEN_LAUNCHER_PID": str(os.getpid()), "TORCH_COMPILE_DISABLE": "1"}  # as in a server of vgen's
+    command = [sys.executable, str(tmp_path / "main.py"), str(model[1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380, env={**os.environ, **variables})
+    assert "before: \n" in done.stdout, done.stderr[-3000:]
+    assert re.search(
+        r"after: the engine's core has ended: EngineCore\S* \(PID \d+\) ended with status 1\n", done.stdout
+    )
+    assert "the thread of the engine's core for process_input_sockets has failed" in done.stderr
