@@ -130,7 +130,7 @@ def test_enable_replaces_trls_class_before_and_after_the_trainers_are_imported_a
 
     from vgen.integrations.trl import TRLGeneration, enable
 
-    stock, train, log = home.VLLMGeneration, Trainer.train, Trainer.log
+    stock, client, train, log = home.VLLMGeneration, home.VLLMClient, Trainer.train, Trainer.log
     later = "trl.trainer.rloo_trainer"
     before = sys.modules.pop(later, None)
     try:
@@ -141,10 +141,32 @@ def test_enable_replaces_trls_class_before_and_after_the_trainers_are_imported_a
                 assert issubclass(module.VLLMGeneration, TRLGeneration)
             assert Trainer.train is not train
         assert home.VLLMGeneration is loaded.VLLMGeneration is imported_meanwhile.VLLMGeneration is stock
+        assert home.VLLMClient is client
         assert (Trainer.train, Trainer.log) == (train, log)
     finally:
         if before is not None:
             sys.modules[later] = before
+
+
+def test_trls_own_client_sends_the_keys_and_only_while_enabled(tmp_path):
+    import trl.generation.vllm_client as home
+
+    from vgen.integrations.trl import enable
+
+    (tmp_path / "key").write_text("a-control-key\n")
+    with FaultyServer() as server:
+        with enable(server_kwargs={"api_key": "an-api-key", "control_key": tmp_path / "key"}):
+            client = home.VLLMClient(base_url=server.url)
+            assert client.get_server_info()["device_config"] == {"device": "cpu"}
+            client.reset_prefix_cache()
+        for path, headers, _ in server.seen:
+            if path != "/health":  # TRL asks for that without its session
+                assert (headers["Authorization"], headers["X-Vgen-Control-Key"]) == (
+                    "Bearer an-api-key",
+                    "a-control-key",
+                )
+        home.VLLMClient(base_url=server.url)
+        assert "Authorization" not in server.seen[-1][1]
 
 
 def test_enable_twice_and_after_a_trainer_was_built_says_what_to_do():
@@ -247,3 +269,16 @@ def test_a_step_in_which_training_fails_ends_with_the_error():
     (step,) = sink.named(semconv.STEP)
     assert (step.number, step.error) == (501, "ZeroDivisionError")
     assert not callbacks
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 503])
+def test_a_server_that_refuses_is_not_asked_until_the_timeout(status):
+    """It is up, and waiting does not make a key right."""
+    with FaultyServer() as server:
+        server.faults["/v1/models"] = [status] * 99
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match="the server says no") as caught:
+            build(server_base_url=server.url, server_timeout=600.0)
+        assert caught.value.status == status
+        assert [path for path, _, _ in server.seen] == ["/v1/models"]
+        assert time.monotonic() - begun < 60
