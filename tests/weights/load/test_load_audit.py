@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -243,3 +247,21 @@ def test_hundreds_of_experts_are_audited_in_seconds():
     audited(Many(), Many.sent())
     assert time.process_time() - start < 5
     assert refusal(Many(), [entry for entry in Many.sent() if entry[0] != "383.w3"]).parameter == "w13"
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_vllms_fp8_layers_with_block_wise_scales_want_every_scale():
+    script = Path(kinds.__file__).with_name("fp8_audit.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")] or [done.stderr[-2000:]]
+    answers = json.loads(line.removeprefix("ANSWERS "))
+    assert answers["all"] is None
+    name, problem = answers["one scale missing"]
+    assert name == "gate_up.weight_scale_inv"
+    assert "4 of its 8 elements (shape [4, 2]) are loaded, from gate.weight_scale_inv" in problem
+    name, problem = answers["a bf16 trainer"]
+    assert name == "gate_up.weight_scale_inv"
+    assert "0 of its 8 elements" in problem
+    assert "'quantization': 'fp8'" in problem
+    assert answers["a scale too large"][0] == "up.weight_scale_inv"

@@ -26,6 +26,10 @@ _ADVICE = (
     "Start the engine for the model as it is now, change the model back, or leave the tensor out on purpose: "
     "source_of(model, include=...)"
 )
+_QUANTIZED = (
+    ". The engine started from a quantized checkpoint: send its scales too, or start it from a checkpoint that is not "
+    "quantized, with engine_kwargs={'quantization': 'fp8'} for example, so that it quantizes what it gets"
+)
 
 
 @dataclass(slots=True)
@@ -66,6 +70,8 @@ class LoadAudit:
         for name, shortfall in self.unwritten.items():
             count = f" ({len(self.unwritten)} such)" if len(self.unwritten) > 1 else ""
             problem = f"the trainer's model does not provide it{count}: {shortfall} are loaded"
+            problem += f", from {', '.join(shortfall.others[:8])}" if shortfall.others else ""
+            problem += _QUANTIZED if name.rpartition(".")[2].startswith(("weight_scale", "input_scale")) else ""
             raise _error(problem, name, receiver)
 
 

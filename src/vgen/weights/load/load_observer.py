@@ -39,7 +39,8 @@ class Shortfall:
     elements: int
     """How many of its elements are read, or written."""
     others: tuple[str, ...] = ()
-    """For a source: the engine's tensors that it is loaded into, each with its shape."""
+    """For a source: the engine's tensors that it is loaded into, each with its shape. For one of the engine's: the
+    sources that are loaded into it."""
 
     def __str__(self) -> str:
         total = torch.Size(self.shape).numel()
@@ -286,7 +287,8 @@ class LoadObserver(TorchDispatchMode):
                 continue
             elements = self._writes[key].within(Spans.of(tensor)).elements(tensor.element_size())
             if elements < tensor.numel():
-                short.append(Shortfall(name, tuple(tensor.shape), elements))
+                sources = tuple(dict.fromkeys(source for _, source in self._written_by.get(key, ()) if source))
+                short.append(Shortfall(name, tuple(tensor.shape), elements, sources))
             else:
                 whole.add(self._shared.get(name, 0))
         yield from (shortfall for shortfall in short if self._shared.get(shortfall.name, 0) not in whole - {0})
