@@ -190,3 +190,17 @@ def test_a_resumed_run_goes_on_with_its_step_numbers(tmp_path):
     assert [row["step"] for row in logged(trainer)] == [1, 2]
     assert logged(trainer)[-1]["vgen/steps"] == 1
     trainer.vllm_generation.generation.close()
+
+
+def test_trls_own_client_works_with_the_keys_of_a_server(server):
+    import trl.generation.vllm_client as home
+
+    from vgen.integrations.trl import enable
+
+    with enable(server_kwargs={"api_key": server.api_key, "control_key": server.control_key}):
+        client = home.VLLMClient(base_url=server.base_url)
+        assert client.get_server_info()["model_config"]["logprobs_mode"] == "processed_logprobs"
+        assert client.get_world_size() == 1
+        client.reset_prefix_cache()
+        answer = client.generate([[1, 2, 3]], max_tokens=4, generation_kwargs={"ignore_eos": True})
+        assert len(answer["completion_ids"][0]) == len(answer["logprobs"][0]) == 4

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..engine_protocol import EngineState
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TESTED = "1.16."
-REPLACED = "VLLMGeneration"
-"""TRL's class, under this name in `trl.generation` and in the modules of its trainers."""
 
 Generated: TypeAlias = (
     "tuple[list[list[int]], list[list[int]], list[list[list[float | None]]] | None, list[list[list[int]]] | None]"
@@ -247,22 +246,24 @@ def enable(
         profiling: Receives spans and measurements. By default nothing is recorded.
         engine_kwargs: Further arguments of `vllm.LLM`, in colocate mode.
         server_kwargs: Further arguments of `ServerGeneration`, in server mode, such as `control_key` or `connection`.
+            TRL's own client sends its `api_key` and `control_key`, too.
 
     Raises:
         VgenError: It is enabled already, or TRL has built a generation object of its own before.
         MissingExtraError: TRL is not installed.
     """
     with needs_extra("vgen.integrations.trl", "TRL", "trl"):
-        import trl.generation.vllm_generation as home
         from transformers import Trainer
+        from trl.generation.vllm_client import VLLMClient as stock_client
+        from trl.generation.vllm_generation import VLLMGeneration as stock
 
-    stock = home.VLLMGeneration
     if issubclass(stock, TRLGeneration):
         raise VgenError("vgen.integrations.trl is enabled already: call disable() on what the first enable() returned")
     if any(type(each) is stock for each in gc.get_objects()):
         raise VgenError("a TRL trainer was built before enable(), and generates by itself: call enable() before that")
     if not version("trl").startswith(TESTED):
-        versions = f"TRL {version('trl')} with vLLM {version('vllm')}"
+        engine = version("vllm") if find_spec("vllm") else "that is not installed"
+        versions = f"TRL {version('trl')} with vLLM {engine}"
         logger.warning("vgen: its drop-in for TRL is tested with TRL %sx, not with %s", TESTED, versions)
 
     class VLLMGeneration(TRLGeneration):
@@ -270,6 +271,12 @@ def enable(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = {"profiling": profiling, "engine_kwargs": engine_kwargs, "server_kwargs": server_kwargs}
             super().__init__(*args, **given | kwargs)
+
+    class VLLMClient(stock_client):  # also that of a teacher's server
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "session":
+                value.headers.update(_key_headers(server_kwargs or {}))
+            super().__setattr__(name, value)
 
     train, log = Trainer.train, Trainer.log
 
@@ -293,20 +300,34 @@ def enable(
                     logs.update(callback.take())
         log(self, logs, *args, **kwargs)
 
+    replaced = {stock: VLLMGeneration, stock_client: VLLMClient}
+
     def undo() -> None:
-        _replace_everywhere(VLLMGeneration, stock)
+        _replace_everywhere({new: old for old, new in replaced.items()})
         Trainer.train, Trainer.log = train, log
 
-    _replace_everywhere(stock, VLLMGeneration)
+    _replace_everywhere(replaced)
     Trainer.train, Trainer.log = train_in_steps, log_with_figures
     return Enabled(undo)
 
 
-def _replace_everywhere(old: type, new: type) -> None:
-    """In all modules of TRL that have imported it. Those that are imported later take it from its home."""
+def _replace_everywhere(classes: Mapping[type, type]) -> None:
+    """In all modules of TRL that have imported them. Those that are imported later take them from their home."""
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "trl" and vars(module).get(REPLACED) is old:
-            setattr(module, REPLACED, new)
+        if name.partition(".")[0] == "trl":
+            for old, new in classes.items():
+                if vars(module).get(old.__name__) is old:
+                    setattr(module, old.__name__, new)
+
+
+def _key_headers(server_kwargs: Mapping[str, Any]) -> dict[str, str]:
+    from ..engines.client.keys import Key
+    from ..engines.server_api import CONTROL_HEADER
+
+    api_key, control_key = (Key(name, server_kwargs.get(name)).value for name in ("api_key", "control_key"))
+    return ({"Authorization": f"Bearer {api_key}"} if api_key else {}) | (
+        {CONTROL_HEADER: control_key} if control_key else {}
+    )
 
 
 @functools.cache
