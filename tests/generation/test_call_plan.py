@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from vgen import Completion, PromptError, Sampling
+import numpy as np
+import pytest
+import torch
+
+from vgen import ArgumentError, Completion, PromptError, Sampling
 from vgen.distributed.ranks import RankPrompt
 from vgen.generation.call_plan import CallPlan, CallRequest, make_requests, request_seed
 from vgen.types import LoRARequest
@@ -87,3 +91,14 @@ def test_what_a_caller_leaves_out():
     call = CallRequest([], Sampling(), 1)
     assert (call.images, call.lora_request, call.priority, call.refused) == (None, None, 0, "raise")
     assert RankPrompt(0, [1]).rank == 0
+
+
+@pytest.mark.parametrize("ids", [[1, 2], (1, 2), list(np.array([1, 2])), list(torch.tensor([1, 2])), np.array([1, 2])])
+def test_the_token_ids_of_one_prompt_are_no_list_of_prompts(ids):
+    with pytest.raises(ArgumentError, match=r"got the token ids of one: pass \[token_ids\]"):
+        CallRequest.of(ids, Sampling(), 1)
+
+
+@pytest.mark.parametrize("prompts", [[], [[1, 2]], ["text"], [np.array([1, 2])], [torch.tensor([1, 2])], ((1, 2),)])
+def test_a_list_of_prompts_of_any_kind_is_one(prompts):
+    assert len(CallRequest.of(prompts, Sampling(), 1).prompts) == len(prompts)
