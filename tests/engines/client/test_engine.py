@@ -25,7 +25,7 @@ from vgen import (
     ServerGeneration,
     WeightSyncError,
 )
-from vgen.engines.client.engine import _disconnect
+from vgen.engines.client.shutdown import disconnect
 from vgen.profiling import semconv
 from vgen.testing import FaultyServer, MemorySink
 from vgen.weights.source.module_source import source_of
@@ -443,5 +443,5 @@ async def test_what_fails_while_connections_are_closed_does_not_keep_the_others_
         SimpleNamespace(lease=SimpleNamespace(release=end("second lease"))),
     ]
     clients = [SimpleNamespace(close=end("first client", fails=True)), SimpleNamespace(close=end("second client"))]
-    await _disconnect(endpoints, clients)
+    await disconnect(endpoints, clients)
     assert closed == ["first lease", "second lease", "first client", "second client"]

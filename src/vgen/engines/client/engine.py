@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -27,12 +25,10 @@ from .frozen_weights import FrozenWeights
 from .http import HttpClient, connection_limit
 from .lease_holder import LeaseHolder
 from .load_balancer import LoadBalancer
+from .shutdown import close, let_go
 from .weight_update import WeightUpdater, note_aborts
 
 logger = logging.getLogger(__name__)
-
-CLOSE_SECONDS = 5.0
-"""How long `close` waits for the servers to take their leases back."""
 
 
 class ServerEngine:
@@ -97,7 +93,7 @@ class ServerEngine:
         self._adapters = ServerAdapters(self._loop, self.endpoints)
         self._cleanup = ExitStack()
         self._end = weakref.finalize(
-            self, _let_go, self._loop, self.endpoints, self._clients, self._cleanup, os.getpid()
+            self, let_go, self._loop, self.endpoints, self._clients, self._cleanup, os.getpid()
         )
         try:
             self.endpoints += self._discover(shape or ())
@@ -287,7 +283,7 @@ class ServerEngine:
     def close(self) -> None:
         """Release the leases and close the connections. The servers keep running."""
         if self._end.detach() is not None:
-            _close(self._loop, self.endpoints, self._clients, self._cleanup)
+            close(self._loop, self.endpoints, self._clients, self._cleanup)
 
     def _discover(self, shape: Collection[str]) -> list[Endpoint]:
         """What the servers are. They share the connections that this process can have."""
@@ -328,44 +324,6 @@ class ServerEngine:
     def _post_to(self, endpoints: Sequence[Endpoint], path: str, body: Any = None, *, json_answer: bool = True) -> Any:
         """POST to several servers concurrently, and return their answers in the same order."""
         return self._loop.run_all([each.http.post(path, body, json_answer=json_answer) for each in endpoints])
-
-
-def _let_go(
-    loop: EventLoopThread,
-    endpoints: Sequence[Endpoint],
-    clients: Sequence[HttpClient],
-    cleanup: ExitStack,
-    owner: int,
-) -> None:
-    """Close what an engine had that nobody closed, when it is collected or the process exits."""
-    if os.getpid() != owner:  # a forked child runs the finalizer, too
-        return
-    if threading.main_thread().is_alive():
-        # The collector runs in any thread at any moment, perhaps in that of the loop: wait for nothing.
-        loop.close_after(_disconnect(endpoints, clients), cleanup.close, CLOSE_SECONDS)
-    else:  # at exit
-        _close(loop, endpoints, clients, cleanup)
-
-
-def _close(
-    loop: EventLoopThread, endpoints: Sequence[Endpoint], clients: Sequence[HttpClient], cleanup: ExitStack
-) -> None:
-    try:
-        cleanup.close()
-    finally:
-        try:
-            loop.run(_disconnect(endpoints, clients), CLOSE_SECONDS)
-        except TimeoutError:
-            logger.warning("vgen: left connections open: the servers did not answer within %g s", CLOSE_SECONDS)
-        finally:
-            loop.close()
-
-
-async def _disconnect(endpoints: Sequence[Endpoint], clients: Sequence[HttpClient]) -> None:
-    """Release the leases and close the connections."""
-    leases = [endpoint.lease.release() for endpoint in endpoints if endpoint.lease is not None]
-    await asyncio.gather(*leases, return_exceptions=True)
-    await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
 
 
 def _check_distinct(urls: Sequence[str]) -> None:
