@@ -217,3 +217,16 @@ def test_modules_that_pack_their_weights_in_a_forward_pass_do_not_while_they_are
     assert not any(seen)
     assert getattr(packs, PACKS_IN_FORWARD) is True
     assert not hasattr(model.model.layers[1].mlp.up_proj, PACKS_IN_FORWARD)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_module_with_one_kind_of_hook_alone_is_looked_at(register):
+    model = fill(tiny("qwen2")).eval()
+
+    def steer(*_):
+        return None
+
+    getattr(model.model.layers[1], register)(steer)
+    (named,) = forward_hooks(model).values()
+    assert named.startswith("model.layers.1: ")
+    assert named.endswith("steer")
