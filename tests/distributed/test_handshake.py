@@ -146,6 +146,24 @@ def test_strangers_keep_no_member_waiting_and_are_let_go(listener):
                 assert stranger.recv(1) == b""
 
 
+def test_a_stranger_who_hangs_up_half_way_is_let_go_at_once(listener):
+    found = came(listener, 1)
+    with socket.create_connection(listener.getsockname(), SOON) as stranger:
+        stranger.recv(16, socket.MSG_WAITALL)
+        stranger.sendall(b"abc")
+        stranger.shutdown(socket.SHUT_WR)
+        start = time.monotonic()
+        assert stranger.recv(1) == b""
+        assert time.monotonic() - start < 2.0
+    assert member(listener, (1, 0)) == b"welcome"
+    assert found.result(SOON) == [(1, 0)]
+
+
+def test_what_a_member_proves_a_listener_does_not():
+    said = secrets.token_bytes(40)
+    assert handshake._proof(SECRET, b"member", said) != handshake._proof(SECRET, b"listener", said)
+
+
 def test_strangers_cost_nothing_beyond_the_deadline(listener):
     with ExitStack() as stack:
         for _ in range(8):

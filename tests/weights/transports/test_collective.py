@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.transfers import FakeEndpoint, FakeGroup
 
-from vgen import WeightSyncError
+from vgen import WeightSyncError, _addresses
 from vgen.weights.source.module_source import ModuleSource
 from vgen.weights.transports.collective import CollectiveTransport, GroupReceiver
 from vgen.weights.transports.sync_errors import UPDATE_OPEN, to_text
@@ -122,6 +122,21 @@ def test_an_update_left_open_is_ended_before_a_group_is_made():
     happens="The worker gives up at its timeout",
     within=60,
 )
+@pytest.mark.parametrize(
+    ("own", "address"),
+    [
+        (["127.0.0.1", "127.0.0.1"], "127.0.0.1"),
+        (["127.0.0.1", "10.0.0.7"], "10.0.0.7"),
+        (["::1", "fe80::7%eth0"], "fe80::7%eth0"),
+        (["10.0.0.7", "::1"], "10.0.0.7"),
+    ],
+)
+def test_the_trainer_listens_on_an_address_that_all_servers_can_connect_to(monkeypatch, own, address):
+    addresses = dict(zip("ab", own, strict=True))
+    monkeypatch.setattr(_addresses, "own_address", addresses.__getitem__)
+    assert _addresses.address_for_all(iter("ab")) == address
+
+
 def test_a_worker_that_receives_nothing_gives_up_in_time():
     workers = Workers(2)
     transport = transport_to(workers, timeout=1.0)
