@@ -58,10 +58,13 @@ class Server:
         self._reader.join(30)
         return "".join(self.lines)
 
-    def get(self, path: str) -> tuple[int, Any]:
-        request = urllib.request.Request(self.url + path, headers={"X-Vgen-Control-Key": self.key})
+    def get(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        """Send a GET, or a POST with a body; returns the status, and the answer or the error's JSON."""
+        raw = None if body is None else json.dumps(body).encode()
+        sent = {"X-Vgen-Control-Key": self.key, "Content-Type": "application/json", **headers}
+        request = urllib.request.Request(self.url + path, data=raw, headers=sent)
         try:
-            with urllib.request.urlopen(request, timeout=2) as answer:
+            with urllib.request.urlopen(request, timeout=2 if body is None else 20) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -123,6 +126,26 @@ def seconds(condition: Callable[[], Any], timeout: float) -> float:
 
 def generate(generation: ServerGeneration) -> Any:
     return generation.generate([[1 + i, 2] for i in range(64)], LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_engines_that_run_may_be_resumed_again_and_the_log_says_who_did_what(servers):
+    server, _ = servers
+    status, answer = server.get("/vgen/lease", {"holder": "the auditor"})
+    assert status == 200
+    lease = {"X-Vgen-Lease": json.loads(answer)["token"]}
+    for path in ("/vgen/pause", "/resume", "/resume", "/wake_up", "/sleep?level=0", "/wake_up", "/wake_up"):
+        assert server.get(path, {}, **lease)[0] == 200, path
+        stopped = path.startswith(("/vgen/pause", "/sleep"))
+        assert json.loads(server.get("/is_paused")[1]) == {"is_paused": stopped}
+    assert server.get("/vgen/lease/release", {}, **lease)[0] == 200
+    log = Path(server.described["log_file"]).read_text()
+    events = re.findall(r'vgen\.audit (\w+) .*holder="the auditor".* client="127\.0\.0\.1:\d+"$', log, re.MULTILINE)
+    resumes = ["resume", "resume", "wake_up", "sleep", "wake_up", "wake_up"]
+    assert events == ["take_lease", "pause", *resumes, "release_lease"]
+    assert server.key not in log
+    assert lease["X-Vgen-Lease"] not in log
 
 
 @pytest.mark.slow
