@@ -11,9 +11,11 @@ import asyncio
 import copy
 import json
 import logging
+import os
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
@@ -591,9 +593,20 @@ def fuzz(target: str, seconds: int, folder: Path) -> None:
         for number, data in enumerate(inputs):
             (corpus / f"seed-{number}").write_bytes(data)
             TARGETS[target](data)  # and so imports what is to be instrumented
-    options = [f"-max_total_time={seconds}", f"-timeout={HANG_SECONDS}", f"-rss_limit_mb={MEMORY_MB}", "-verbosity=1"]
-    options += [f"-artifact_prefix={folder}/{target}-", f"-max_len={LONGEST}", "-print_final_stats=1", "-len_control=0"]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], TARGETS[target])
+    end, count = time.monotonic() + seconds, 0
+
+    def once(data: bytes) -> None:
+        nonlocal count
+        if time.monotonic() > end:
+            # By itself: libFuzzer's own end has been seen to hang while the interpreter was torn down.
+            print(f"Done {count} runs", file=sys.stderr, flush=True)
+            os._exit(0)
+        TARGETS[target](data)
+        count += 1
+
+    options = [f"-timeout={HANG_SECONDS}", f"-rss_limit_mb={MEMORY_MB}", "-verbosity=1"]
+    options += [f"-artifact_prefix={folder}/{target}-", f"-max_len={LONGEST}", "-len_control=0"]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], once)
     atheris.Fuzz()
 
 
