@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from helpers.families import CONFIGS
+from helpers.families import FAMILIES
 
 HELPERS = Path(__file__).parents[1] / "tests" / "helpers"
 HARD = (
@@ -41,7 +41,7 @@ ON_CUDA = [
     ("qwen3_moe", "bfloat16", {"quantization": "fp8"}),
     ("deepseek_v2", "bfloat16", {"enforce_eager": True}),
 ]
-ON_CPU = [(name, "float32", {}) for name in CONFIGS]
+ON_CPU = [(name, "float32", {}) for name in FAMILIES]
 
 
 def run(command: list[str], seconds: float) -> dict:
