@@ -9,7 +9,7 @@ from ..errors import MissingExtraError
 from ..profiling import semconv
 from ..profiling.measurement import Instrument
 from ..profiling.sinks.wandb import HISTOGRAM, STEP_METRIC, key
-from .panels import REQUEST_PHASES, STEP_PARTS, SYNC_PHASES
+from .panels import STEP_PARTS
 
 try:
     import wandb_workspaces.reports.v2 as reports
@@ -22,40 +22,28 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
     """The workspace, not saved yet. This uses no network."""
     sections = [
         _section(
-            "Rollout latency",
-            _line("Generate call", *_of(semconv.duration(semconv.GENERATE), "p50", "p90", "max")),
-            _line("Request, end to end", *_of(semconv.REQUEST_E2E, "p50", "p90", "p99")),
-            _line("Time to first token", *_of(semconv.REQUEST_TTFT, "p50", "p90", "p99")),
-            _line("Time per output token", *_of(semconv.REQUEST_TPOT, "p50", "p90", "p99")),
-            _line("Where a request's time goes", *(_of(phase, "p50")[0] for phase in REQUEST_PHASES)),
-            _line("Tokens per second", key(semconv.THROUGHPUT.name)),
+            "Time",
+            _line("Where a step's time goes, s", *(_sum(part) for part in (semconv.STEP, *STEP_PARTS))),
+            _line("Weight sync and pause, s", _sum(semconv.WEIGHT_SYNC), _sum(semconv.SYNC_PAUSE)),
+            _line("Weight sync, bytes per second", key(semconv.SYNC_BANDWIDTH.name)),
         ),
         _section(
-            "Tail",
-            _line("Slowest request and median", *_of(semconv.REQUEST_E2E, "max", "p50")),
-            _line("Longest completion and median", *_of(semconv.COMPLETION_LENGTH, "max", "p50")),
+            "Rollouts",
+            _line("Request, end to end, s", *_of(semconv.REQUEST_E2E, "p50", "p90", "p99", "max")),
+            _line(
+                "First token, each later one, queue: p99, s",
+                *(_of(each, "p99")[0] for each in (semconv.REQUEST_TTFT, semconv.REQUEST_TPOT, semconv.REQUEST_QUEUE)),
+            ),
+            _line("Tokens per second", key(semconv.THROUGHPUT.name)),
+            _line("Completion and prompt length, tokens", *_lengths()),
             _distributions("Requests by duration", semconv.REQUEST_E2E),
             _distributions("Completions by length", semconv.COMPLETION_LENGTH),
         ),
         _section(
-            "Weight sync",
-            _line("Weight sync", *_of(semconv.duration(semconv.WEIGHT_SYNC), "p50", "max")),
-            _line("Seconds of its phases", *(_sum(phase) for phase in SYNC_PHASES)),
-            _line("Bytes per second", key(semconv.SYNC_BANDWIDTH.name)),
-            _line("Bytes", key(semconv.SYNCED_BYTES.name)),
-        ),
-        _section(
-            "Sleep and memory",
-            _line("Sleep and wake up", _sum(semconv.SLEEP), _sum(semconv.WAKE_UP)),
-            _line("Device memory, freed and allocated", key(semconv.SLEEP_FREED.name), key(semconv.WAKE_TAKEN.name)),
-            _line("Memory in use", key(semconv.MEMORY_USED.name), key(semconv.MEMORY_RESIDENT.name)),
-            _line("Leaked", key(semconv.LEAKED_TOTAL.name)),
-        ),
-        _section(
-            "Steps",
-            _line("Where a step's time goes", _sum(semconv.STEP), *(_sum(part) for part in STEP_PARTS)),
-            _line("Seconds of stalls", _sum(semconv.STALL)),
-            _line("Telemetry lost", key(semconv.DROPPED.name)),
+            "Health",
+            _line("Log-probabilities, engine against trainer, nats", *_of(semconv.DRIFT, "mean")),
+            _line("Device memory in use, leaked, bytes", key(semconv.MEMORY_USED.name), key(semconv.LEAKED_TOTAL.name)),
+            _line("Stalls, s; preemptions; telemetry lost", _sum(semconv.STALL), *_losses()),
         ),
     ]
     return workspaces.Workspace(
@@ -94,6 +82,14 @@ def _line(title: str, *shown: str) -> reports.LinePlot:
 
 def _distributions(title: str, instrument: Instrument) -> reports.MediaBrowser:
     return reports.MediaBrowser(title=title, media_keys=[key(instrument.name) + HISTOGRAM])
+
+
+def _lengths() -> list[str]:
+    return [*_of(semconv.COMPLETION_LENGTH, "mean", "max"), *_of(semconv.PROMPT_LENGTH, "mean")]
+
+
+def _losses() -> list[str]:
+    return [key(semconv.REQUEST_PREEMPTED.name), key(semconv.DROPPED.name)]
 
 
 def _of(histogram: Instrument, *parts: str) -> list[str]:

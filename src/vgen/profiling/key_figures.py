@@ -1,4 +1,4 @@
-"""The few numbers of a step that belong into a trainer's own log."""
+"""The few numbers of a step that belong into a trainer's own log, or into W&B."""
 
 from __future__ import annotations
 
@@ -23,17 +23,25 @@ _PARTS = (
 )
 
 
-def key_figures(summary: Mapping[str, float]) -> dict[str, float]:
-    """Choose at most 30 of the numbers of `Step.summary`, and the seconds of each span that the caller named himself.
+HISTOGRAMS = frozenset({semconv.REQUEST_E2E.name, semconv.COMPLETION_LENGTH.name})
+"""The distributions that belong there as well."""
+_VGENS = (*semconv.RESERVED, semconv.STEP)
 
-    What did not happen is 0: seconds of spans, and what is counted. Means are added (`vgen.completion.length.mean`).
+
+def key_figures(summary: Mapping[str, float]) -> dict[str, float]:
+    """Choose at most 30 of the numbers of `Step.summary`, besides what the caller measured himself.
+
+    Those are the seconds of each span that he named, and all numbers of his own instruments. What did not happen is 0:
+    seconds of spans, and what is counted. Means are added (`vgen.completion.length.mean`).
     """
     figures = {f"{name}.duration.sum": 0.0 for name in _SPANS} | {total.name: 0.0 for total in _TOTALS}
     figures |= {name: summary[name] for name in figures if name in summary}
     figures |= {last.name: summary[last.name] for last in _LAST if last.name in summary}
     for instrument, parts in _PARTS:
+        if odd := summary.get(f"{instrument.name}.nonfinite"):
+            figures[f"{instrument.name}.nonfinite"] = odd
         if count := summary.get(f"{instrument.name}.count"):
             values = {**summary, f"{instrument.name}.mean": summary[f"{instrument.name}.sum"] / count}
             figures |= {f"{instrument.name}.{part}": values[f"{instrument.name}.{part}"] for part in parts}
-    own = (name for name in summary if name.endswith(".duration.sum") and not name.startswith(semconv.RESERVED))
-    return figures | {name: summary[name] for name in own}
+    own = (name for name in summary if not name.startswith(_VGENS))
+    return figures | {name: summary[name] for name in own if ".duration." not in name or name.endswith(".sum")}

@@ -84,7 +84,7 @@ def check_steps(rows: list[dict[str, Any]], steps: int) -> None:
     ],
 )
 def test_every_row_of_the_trainer_and_every_step_is_in_the_run(run: Any, with_step: bool, order: str) -> None:
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
 
     def trainer_log(n: int) -> None:
         how = {"step": n} if with_step else {}
@@ -115,7 +115,7 @@ def test_every_row_of_the_trainer_and_every_step_is_in_the_run(run: Any, with_st
 @pytest.mark.slow
 @pytest.mark.parametrize("with_step", [pytest.param(True, id="step="), pytest.param(False, id="no step=")])
 def test_a_trainer_that_logs_every_tenth_step_gets_the_aggregates_of_all_steps_since(run: Any, with_step: bool) -> None:
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     for n in range(25):
         with profiling.step(n):
             work(profiling, n)
@@ -132,7 +132,7 @@ def test_a_trainer_that_logs_every_tenth_step_gets_the_aggregates_of_all_steps_s
 
 @pytest.mark.slow
 def test_a_trainer_on_its_own_thread_in_a_hurry(run: Any) -> None:
-    sink = WandbSink(run)
+    sink = WandbSink(run, detail=True)
     profiling = ProfilingContext([sink])
     logged = itertools.count()
     done = threading.Event()
@@ -182,7 +182,7 @@ def test_a_trainer_that_logs_at_any_moment_whatever(trainer: list[str], flushes:
             run.trainer_log(data, step=run._step + (what == "ahead"))
 
     run = wandb_runs.MemoryRun(meddle)
-    sink = WandbSink(run, histograms=False)
+    sink = WandbSink(run, detail=True, histograms=False)
     profiling = Steps()
     for n, flush in enumerate(flushes):
         sink.on_step(profiling.step(n))
@@ -210,7 +210,7 @@ class Steps:
 
 @pytest.mark.slow
 def test_steps_after_the_trainers_last_log_are_in_the_file(run: Any) -> None:
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     for n in range(4):
         with profiling.step(n):
             work(profiling, n)
@@ -226,7 +226,7 @@ def test_steps_after_the_trainers_last_log_are_in_the_file(run: Any) -> None:
 
 @pytest.mark.slow
 def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) -> None:
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     for n in range(3):
         with profiling.step(n):
             work(profiling, n)
@@ -247,7 +247,7 @@ def test_a_final_log_with_the_last_step_once_more_is_kept_after_close(run: Any) 
     within=60,
 )
 def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, waits: Any) -> None:
-    sink = WandbSink(run)
+    sink = WandbSink(run, detail=True)
     profiling = ProfilingContext([sink])
     with profiling.step(0):
         work(profiling, 0)
@@ -270,7 +270,7 @@ def test_a_run_that_was_finished_first_is_a_counted_loss(run: Any, waits: Any) -
 )
 def test_a_failing_run_counts_its_loss_and_recovers() -> None:
     run = wandb_runs.MemoryRun()
-    sink = WandbSink(run, histograms=False)
+    sink = WandbSink(run, detail=True, histograms=False)
     steps = Steps()
     sink.on_step(steps.step(0))
     run.finished = True
@@ -313,7 +313,7 @@ def test_a_step_that_wandb_took_but_did_not_confirm_counts_as_lost_and_is_not_to
                 asking[0] = False
 
     run = Run(meddle)
-    sink = WandbSink(run, histograms=False)
+    sink = WandbSink(run, detail=True, histograms=False)
     steps = Steps()
     sink.on_step(steps.step(0))
     with pytest.raises(TimeoutError):
@@ -328,7 +328,7 @@ def test_a_step_that_wandb_took_but_did_not_confirm_counts_as_lost_and_is_not_to
 
 @pytest.mark.slow
 def test_a_row_of_its_own_for_each_step_where_nobody_passes_a_step(run: Any) -> None:
-    profiling = ProfilingContext([WandbSink(run, commit=True)])
+    profiling = ProfilingContext([WandbSink(run, commit=True, detail=True)])
     for n in range(6):
         with profiling.step(n):
             work(profiling, n)
@@ -343,7 +343,7 @@ def test_a_row_of_its_own_for_each_step_where_nobody_passes_a_step(run: Any) -> 
 def test_vgens_keys_keep_their_axis_beside_a_pattern_that_matches_everything(run: Any) -> None:
     run.define_metric("train/global_step")  # as Hugging Face's callback does
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     with profiling.step(7):
         work(profiling, 7)
     profiling.close()
@@ -362,7 +362,7 @@ def test_a_resumed_run_continues_the_axis(tmp_path: Path) -> None:
     for first in (0, 3):
         run = wandb_runs.start(tmp_path / str(first), id="same")
         run.log({"restored": 1.0}, step=100 + first)  # W&B's own step of a resumed run is where it was
-        profiling = ProfilingContext([WandbSink(run)])
+        profiling = ProfilingContext([WandbSink(run, detail=True)])
         for n in range(first, first + 3):
             with profiling.step(n):
                 work(profiling, n)
@@ -387,7 +387,7 @@ def test_a_run_that_starts_at_a_later_step_of_wandbs() -> None:
         original(*arguments, **how)
 
     run.trainer_log = first  # type: ignore[method-assign]
-    sink = WandbSink(run, histograms=False)
+    sink = WandbSink(run, detail=True, histograms=False)
     for n in range(3):
         sink.on_step(Steps().step(n))
         sink.on_idle()
@@ -398,7 +398,7 @@ def test_a_run_that_starts_at_a_later_step_of_wandbs() -> None:
 def test_histograms_hold_every_value(run: Any) -> None:
     rng = np.random.default_rng(0)
     many = rng.lognormal(0, 1, 5000)
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     with profiling.step(0):
         profiling.record_many(E2E, many)
         profiling.record_many(semconv.COMPLETION_LENGTH, [512] * 30)
@@ -427,8 +427,29 @@ def test_histograms_hold_every_value(run: Any) -> None:
     assert not any(key.endswith(".duration.histogram.values") for key in row)
 
 
-def test_nan_and_infinity_are_logged_as_such(run: Any) -> None:
+def test_by_default_a_row_has_few_numbers_and_two_distributions_besides_the_callers_own(run: Any) -> None:
     profiling = ProfilingContext([WandbSink(run)])
+    with profiling.step(0), profiling.span("reward"):
+        for name in semconv.SPANS:
+            if name != semconv.STEP:
+                with profiling.span(name):
+                    pass
+        for instrument in semconv.METRICS.values():
+            profiling.record_many(instrument, [1.0, 2.0])
+        profiling.record_many(Instrument("my.score", "histogram"), [3.0])
+    profiling.close()
+    run.finish()
+    [row] = wandb_runs.rows(run)
+    distributions = {name.partition(".histogram")[0] for name in row if ".histogram." in name}
+    assert distributions == {"vgen/request.e2e", "vgen/completion.length", "vgen/my.score"}
+    numbers = {name for name in row if name.startswith("vgen/") and ".histogram." not in name}
+    own = {name for name in numbers if "reward" in name or "my.score" in name}
+    assert {"vgen/reward.duration.sum", "vgen/my.score.p50"} <= own
+    assert len(numbers - own - {STEPS, STEP_METRIC}) <= 30
+
+
+def test_nan_and_infinity_are_logged_as_such(run: Any) -> None:
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     with profiling.step(0):
         profiling.record(semconv.THROUGHPUT, math.nan)
         profiling.record(Instrument("my.gauge", "gauge"), -math.inf)
@@ -438,7 +459,8 @@ def test_nan_and_infinity_are_logged_as_such(run: Any) -> None:
     [row] = wandb_runs.rows(run)
     assert row["vgen/generate.throughput"] == "NaN"
     assert row["vgen/my.gauge"] == "-Infinity"
-    assert row["vgen/request.e2e.nonfinite"] == row["vgen/request.e2e.count"] == 1
+    assert row["vgen/request.e2e.nonfinite"] == 1
+    assert row["vgen/request.e2e.max"] == 1.0
 
 
 @pytest.mark.slow
@@ -464,7 +486,7 @@ from vgen.profiling import ProfilingContext, semconv
 from vgen.profiling.sinks.wandb import WandbSink
 
 run = wandb_runs.start(Path("."))
-profiling = ProfilingContext([WandbSink(run)])
+profiling = ProfilingContext([WandbSink(run, detail=True)])
 before = set(sys.modules)
 with profiling.step(0):
     profiling.record_many(semconv.REQUEST_E2E, [0.25, 0.5])
@@ -488,7 +510,7 @@ def test_a_disabled_run_takes_everything() -> None:
     import wandb
 
     run = wandb.init(mode="disabled")
-    sink = WandbSink(run)
+    sink = WandbSink(run, detail=True)
     profiling = ProfilingContext([sink])
     with profiling.step(0):
         work(profiling, 0)
@@ -505,7 +527,7 @@ def test_without_wandb_the_message_names_the_extra(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_forked_child_leaves_the_run_to_its_parent(run: Any) -> None:
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     with profiling.step(0):
         work(profiling, 0)
     profiling.flush()
@@ -525,7 +547,7 @@ def test_a_forked_child_leaves_the_run_to_its_parent(run: Any) -> None:
 
 def test_merging_steps_leaves_their_own_rows_alone() -> None:
     run = wandb_runs.MemoryRun()
-    sink = WandbSink(run, histograms=False)
+    sink = WandbSink(run, detail=True, histograms=False)
     first, second = (Steps().step(n) for n in (0, 1))
     before = first.row.histogram(E2E.name).quantile(1.0)
     sink.on_step(first)
@@ -545,7 +567,7 @@ def test_the_callers_thread_does_next_to_nothing_more(run: Any) -> None:
             profiling.record(TOKENS, 1)
 
     alone = ProfilingContext()
-    with ProfilingContext([WandbSink(run)]) as shown:
+    with ProfilingContext([WandbSink(run, detail=True)]) as shown:
         for profiling in (alone, shown):
             step(profiling)
         operations = calls_made(lambda: step(alone))
@@ -553,7 +575,7 @@ def test_the_callers_thread_does_next_to_nothing_more(run: Any) -> None:
 
 
 def test_a_histogram_of_two_values_has_each_at_its_end(run: Any) -> None:
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
     with profiling.step(0):
         profiling.record_many(E2E, [1.0, 3.0])
     profiling.close()
@@ -572,7 +594,7 @@ def test_a_row_that_the_trainer_finishes_while_it_is_written_is_known_to_be_fini
             run.trainer_log({"loss": 1.0})
 
     run = wandb_runs.MemoryRun(meddle)
-    sink, steps = WandbSink(run, histograms=False), Steps()
+    sink, steps = WandbSink(run, detail=True, histograms=False), Steps()
     for n in range(2):
         sink.on_step(steps.step(n))
         sink.on_idle()

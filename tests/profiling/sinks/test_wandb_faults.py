@@ -78,7 +78,7 @@ def child(fault: str, directory: Path) -> None:
 
     run = wandb_runs.start(directory)
     service = next(p for p in psutil.Process().children(recursive=True) if p.name().startswith("wandb-core"))
-    profiling = ProfilingContext([WandbSink(run)])
+    profiling = ProfilingContext([WandbSink(run, detail=True)])
 
     def steps() -> None:
         for n in range(STEPS):

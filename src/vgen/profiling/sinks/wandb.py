@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import needs_extra
 from .. import semconv
 from ..aggregation import Histogram, Row
+from ..key_figures import HISTOGRAMS, key_figures
 from ..span_model import Sink, Step
 
 PREFIX = "vgen/"
@@ -38,7 +39,10 @@ class WandbSink(Sink):
         run: The W&B run.
         commit: Write a separate row for each step. For runs to which nobody else logs with `step=`, and necessary for
             `mode="shared"`, where W&B has no steps.
-        histograms: Also log the distribution of each histogram as `<name>.histogram`, except for span durations.
+        detail: Log all numbers of `Step.summary` and the distribution of each histogram. By default a row has at most
+            30 numbers besides your own (`vgen.profiling.key_figures`), and the distributions of the requests' seconds
+            and of the completions' lengths.
+        histograms: Whether to log distributions, as `<name>.histogram`. Span durations have none.
 
     Example:
         with wandb.init(project="grpo") as run, ProfilingContext([WandbSink(run)]) as profiling:
@@ -50,8 +54,9 @@ class WandbSink(Sink):
 
     inline = False
 
-    def __init__(self, run: Any, *, commit: bool = False, histograms: bool = True) -> None:
+    def __init__(self, run: Any, *, commit: bool = False, detail: bool = False, histograms: bool = True) -> None:
         self.run = run
+        self._detail = detail
         self._commit = commit
         self._histogram = _histogram_class() if histograms else None
         self._waiting = _Steps()
@@ -136,10 +141,12 @@ class WandbSink(Sink):
 
     def _row(self, steps: _Steps) -> dict[str, Any]:
         summary = steps.row.summary()
-        row: dict[str, Any] = {key(name): value for name, value in summary.items()}
+        figures = summary if self._detail else key_figures(summary)
+        row: dict[str, Any] = {key(name): value for name, value in figures.items()}
         if self._histogram is not None:
             for name in [n.removesuffix(".p99") for n in summary if n.endswith(".p99")]:
-                histogram = None if name.endswith(".duration") else steps.row.histogram(name)
+                wanted = self._detail or name in HISTOGRAMS or not name.startswith(semconv.RESERVED)
+                histogram = None if name.endswith(".duration") or not wanted else steps.row.histogram(name)
                 if histogram is not None:
                     row[key(name) + HISTOGRAM] = self._histogram(np_histogram=_bins(histogram))
         return {**row, STEPS: steps.count, STEP_METRIC: steps.last}
