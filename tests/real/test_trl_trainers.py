@@ -221,4 +221,4 @@ def test_a_trainer_takes_three_steps_with_a_server(build, server_with_plain_layo
     keys = {"control_key": server_with_plain_layout.control_key, "connection": ServerConnection(timeout=120.0)}
     settings = {"vllm_mode": "server", "vllm_server_base_url": server_with_plain_layout.url}
     with trained(build, tmp_path, monkeypatch, settings, server_kwargs=keys) as generation:
-        generation.sync_weights(verify="bits")
+        assert generation.sync_weights(verify="bits").verified == "bits"
