@@ -16,10 +16,12 @@ import ast
 import contextlib
 import copy
 import fnmatch
+import functools
 import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,8 +47,8 @@ LEFT_OUT = {
 }
 SURVIVED = ("survives", "no test")
 SELECTION = "not slow and not real"
-BUDGET = 60.0
-"""Seconds of tests for one mutant beyond those of its own module."""
+BUDGET = 30.0
+"""Seconds of tests for one mutant that reach its function, and of such that import its module."""
 PRELOADED = ("pytest", "hypothesis.extra.numpy", "torch", "transformers", "vllm", "vllm.engine.llm_engine", "aiohttp")
 
 COMPARISONS: dict[type, tuple[type, ...]] = {
@@ -75,7 +77,7 @@ ARITHMETIC: dict[type, type] = {
 }
 OPPOSITE = {"min": "max", "max": "min", "any": "all", "all": "any"}
 LOGGING = ("debug", "info", "warning", "error", "exception", "critical")
-SYMMETRIC = ("getattr", "setattr", "hasattr", "max", "min", "print")
+SYMMETRIC = ("compare_digest", "getattr", "setattr", "hasattr", "max", "min", "print")
 
 
 @dataclass(frozen=True)
@@ -492,30 +494,39 @@ def reached(work: Path, tree: Path) -> dict[str, dict]:
 
 
 def tests_for(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
-    """The tests of the mutant's own module, then the quickest of the others that reach its function."""
+    """The tests of the mutant's own module, then others: the quickest that reach its function, then importers.
+
+    No test reaches what runs when a module is imported.
+    """
     path = Path("tests") / mutant.module
     own_file = f"{path.with_name('test_' + path.name)}::"
     function = f"{mutant.module}::{mutant.function}"
-    inner = function + ".<locals>."
 
-    def reaches(found: dict) -> bool:
-        if not mutant.function:
-            return any(name.startswith(f"{mutant.module}::") for name in found["functions"])
-        return any(name == function or name.startswith(inner) for name in found["functions"])
+    def reaches(test: str) -> bool:
+        return any(name == function or name.startswith(f"{function}.<locals>.") for name in tests[test]["functions"])
 
-    def seconds(test: str) -> float:
-        return tests[test]["seconds"]
+    def imports(test: str) -> bool:
+        return re.search(rf"\b{path.stem}\b", _text(ROOT / test.partition("::")[0])) is not None
 
-    own = sorted((t for t in tests if t.startswith(own_file)), key=lambda t: (not reaches(tests[t]), seconds(t)))
-    others = sorted((t for t in tests if not t.startswith(own_file) and reaches(tests[t])), key=seconds)
-    chosen, spent = list(own), 0.0
-    for test in others:
-        spent += seconds(test) + 0.02
-        if spent > BUDGET:
-            break
-        chosen.append(test)
+    def order(test: str) -> tuple[bool, float]:
+        return not test.startswith(f"{path.parent}/"), tests[test]["seconds"]
+
+    own = [test for test in tests if test.startswith(own_file)]
+    chosen = sorted(own, key=lambda test: (not reaches(test), tests[test]["seconds"]))
+    for counts in (reaches, imports):
+        spent = 0.0
+        for test in sorted(filter(counts, tests.keys() - chosen), key=order):
+            spent += tests[test]["seconds"] + 0.02
+            if spent > BUDGET:
+                break
+            chosen.append(test)
     files = list(dict.fromkeys(test.partition("::")[0] for test in chosen))
     return sorted(chosen, key=lambda test: files.index(test.partition("::")[0]))
+
+
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 @dataclass
