@@ -490,7 +490,14 @@ def reached(work: Path, tree: Path) -> dict[str, dict]:
     tests = {test: found for file in known.values() for test, found in file["tests"].items()}
     broken = sorted(test for test, found in tests.items() if not found["passed"])
     print(f"{len(tests)} tests, {len(broken)} left out because they do not pass here: {broken}", flush=True)
+    for found in tests.values():
+        found["functions"] = {name[:end] for name in found["functions"] for end in _ends(name)}
     return {test: found for test, found in tests.items() if found["passed"]}
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of a function and of those around it end: whoever reaches it reaches them."""
+    return [match.start() for match in re.finditer(r"\.<locals>\.|$", name)]
 
 
 def tests_for(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
@@ -503,7 +510,7 @@ def tests_for(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
     function = f"{mutant.module}::{mutant.function}"
 
     def reaches(test: str) -> bool:
-        return any(name == function or name.startswith(f"{function}.<locals>.") for name in tests[test]["functions"])
+        return function in tests[test]["functions"]
 
     def imports(test: str) -> bool:
         return re.search(rf"\b{path.stem}\b", _text(ROOT / test.partition("::")[0])) is not None
