@@ -513,7 +513,7 @@ def tests_for(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
         return function in tests[test]["functions"]
 
     def imports(test: str) -> bool:
-        return re.search(rf"\b{path.stem}\b", _text(ROOT / test.partition("::")[0])) is not None
+        return _names(ROOT / test.partition("::")[0], path.stem)
 
     def order(test: str) -> tuple[bool, float]:
         return not test.startswith(f"{path.parent}/"), tests[test]["seconds"]
@@ -532,8 +532,9 @@ def tests_for(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
 
 
 @functools.cache
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def _names(path: Path, module: str) -> bool:
+    """Whether a test file names a module, as it must to import it."""
+    return path.exists() and re.search(rf"\b{module}\b", path.read_text(encoding="utf-8")) is not None
 
 
 @dataclass
