@@ -7,17 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ArgumentError, PromptError
+from .call_plan import Images
 from .images import take_images
 
 
 class Chat:
-    """The chat template of a tokenizer or processor, with the settings that it gets besides the messages.
+    """The chat template of a tokenizer or processor, with the settings that it gets besides the messages, if not None.
 
     A processor's own template goes before its tokenizer's. `encode` gets the rendered text, and adds no special tokens.
     Image placeholders stay as the template writes them: one for each image.
     """
 
     def __init__(self, processor: Any, settings: Mapping[str, Any], encode: Callable[[int, str], list[int]]) -> None:
+        if processor is None:
+            raise ArgumentError("conversations", "need a tokenizer: pass processing_class to the constructor")
+        settings = {name: value for name, value in settings.items() if value is not None}
         template = settings.get("chat_template") or getattr(processor, "chat_template", None)
         self._template_owner = processor if template else getattr(processor, "tokenizer", processor)
         if not template and not getattr(self._template_owner, "chat_template", "?"):
@@ -25,8 +29,10 @@ class Chat:
         self._encode = encode
         self._settings = {"add_generation_prompt": True, **settings, "tokenize": False}
 
-    def render_all(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[Any], list[list[Any]]]:
-        """The token ids and the images of each conversation.
+    def render_all(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], images: Images = None
+    ) -> tuple[list[Any], Images]:
+        """The token ids and the images of each conversation: those in its messages, or the `images` of the caller.
 
         If a conversation cannot be rendered, its `PromptError` stands in the place of its token ids: `generate` raises
         the error or marks the completions with it.
@@ -34,11 +40,15 @@ class Chat:
         prompts, all_images = list[Any](), list[list[Any]]()
         for index, conversation in enumerate(_listed(conversations)):
             try:
-                ids, images = self.render(index, conversation)
+                ids, own = self.render(index, conversation)
             except PromptError as error:
-                ids, images = error, []
+                ids, own = error, []
             prompts.append(ids)
-            all_images.append(images)
+            all_images.append(own)
+        if not any(all_images):
+            return prompts, images
+        if images is not None:
+            raise ArgumentError("images", "must be None: the conversations hold images")
         return prompts, all_images
 
     def render(self, index: int, conversation: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[Any]]:

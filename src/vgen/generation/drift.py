@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..arguments import integer
 from ..engine_protocol import CannotProbe
 from ..profiling import ProfilingContext, Span, semconv
 from ..types import Completion, Completions, Sampling
@@ -55,6 +56,10 @@ class DriftMonitor:
     """The number of successful syncs at the last comparison."""
     said: set[str] = field(default_factory=set[str])
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            self.every = integer("drift_every", self.every, least=1, rule="None or an integer of at least 1")
 
     def say_once(self, sampling: Sampling) -> None:
         """Say in the log that log-probabilities which were asked for are renormalized."""

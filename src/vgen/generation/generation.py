@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextvars import copy_context
 from functools import partial
 from typing import Any, Self, Unpack
 
-from ..arguments import checked_call, integer
+from ..arguments import checked_call
 from ..distributed.ranks import Ranks, SingleRank
 from ..engine_protocol import Engine, EngineState, HowVerified, PauseMode, Source, Verify
-from ..errors import ArgumentError
 from ..profiling import ProfilingContext, semconv
 from ..types import Completion, Completions, LoRARequest, Prompt, Sampling, SleepReport, SyncReport, WeightVerification
 from ..weights.source.module_source import NamedTensors, source_of
 from .call_plan import CallOptions, CallRequest, Images, Refused
 from .call_runner import CallRunner, OnCompletion
+from .call_threads import CallThreads
 from .chat import Chat
 from .drift import DriftMonitor
 from .lifecycle import Lifecycle
@@ -26,9 +24,6 @@ from .prompts import Encoder
 from .scoring import score
 from .stalls import STALL_SECONDS
 from .weight_sync import Frozen, WeightSync, version_name
-
-AGENERATE_THREADS = 1024
-"""How many calls of `agenerate` run at a time. A thread starts only when a call needs it."""
 
 
 class Generation:
@@ -83,15 +78,13 @@ class Generation:
         self._alone = isinstance(ranks, SingleRank)
         profiling = profiling.bind({semconv.ENGINE: engine.kind})
         self._engine, self._processor, self._encoder = engine, processing_class, Encoder(engine, processing_class)
-        self._executor: ThreadPoolExecutor | None = None
+        self._threads = CallThreads()
         self._lifecycle = Lifecycle(engine, profiling, stale=stale, sleep_mode=sleep_mode, stall_seconds=stall_seconds)
         weights = Frozen() if source is None else source_of(source)
         self._weights = WeightSync(
             engine, weights, self._lifecycle, profiling, ranks.leading, version_name(weight_version)
         )
         parts = engine, self._encoder, ranks, self._lifecycle, self._weights, profiling
-        if drift_every is not None:
-            drift_every = integer("drift_every", drift_every, least=1, rule="None or an integer of at least 1")
         self._drift = DriftMonitor(profiling, self._weights, drift_every)
         observers = NanLogprobs(profiling), self._drift
         self._calls = CallRunner(*parts, request_tracing, structured_outputs_regex, show_progress, *observers)
@@ -188,21 +181,8 @@ class Generation:
         `options` are those of `generate`. `on_completion` is called in the thread. Cancelling the task aborts the
         requests that are not done. Ranks that share an engine must begin such calls in the same order.
         """
-        import asyncio
-
         request = CallRequest.of(prompts, sampling, num_generations, **options)
-        call = partial(self._calls.generate, request, on_completion)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads(), copy_context().run, call)
-        except asyncio.CancelledError:
-            request.cancellation.cancel()
-            raise
-
-    def _threads(self) -> Executor:
-        # asyncio's default executor has too few threads for a trainer with hundreds of rollouts in flight.
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(AGENERATE_THREADS, "vgen-generate")
-        return self._executor
+        return await self._threads.run(partial(self._calls.generate, request, on_completion), request.cancellation)
 
     @checked_call
     def stream(
@@ -239,16 +219,9 @@ class Generation:
         `options` to `generate`. A message's content may be a list of parts. An image part holds a `PIL.Image` or a
         `data:` URI; or pass the images in `images`, one for each part of type `image`.
         """
-        if self._processor is None:
-            raise ArgumentError("conversations", "need a tokenizer: pass processing_class to the constructor")
-        settings: dict[str, Any] = {"chat_template": chat_template, "tools": tools, **(chat_template_kwargs or {})}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = {"chat_template": chat_template, "tools": tools, **(chat_template_kwargs or {})}
         chat = Chat(self._processor, settings, self._encoder.rendered)
-        prompts, images = chat.render_all(conversations)
-        if any(images):
-            if options.get("images") is not None:
-                raise ArgumentError("images", "must be None: the conversations hold images")
-            options["images"] = images
+        prompts, options["images"] = chat.render_all(conversations, options.get("images"))
         return self.generate(prompts, sampling, num_generations, **options)
 
     @checked_call
@@ -365,9 +338,7 @@ class Generation:
     def close(self) -> None:
         """Shut the engine down. A second `close` does nothing; every other call then raises `EngineStateError`."""
         self._lifecycle.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-            self._executor = None
+        self._threads.close()
 
     def __enter__(self) -> Self:
         return self
