@@ -33,7 +33,8 @@ def family(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **more:
     `more` are fields of its configuration.
     """
     kind, fields = OTHER_FIELDS.get(name, (name, {}))
-    return _without_rotated_keys(tiny_model(kind, seed=seed, **fields | more).to(dtype))
+    model: Any = tiny_model(kind, seed=seed, **fields | more)
+    return _without_rotated_keys(model.to(dtype))
 
 
 def refresh(model: Any, seed: int) -> None:
