@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from vgen import ProfilingContext
-from vgen.distributed.placement import Placement, all_ranks
+from vgen.distributed.placement import Placement, all_ranks, initialized
 from vgen.distributed.ranks import SingleRank, TensorParallelRanks
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -63,3 +63,18 @@ def test_neighbours_are_one_engines_workers(process_group, monkeypatch):
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", lambda ranks: (groups.append(ranks), (None, []))[1])
     assert isinstance(Placement(rank=1, size=4).tensor_parallel_ranks(2), TensorParallelRanks)
     assert groups == [[[0, 1], [2, 3]]]
+
+
+def test_a_process_group_is_asked_for_this_process_number(process_group, monkeypatch):
+    import torch.distributed as dist
+
+    assert initialized() is True
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
+    assert Placement.of() == Placement(2, 3)
+    assert all_ranks().size == 3
+
+
+def test_without_a_process_group_there_is_one_rank():
+    assert initialized() is False
+    assert Placement.of() == Placement(0, 1)

@@ -96,3 +96,20 @@ def test_the_options_of_a_weight_sync_reach_the_engine(server):
 def test_a_keyword_of_old_is_pythons_own_error(keyword):
     with pytest.raises(TypeError, match=keyword):
         ServerGeneration(Model(), **{keyword: 1})
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (29500, 29501)])
+def test_weights_travel_beside_the_ranks_port(monkeypatch, given, expected):
+    """At a port of their own, or at any free one."""
+    from vgen.engines.client import engine
+
+    made = []
+
+    def construct(*_, **settings):
+        made.append(settings["weights_port"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.ServerEngine, "__init__", construct)
+    with FaultyServer() as server, pytest.raises(KeyboardInterrupt):
+        ServerGeneration(Model(), base_urls=server.url, connection=ServerConnection(group_port=given))
+    assert made == [expected]

@@ -208,3 +208,13 @@ def test_a_signal_handler_may_measure_while_its_thread_is_summing_up():
     assert handled > 200
     assert row.summary()["c"] == handled + own
     assert row.summary()["h.count"] == handled + 2 * own
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.5], [0.25, 0.5, 1.0], [-1.0, -0.5, 0.0], [-2.0, 0.0, 2.0], [1.0, 1.0]])
+def test_small_values_zeros_and_negative_ones_are_all_in_the_percentiles(values: list[float]):
+    made = of(values)
+    for place, value in enumerate(values):
+        assert made.quantile(place / (len(values) - 1)) == pytest.approx(value, rel=ACCURACY * 1.1)
+    again = Histogram.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again.to_dict() == made.to_dict()
+    assert made.to_dict()["zeros"] == values.count(0)

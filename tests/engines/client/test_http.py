@@ -123,3 +123,8 @@ def test_connections_leave_descriptors_to_the_rest_of_the_process(servers, monke
     limit = connection_limit(servers)
     assert limit == LEAST_CONNECTIONS if servers == 1000 else limit * servers < 1000 - SPARE_DESCRIPTORS
     assert limit >= LEAST_CONNECTIONS
+
+
+def test_without_a_limit_on_descriptors_there_is_none_on_connections(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert connection_limit(8) >= 1 << 20

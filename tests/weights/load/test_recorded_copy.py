@@ -327,3 +327,11 @@ def test_a_record_that_is_not_safe_is_reloaded_or_refused_and_the_reason_is_kept
     too_much = RecordedCopy(outside=None)
     too_much.load(runner_of(model), source_of(random_weights()))
     assert too_much.reason == "it has too much that no loader writes"
+
+
+def test_whether_a_copy_is_safe_is_undecided_until_the_first_load(monkeypatch):
+    assert RecordedCopy().undecided is True
+    copier, _ = loaded(LoaderModel(), monkeypatch)
+    assert copier.undecided is False
+    copier.discard_record()
+    assert copier.undecided is True
