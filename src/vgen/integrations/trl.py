@@ -235,12 +235,13 @@ def enable(
     engine_kwargs: Mapping[str, Any] | None = None,
     server_kwargs: Mapping[str, Any] | None = None,
 ) -> Enabled:
-    """Let every trainer of TRL that is constructed from now on generate through vgen, in this process.
+    """Let TRL's trainers that are constructed from now on generate through vgen, in this process.
 
-    It may be called before or after TRL's trainers are imported. Each optimizer step becomes a step of `profiling`,
-    under the number that the trainer's log has (`global_step`), and the trainer's log and its `log_history` get the
-    numbers of `vgen.profiling.key_figures`, under `vgen/...`, for all steps since the last log. Trainers that do not
-    use vLLM stay as they are.
+    These are GRPO, RLOO, Distillation, SDPO, GOLD, IW-OPD and SDFT, and what inherits from them. It may be called
+    before or after they are imported. Each optimizer step becomes a step of `profiling`, under the number that the
+    trainer's log has (`global_step`). The trainer's log and its `log_history` get the numbers of
+    `vgen.profiling.key_figures` as `vgen/...`, for all steps since the last log. Trainers that do not use vLLM stay as
+    they are.
 
     Args:
         profiling: Receives spans and measurements. By default nothing is recorded.
