@@ -289,3 +289,17 @@ def test_how_servers_have_loaded_their_weights_is_on_the_span(workers, way, reas
     (span,) = sink.named(semconv.WEIGHT_SYNC)
     assert span.attributes[semconv.PLAN_WAY] == way
     assert span.attributes.get(semconv.PLAN_REASON) == reason
+
+
+def test_a_sync_when_every_server_is_lost_says_that_none_can_be_reached():
+    with FaultyServer() as first, FaultyServer() as second:
+        urls = [first.url, second.url]
+        with ServerGeneration(Model(), base_urls=urls, connection=ServerConnection(timeout=2.0)) as generation:
+            generation.sync_weights(verify="none")
+            for endpoint in generation.engine.endpoints:
+                endpoint.lost = True
+            first.close()
+            second.close()
+            with pytest.raises(WeightSyncError, match="no server can be reached") as caught:
+                generation.sync_weights(verify="none")
+    assert (caught.value.phase, caught.value.receiver) == ("pause", f"{first.url}, {second.url}")
