@@ -71,3 +71,21 @@ def test_a_sharded_tensor_is_gathered_whole_in_order(tmp_path):
     for name, tensor in whole.items():
         assert type(sent[name]) is torch.Tensor
         assert torch.equal(sent[name], tensor)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("bfloat16", "bfloat16"), (None, "float32")])
+def test_what_is_not_live_comes_in_the_dtype_of_the_models_configuration(monkeypatch, said, expected):
+    """And in torch's own where the configuration has none."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from vgen.weights.source import parameter_gather
+
+    seen = []
+    model = torch.nn.Linear(2, 2)
+    model.config = SimpleNamespace(dtype=said and getattr(torch, said))
+    weight = parameter_gather._weight
+    monkeypatch.setattr(parameter_gather, "_weight", lambda *given: (seen.append(given[3]), weight(*given))[1])
+    parameter_gather.weights_of(model)
+    assert set(seen) == {getattr(torch, expected)}
