@@ -116,12 +116,6 @@ def test_an_update_left_open_is_ended_before_a_group_is_made():
     transport.close()
 
 
-@pytest.mark.fault(
-    point="a group that weights travel through",
-    did="The trainer stops sending",
-    happens="The worker gives up at its timeout",
-    within=60,
-)
 @pytest.mark.parametrize(
     ("own", "address"),
     [
@@ -137,6 +131,12 @@ def test_the_trainer_listens_on_an_address_that_all_servers_can_connect_to(monke
     assert _addresses.address_for_all(iter("ab")) == address
 
 
+@pytest.mark.fault(
+    point="a group that weights travel through",
+    did="The trainer stops sending",
+    happens="The worker gives up at its timeout",
+    within=60,
+)
 def test_a_worker_that_receives_nothing_gives_up_in_time():
     workers = Workers(2)
     transport = transport_to(workers, timeout=1.0)
