@@ -10,7 +10,7 @@ import pytest
 
 from vgen.distributed.rank_consensus import RankGroup
 from vgen.engines.inprocess import cpu_shared_memory
-from vgen.engines.inprocess.cpu_shared_memory import own_names
+from vgen.engines.inprocess.cpu_shared_memory import names_for, own_names
 
 
 class Distributed:
@@ -61,6 +61,12 @@ def test_ranks_agree_on_names_that_are_theirs_and_leave_none(vllm, fails):
         assert fails
     assert [path.name for path in vllm.iterdir()] == ["-tp:0-[0-1]-cpushm_0"]
     assert Distributed.make_group_name(TP) == "//-tp:0-[0-1]-cpushm"
+
+
+@pytest.mark.parametrize(("device", "workers", "own"), [("cpu", 2, True), ("cpu", 1, False), ("cuda", 2, False)])
+def test_only_several_workers_on_a_cpu_share_memory(vllm, device, workers, own):
+    with names_for(device, workers, Pair):
+        assert Distributed.make_group_name(TP).startswith("vgen-") is own
 
 
 def test_two_jobs_on_a_machine_never_meet(vllm):

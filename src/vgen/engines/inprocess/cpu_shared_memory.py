@@ -7,14 +7,19 @@ same name: what a crashed run left there stopped all later ones (`errno: 17`), a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ...distributed.rank_consensus import RankGroup
 
 DIRECTORY = Path("/dev/shm")
+
+
+def names_for(device_type: str, workers: int, ranks: Callable[[], RankGroup]) -> AbstractContextManager[None]:
+    """`own_names` for an engine of several workers on a CPU; for others a block that changes nothing."""
+    return own_names(ranks()) if device_type == "cpu" and workers > 1 else nullcontext()
 
 
 @contextmanager

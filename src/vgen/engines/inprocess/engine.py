@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from ..memory import MemoryReading, sleep_report, wake_report
 from ..vllm_outputs import completion_of
 from .adapter_loading import AdapterLoader
 from .class_guard import unchanged_classes
-from .cpu_shared_memory import own_names
+from .cpu_shared_memory import names_for
 from .initial_checkpoint import DUMMY_TARGET
 from .process_state_guard import EngineRandomState, process_group, unchanged_process, without_cudnn_attention
 from .prompt_admission import PromptAdmission
@@ -115,8 +115,7 @@ class ColocateEngine:
                     logger.warning("vLLM's speculative decoding on a CPU samples wrong tokens at temperatures above 0")
                 self._eager = self.device_type == "cpu" and bool(kwargs["enforce_eager"])
                 modules = () if protected is None else protected.modules()
-                shares_memory = self.device_type == "cpu" and int(kwargs.get("tensor_parallel_size", 1)) > 1
-                names = own_names(ranks()) if shares_memory else nullcontext()
+                names = names_for(self.device_type, int(kwargs.get("tensor_parallel_size", 1)), ranks)
                 with process_group.joined(), self._vllm_context(), unchanged_classes(modules), names:
                     self._llm = LLM(model=model, **kwargs)
                 self._random_state = EngineRandomState()  # set by the engine's seed, before it is restored
