@@ -15,7 +15,7 @@ REQUEST = Request(3, 1, [7, 8], None, rank=2)
 
 
 def flat(*positions: list[tuple[int, float, int]]) -> SimpleNamespace:
-    """Lists as in vLLM's `FlatLogprobs`: at each position `(token id, log-probability, rank)`, the token itself first."""
+    """Lists as in vLLM's `FlatLogprobs`: at each position `(token id, log-probability, rank)`, its own token first."""
     entries = [entry for position in positions for entry in position]
     ends = [sum(map(len, positions[: index + 1])) for index in range(len(positions))]
     starts = [end - len(position) for end, position in zip(ends, positions, strict=True)]

@@ -134,17 +134,7 @@ def _check(
         abilities |= {"other architectures"}
     session = Session(model, make, strength=0.6 if tiny else PRETRAINED_STRENGTH, abilities=abilities, timeout=timeout)
     outcomes: list[Outcome] = []
-    ended = ""
-    try:
-        for case in chosen:
-            outcome = session.run(case)
-            outcomes.append(outcome)
-            if not as_json:
-                print(report.line(outcome), file=terminal, flush=True)
-    except KeyboardInterrupt:
-        ended = "interrupted"
-    except Exception as error:
-        ended = str(error) if isinstance(error, CheckError) else f"{type(error).__name__}: {error}"
+    ended = _run(session, chosen, outcomes, None if as_json else terminal)
     left = _end(session, target)
     status = COULD_NOT_CHECK if ended else report.exit_code(outcomes)
     facts = {"model": target.name, "dtype": str(next(model.parameters()).dtype)}
@@ -161,6 +151,23 @@ def _check(
             process.terminate()
         os._exit(status)
     return status
+
+
+def _run(session: Session, chosen: Sequence[Case], outcomes: list[Outcome], shown: IO[str] | None) -> str:
+    """Run the cases, and show each outcome. Returns why that ended early, or nothing."""
+    from . import report
+
+    try:
+        for case in chosen:
+            outcome = session.run(case)
+            outcomes.append(outcome)
+            if shown is not None:
+                print(report.line(outcome), file=shown, flush=True)
+    except KeyboardInterrupt:
+        return "interrupted"
+    except Exception as error:
+        return str(error) if isinstance(error, CheckError) else f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _end(session: Session, target: _Target) -> str:

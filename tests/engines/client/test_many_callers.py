@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import vgen.generation.generation
+import vgen.generation.call_threads
 from vgen import Sampling, ServerConnection, ServerGeneration
 from vgen.testing import FaultyServer
 
@@ -39,7 +39,7 @@ def threads() -> int:
 
 @pytest.mark.parametrize(("features", "path"), [((), COMPLETIONS), (("batch", "lease"), BATCH)])
 def test_hundreds_of_tasks_on_a_bounded_number_of_threads(monkeypatch, features, path):
-    monkeypatch.setattr(vgen.generation.generation, "AGENERATE_THREADS", 24)
+    monkeypatch.setattr(vgen.generation.call_threads, "MOST_THREADS", 24)
 
     async def main(generation: ServerGeneration) -> list:
         tasks = [asyncio.create_task(generation.agenerate([prompt(i)], Sampling(max_tokens=3))) for i in range(MANY)]
