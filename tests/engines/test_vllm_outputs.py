@@ -67,6 +67,15 @@ def test_fewer_log_probabilities_than_tokens_are_an_error():
         completion_of(REQUEST, output(logprobs=flat([(5, -0.5, 1)])), top=False)
 
 
+def test_a_request_that_was_aborted_before_its_prefill_has_no_scores_of_its_prompt():
+    class Started(list):
+        """vLLM's list of log-probabilities when it has only the entry of the first token."""
+
+    aborted = output(token_ids=(), logprobs=None, finish_reason="abort", prompt_logprobs=Started([None]))
+    completion = completion_of(REQUEST, aborted, top=False)
+    assert (completion.finish_reason, completion.prompt_logprobs) == ("abort", None)
+
+
 def test_what_was_not_asked_for_is_absent():
     completion = completion_of(REQUEST, output(logprobs=None, prompt_logprobs=None, weight_versions=None), top=True)
     assert completion.logprobs is completion.top_logprobs is completion.prompt_logprobs is None

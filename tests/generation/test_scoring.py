@@ -87,3 +87,14 @@ def test_the_token_ids_that_are_scored_are_checked(wrong):
             assert raised.value.index == 1
     generation.score([[1] * 4], [np.array([2, 3])])
     assert [request.token_ids for request in engine.requests] == [[1, 1, 1, 1, 2, 3]]
+
+
+def test_a_completion_that_was_aborted_before_it_was_scored_is_an_error_and_not_an_empty_score():
+    def aborted(prompts: Any, sampling: Any, **options: Any) -> Completions:
+        done = [Completion(prompt_index=i, generation_index=0, token_ids=[], finish_reason="abort") for i in (0, 1)]
+        return Completions(prompts, done, 1, "0")
+
+    generation = Generation(FakeEngine(), SmallSource())
+    encoder = Encoder(generation.engine, None)
+    with pytest.raises(EngineError, match="prompt 0 was not scored: its request was aborted"):
+        score(aborted, encoder, CONTEXT, [[1], [2]], [[3], [4]], {})

@@ -148,25 +148,101 @@ def test_enable_replaces_trls_class_before_and_after_the_trainers_are_imported_a
             sys.modules[later] = before
 
 
-def test_trls_own_client_sends_the_keys_and_only_while_enabled(tmp_path):
+def test_trls_own_client_sends_keys_to_the_servers_that_they_are_given_for_and_only_while_enabled(tmp_path):
     import trl.generation.vllm_client as home
 
     from vgen.integrations.trl import enable
 
     (tmp_path / "key").write_text("a-control-key\n")
-    with FaultyServer() as server:
-        with enable(server_kwargs={"api_key": "an-api-key", "control_key": tmp_path / "key"}):
+    keys = {"api_key": "an-api-key", "control_key": tmp_path / "key"}
+    with FaultyServer() as server, FaultyServer() as other:
+        with enable(server_kwargs={"control_key": "another"}, client_keys={server.url: keys}):
             client = home.VLLMClient(base_url=server.url)
             assert client.get_server_info()["device_config"] == {"device": "cpu"}
             client.reset_prefix_cache()
+            home.VLLMClient(base_url=other.url)
         for path, headers, _ in server.seen:
             if path != "/health":  # TRL asks for that without its session
-                assert (headers["Authorization"], headers["X-Vgen-Control-Key"]) == (
-                    "Bearer an-api-key",
-                    "a-control-key",
-                )
+                sent = headers["Authorization"], headers["X-Vgen-Control-Key"]
+                assert sent == ("Bearer an-api-key", "a-control-key")
         home.VLLMClient(base_url=server.url)
-        assert "Authorization" not in server.seen[-1][1]
+        for _, headers, _ in [server.seen[-1], *other.seen]:
+            assert not {"Authorization", "X-Vgen-Control-Key"} & headers.keys()
+
+
+def test_a_wrapper_that_another_library_put_around_ours_stays_and_ours_does_nothing():
+    from transformers import Trainer
+
+    from vgen.integrations.trl import TRLGeneration, enable
+
+    train, log, asked = Trainer.train, Trainer.log, []
+    try:
+        enabled = enable(profiling=ProfilingContext([]))
+        inner = Trainer.train
+
+        def theirs(self, *args, **kwargs):
+            asked.append("theirs")
+            return inner(self, *args, **kwargs)
+
+        Trainer.train = theirs
+        enabled.disable()
+        assert (Trainer.train, Trainer.log) == (theirs, log)
+
+        class Failing(Trainer):
+            def __init__(self):
+                self.vllm_generation = TRLGeneration.__new__(TRLGeneration)
+
+            def add_callback(self, callback):
+                asked.append("callback")
+
+            @property
+            def _memory_tracker(self):
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            Failing().train()
+        assert asked == ["theirs"]
+    finally:
+        Trainer.train = train
+
+
+def test_a_trainer_that_was_deleted_is_no_obstacle():
+    import trl.generation.vllm_generation as home
+
+    from vgen.integrations.trl import enable
+
+    built = home.VLLMGeneration.__new__(home.VLLMGeneration)
+    built.itself = built
+    del built
+    enable().disable()
+
+
+def test_a_step_that_transformers_gave_up_ends_when_the_next_begins():
+    from vgen.integrations.trl import _step_recorder_class
+
+    sink = MemorySink()
+    recorder = _step_recorder_class()(ProfilingContext([sink]))
+    for step in (0, 0, 1):
+        recorder.on_step_begin(None, SimpleNamespace(global_step=step), None)
+    recorder.end_step(None, None, None)
+    steps = sink.named(semconv.STEP)
+    assert [step.number for step in steps] == [1, 1, 2]
+    assert {step.parent_id for step in steps} == {None}
+
+
+def test_the_regex_goes_before_other_structured_outputs_as_in_trl():
+    with FaultyServer() as server:
+        more = {"structured_outputs": {"choice": ["a", "b"]}}
+        made = build(
+            server_base_url=server.url,
+            structured_outputs_regex="a+",
+            generation_kwargs=more,
+            server_kwargs={"control_key": "a-key"},
+        )
+        made.generate([[1, 2, 3]], None, 1)
+        body = next(body for path, _, body in server.seen if path == "/v1/completions")
+        assert body["structured_outputs"] == {"regex": "a+"}
+        made.close()
 
 
 def test_enable_twice_and_after_a_trainer_was_built_says_what_to_do():
@@ -222,10 +298,12 @@ def test_a_log_has_the_figures_of_all_steps_since_the_last_one():
                 pass
             recorder.on_step_end(None, SimpleNamespace(global_step=step + 1), None)
             if step:
-                Trainer.log(trainer, {"loss": 1.0})
+                Trainer.log(trainer, {"x": 1.0})  # the user's own
+                Trainer.log(trainer, {"loss": 1.0, "eval_accuracy": 1.0})  # as a reward function may name its metric
         Trainer.log(trainer, {"eval_loss": 1.0})
-        Trainer.log(trainer, {"train_runtime": 1.0})
-    first, second, evaluated, last = trainer.state.log_history
+        Trainer.log(trainer, {"train_loss": 1.0})
+    own, first, _, second, evaluated, last = trainer.state.log_history
+    assert not any(name.startswith("vgen/") for name in own)
     assert (first["vgen/steps"], second["vgen/steps"]) == (2, 1)
     assert first["loss"] == 1.0
     assert 0 < first["vgen/reward.duration.sum"] < first["vgen/train.step.duration.sum"]
@@ -248,7 +326,7 @@ def test_a_step_in_which_training_fails_ends_with_the_error():
         def add_callback(self, callback):
             callbacks.append(callback)
 
-        def remove_callback(self, callback):
+        def pop_callback(self, callback):
             callbacks.remove(callback)
 
         @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vgen import Generation, ProfilingContext, Sampling
+from vgen import Generation, Instrument, ProfilingContext, Sampling
 from vgen.profiling.key_figures import key_figures
 from vgen.testing import FakeEngine
 
@@ -43,3 +43,15 @@ def test_what_did_not_happen_is_zero_and_what_has_no_value_is_absent():
     assert figures["vgen.generate.output_tokens"] == 0
     assert "vgen.request.e2e.p99" not in figures
     assert figures["train.step.duration.sum"] > 0
+
+
+def test_the_callers_own_names_may_begin_like_the_steps():
+    profiling = ProfilingContext([])
+    with profiling.step(1) as step:
+        with profiling.span("train.step_optimizer"):
+            pass
+        profiling.record(Instrument("train.steps_skipped", "counter"), 3)
+    figures = key_figures(step.summary())
+    assert figures["train.steps_skipped"] == 3
+    assert figures["train.step_optimizer.duration.sum"] > 0
+    assert "train.step.duration.count" not in figures

@@ -197,7 +197,8 @@ def test_trls_own_client_works_with_the_keys_of_a_server(server):
 
     from vgen.integrations.trl import enable
 
-    with enable(server_kwargs={"api_key": server.api_key, "control_key": server.control_key}):
+    keys = {"api_key": server.api_key, "control_key": server.control_key}
+    with enable(client_keys={server.base_url: keys}):
         client = home.VLLMClient(base_url=server.base_url)
         assert client.get_server_info()["model_config"]["logprobs_mode"] == "processed_logprobs"
         assert client.get_world_size() == 1

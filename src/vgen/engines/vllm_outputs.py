@@ -22,7 +22,10 @@ def completion_of(request: Request, output: Any, *, top: bool) -> Completion:
         logprobs = _firsts(result.logprobs, len(token_ids))
         if top:
             top_logprobs = _likeliest(result.logprobs)
-    if output.prompt_logprobs is not None:
+    # Of a request that was aborted before its prefill, vLLM has the first entry alone.
+    if output.prompt_logprobs is not None and not (
+        result.finish_reason == "abort" and len(output.prompt_logprobs) != len(output.prompt_token_ids)
+    ):
         prompt_logprobs = _firsts(output.prompt_logprobs, len(output.prompt_token_ids))
     versions = [(span.version, span.start, span.end) for span in result.weight_versions or ()] or None
     return Completion(

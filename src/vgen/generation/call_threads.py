@@ -23,9 +23,12 @@ class CallThreads:
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
 
     async def run(self, call: Callable[[], T], cancellation: Cancellation) -> T:
         """Run `call` in a thread, with the caller's context variables. Cancelling the task cancels `cancellation`."""
+        if self._closed:
+            return call()  # which the engine refuses
         if self._executor is None:
             self._executor = ThreadPoolExecutor(MOST_THREADS, "vgen-generate")
         try:
@@ -35,7 +38,8 @@ class CallThreads:
             raise
 
     def close(self) -> None:
-        """Start no more calls; those that run end by themselves."""
+        """Let the threads end after their calls, without waiting for them."""
+        self._closed = True
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown(wait=False)

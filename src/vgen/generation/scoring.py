@@ -38,6 +38,8 @@ def score(
     scored = generate(asked, SCORING, **options)
     found: list[list[float | None]] = []
     for index, completion in enumerate(scored):
+        if completion.prompt_logprobs is None and completion.finish_reason == "abort":
+            raise EngineError(f"prompt {index} was not scored: its request was aborted; call score() again")
         logprobs = completion.prompt_logprobs or []
         # Counted from the end, because images make the prompt longer.
         found.append(logprobs[len(logprobs) - len(given[index]) + (index in full) :])

@@ -143,6 +143,8 @@ class TRLGeneration:
     def sampling(self) -> Sampling:
         """The sampling parameters by this object's attributes, which a trainer may set between two calls."""
         extra = dict(self.generation_kwargs)
+        if self.structured_outputs_regex is not None:
+            extra.pop("structured_outputs", None)  # the regex goes before, as in TRL
         fields: dict[str, Any] = dict(
             repetition_penalty=self.repetition_penalty,
             temperature=self.temperature,
@@ -234,20 +236,22 @@ def enable(
     profiling: ProfilingContext = ProfilingContext.disabled(),
     engine_kwargs: Mapping[str, Any] | None = None,
     server_kwargs: Mapping[str, Any] | None = None,
+    client_keys: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Enabled:
     """Let TRL's trainers that are constructed from now on generate through vgen, in this process.
 
     These are GRPO, RLOO, Distillation, SDPO, GOLD, IW-OPD and SDFT, and what inherits from them. It may be called
     before or after they are imported. Each optimizer step becomes a step of `profiling`, under the number that the
     trainer's log has (`global_step`). The trainer's log and its `log_history` get the numbers of
-    `vgen.profiling.key_figures` as `vgen/...`, for all steps since the last log. Trainers that do not use vLLM stay as
-    they are.
+    `vgen.profiling.key_figures` as `vgen/...`, for all steps since the last log. An evaluation belongs to no step: what
+    it generates or syncs is in the run, and not in the log. Trainers that do not use vLLM stay as they are.
 
     Args:
         profiling: Receives spans and measurements. By default nothing is recorded.
         engine_kwargs: Further arguments of `vllm.LLM`, in colocate mode.
         server_kwargs: Further arguments of `ServerGeneration`, in server mode, such as `control_key` or `connection`.
-            TRL's own client sends its `api_key` and `control_key`, too.
+        client_keys: By URL of a server, the `api_key` and `control_key` that TRL's own client sends to it, such as to
+            the server of a teacher. They are sent nowhere else.
 
     Raises:
         VgenError: It is enabled already, or TRL has built a generation object of its own before.
@@ -260,8 +264,10 @@ def enable(
 
     if issubclass(stock, TRLGeneration):
         raise VgenError("vgen.integrations.trl is enabled already: call disable() on what the first enable() returned")
-    if any(type(each) is stock for each in gc.get_objects()):
-        raise VgenError("a TRL trainer was built before enable(), and generates by itself: call enable() before that")
+    if _is_built(stock):
+        raise VgenError(
+            "a TRL trainer was built before enable(), and generates by itself: call enable() before that, or delete it"
+        )
     if not version("trl").startswith(TESTED):
         engine = version("vllm") if find_spec("vllm") else "that is not installed"
         versions = f"TRL {version('trl')} with vLLM {engine}"
@@ -273,43 +279,60 @@ def enable(
             given = {"profiling": profiling, "engine_kwargs": engine_kwargs, "server_kwargs": server_kwargs}
             super().__init__(*args, **given | kwargs)
 
-    class VLLMClient(stock_client):  # also that of a teacher's server
+    class VLLMClient(stock_client):
         def __setattr__(self, name: str, value: Any) -> None:
-            if name == "session":
-                value.headers.update(_key_headers(server_kwargs or {}))
             super().__setattr__(name, value)
+            if name == "base_url" and (keys := (client_keys or {}).get(value.rstrip("/"))):
+                self.session.headers.update(_key_headers(keys))
+                self.session.max_redirects = 0  # a redirect would send the keys to another server
 
     train, log = Trainer.train, Trainer.log
 
     @functools.wraps(train)
     def train_in_steps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(getattr(self, "vllm_generation", None), TRLGeneration):
+        if not enabled or not isinstance(getattr(self, "vllm_generation", None), TRLGeneration):
             return train(self, *args, **kwargs)
-        recorder = _step_recorder_class()(profiling)
+        recorder, error = _step_recorder_class()(profiling), (None, None, None)
         self.add_callback(recorder)
         try:
             return train(self, *args, **kwargs)
+        except BaseException:
+            error = sys.exc_info()
+            raise
         finally:
-            self.remove_callback(recorder)
-            recorder.end_step(*sys.exc_info())
+            recorder.end_step(*error)
+            self.pop_callback(recorder)
 
     @functools.wraps(log)
     def log_with_figures(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if not any(name.startswith("eval_") for name in logs):
+        if "loss" in logs or "train_loss" in logs:  # the log of the training, not of an evaluation or of the user
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, _step_recorder_class()):
                     logs.update(callback.take())
         log(self, logs, *args, **kwargs)
 
+    enabled = [True]
     replaced = {stock: VLLMGeneration, stock_client: VLLMClient}
 
     def undo() -> None:
         _replace_everywhere({new: old for old, new in replaced.items()})
-        Trainer.train, Trainer.log = train, log
+        enabled.clear()  # another library may have wrapped the methods meanwhile, and keeps ours
+        if Trainer.train is train_in_steps:
+            Trainer.train = train
+        if Trainer.log is log_with_figures:
+            Trainer.log = log
 
     _replace_everywhere(replaced)
     Trainer.train, Trainer.log = train_in_steps, log_with_figures
     return Enabled(undo)
+
+
+def _is_built(kind: type) -> bool:
+    """Whether there is an object of that class which is in use."""
+    if not any(type(each) is kind for each in gc.get_objects()):
+        return False
+    gc.collect()
+    return any(type(each) is kind for each in gc.get_objects())
 
 
 def _replace_everywhere(classes: Mapping[type, type]) -> None:
@@ -344,6 +367,7 @@ def _step_recorder_class() -> Any:
             self._step: Any = None
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.end_step(None, None, None)  # of a step that transformers gave up, as when a batch did not fit
             self._scope = self._profiling.step(state.global_step + 1)
             self._step = self._scope.__enter__()
 

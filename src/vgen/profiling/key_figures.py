@@ -25,14 +25,15 @@ _PARTS = (
 
 HISTOGRAMS = frozenset({semconv.REQUEST_E2E.name, semconv.COMPLETION_LENGTH.name})
 """The distributions that belong there as well."""
-_VGENS = (*semconv.RESERVED, semconv.STEP)
+_VGENS = (*semconv.RESERVED, f"{semconv.STEP}.duration.")
 
 
 def key_figures(summary: Mapping[str, float]) -> dict[str, float]:
     """Choose at most 30 of the numbers of `Step.summary`, besides what the caller measured himself.
 
-    Those are the seconds of each span that he named, and all numbers of his own instruments. What did not happen is 0:
-    seconds of spans, and what is counted. Means are added (`vgen.completion.length.mean`).
+    Those are the seconds of each span that he named, and all numbers of his own instruments; one whose name ends in
+    `.duration` looks like a span. What did not happen is 0: seconds of spans, and what is counted. Means are added
+    (`vgen.completion.length.mean`), and counts of values that are no numbers (`.nonfinite`) where there were any.
     """
     figures = {f"{name}.duration.sum": 0.0 for name in _SPANS} | {total.name: 0.0 for total in _TOTALS}
     figures |= {name: summary[name] for name in figures if name in summary}

@@ -105,7 +105,7 @@ class BatchAnswer:
 
         sampling = Sampling(**batch.sampling)
         _verify(sampling, state)
-        parameters = [_final(sampling_params(sampling, wanted.seed)) for wanted in batch.wanted]
+        parameters = [sampling_params(sampling, wanted.seed) for wanted in batch.wanted]
         lora = None
         if batch.lora_name is not None:
             adapters: Mapping[str, Any] = state.openai_serving_models.lora_requests
@@ -247,13 +247,6 @@ def _decoded(index: int, file: bytes) -> Any:
 def _refusals() -> tuple[type[Exception], ...]:
     """What the engine raises for a request that is not right."""
     return (*vllm_prompts.request_errors(), TypeError)
-
-
-def _final(parameters: Any) -> Any:
-    from vllm.sampling_params import RequestOutputKind
-
-    parameters.output_kind = RequestOutputKind.FINAL_ONLY
-    return parameters
 
 
 def _failed(index: int, error: Exception) -> Failed:

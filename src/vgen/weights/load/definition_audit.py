@@ -53,11 +53,13 @@ def audit_definition(
     try:
         done = subprocess.run(
             command, input=json.dumps(task | {"receiver": receiver}), env=environment, capture_output=True, text=True,
-            timeout=SECONDS,
+            errors="replace", timeout=SECONDS,
         )  # fmt: skip
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return _unaudited(f"vLLM beside the trainer has not built its model within {SECONDS:g} s")
+    except OSError as error:
+        return _unaudited(f"no process for vLLM could be started beside the trainer: {error.strerror or error}")
     except ValueError:
         last = done.stderr.strip().splitlines()[-1:] or ["nothing"]
         return _unaudited(f"vLLM beside the trainer cannot build its model: it ended with {done.returncode}: {last[0]}")
