@@ -13,6 +13,7 @@ import pytest
 from helpers.waiting import wait_until
 
 from vgen import EngineError
+from vgen.engines.server import server_folder
 from vgen.engines.server.server_folder import LOCKED, PREFIX, ServerFolder
 
 
@@ -79,6 +80,18 @@ def test_the_next_one_deletes_what_a_killed_launcher_has_left_and_nothing_else(p
     assert not left.exists()
     assert all(other.exists() for other in (*others, others[1] / LOCKED, place / f"{PREFIX}link", Path(alive.name)))
     alive.cleanup()
+
+
+def test_what_another_host_has_left_in_a_shared_place_may_be_in_use(place, monkeypatch):
+    for host, swept in (("another", False), (server_folder.this_host(), True)):
+        left = place / f"{PREFIX}{host}"
+        with monkeypatch.context() as there:
+            there.setattr(server_folder, "this_host", lambda host=host: host)
+            folder = ServerFolder()
+            os.rename(folder.name, left)  # nothing here holds its lock: locks of directories stay on their host
+            folder.cleanup()
+        ServerFolder().cleanup()
+        assert left.exists() is not swept
 
 
 def test_without_a_place_for_temporary_files_the_error_names_what_to_set(monkeypatch):
