@@ -35,6 +35,9 @@ class App:
     async def is_sleeping(self) -> bool:
         return self.paused
 
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.reached.append(f"engine: {mode}")
+
     async def __call__(self, scope, receive, send) -> None:
         self.reached.append(scope.get("path", scope["type"]))
         answer = self.answers.get(scope.get("path", ""), 200)

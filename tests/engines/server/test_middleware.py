@@ -450,6 +450,20 @@ async def test_an_update_whose_client_is_gone_has_failed_and_is_not_resumed(call
     assert (await call("GET", "/vgen/info"))[1]["weights"] == "ready"
 
 
+async def test_a_server_whose_trainer_was_killed_between_two_wake_ups_is_woken_by_the_next_one(call):
+    first = await call.lease("first", ttl_seconds=10)
+    await call("POST", "/start_weight_update", headers=first)
+    assert (await call("POST", "/wake_up", headers=first))[0] == 409
+    call.clock.now += 11
+    second = await call.lease("second")
+    call.app.reached.clear()
+    assert (await call("POST", "/wake_up", headers=second))[0] == 200
+    assert call.app.reached == ["engine: abort", "/wake_up"]  # a request that waited would meet layers without weights
+    assert (await call("POST", "/v1/completions", headers={}))[0] == 503
+    for step in ("/start_weight_update", "/update_weights", "/finish_weight_update", "/resume", "/v1/completions"):
+        assert (await call("POST", step, headers=second))[0] == 200
+
+
 async def test_without_a_lease_an_update_lasts_until_it_is_finished(call):
     await call("POST", "/start_weight_update")
     await call.lease("another", ttl_seconds=10)

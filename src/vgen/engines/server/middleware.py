@@ -70,7 +70,8 @@ class ControlMiddleware:
 
     While nobody holds the lease, every client with the control key may change the server, as a stock server. But a
     request with the token of an ended lease is refused even then. After a failed weight update, inference is refused
-    until an update succeeds. During an update, `/resume` and `/wake_up` are refused. While the engine cannot work, all
+    until an update succeeds. During an update, `/resume` and `/wake_up` are refused. Once the update's client has lost
+    its lease, `/wake_up` aborts what waits, and wakes the engine for the next update. While the engine cannot work, all
     calls that need it are refused, `/health` too.
     """
 
@@ -201,7 +202,10 @@ class ControlMiddleware:
         """
         if self._weights == "updating":
             # During an update, layers are on the meta device. One scheduler step would end the engine.
-            raise Refusal(409, RefusalReason.WEIGHTS, "a weight update is in progress: finish it first")
+            if path == "/resume" or self._weights_now == "updating":
+                raise Refusal(409, RefusalReason.WEIGHTS, "a weight update is in progress: finish it first")
+            # Its trainer is gone. The next one cannot update a server that sleeps. vLLM resumes what it has woken.
+            await _abort_all(scope)
         async with self._resuming:
             if await _is_stopped(scope, "is_paused" if path == "/resume" else "is_sleeping") is not False:
                 await self._change(path, scope, receive, send, note)
@@ -334,6 +338,13 @@ async def _is_stopped(scope: Scope, question: str) -> bool | None:
         return bool(await getattr(engine, question)())
     except RuntimeError:  # data-parallel engines that do not agree, because they are about to pause
         return None
+
+
+async def _abort_all(scope: Scope) -> None:
+    """Abort the requests that wait in the engine. It is paused afterwards."""
+    engine = attribute(scope.get("app"), "state.engine_client")
+    if engine is not None:
+        await engine.pause_generation(mode="abort", clear_cache=False)
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:
