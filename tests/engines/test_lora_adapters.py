@@ -90,3 +90,40 @@ def test_a_folder_that_is_gone_is_not_newer(folder, tmp_path):
     assert is_newer(fingerprint(str(folder)), held)
     shutil.rmtree(folder)
     assert not is_newer(fingerprint(str(folder)), held)
+
+
+def test_a_forked_child_leaves_the_copy_to_its_parent(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"1")
+    copy = AdapterCopy(str(tmp_path / "adapter"), tmp_path)
+    child = os.fork()
+    if child == 0:
+        copy.remove()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert Path(copy.path, "adapter_model.safetensors").read_bytes() == b"1"
+    copy.remove()
+    assert not Path(copy.path).exists()
+
+
+def test_a_folder_that_is_being_replaced_is_copied_when_it_is_there_again(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(b"old")
+    real, copied = shutil.copy, []
+
+    def copying(source, target):
+        copied.append(source)
+        if len(copied) == 1:
+            file.unlink()
+            try:
+                return real(source, target)
+            finally:
+                file.write_bytes(b"the new one")
+        return real(source, target)
+
+    monkeypatch.setattr(shutil, "copy", copying)
+    copy = AdapterCopy(str(folder), tmp_path)
+    assert Path(copy.path, file.name).read_bytes() == b"the new one"
+    copy.remove()

@@ -19,7 +19,7 @@ from vgen.weights.transports.weight_transport import TransportSettings
 WARM = list(range(100)) * 2
 SMALL = 100_000
 """A bucket size of which the tiny model needs a dozen, and which cuts its fused layers in two."""
-PLUGIN = frozenset({"shared_memory", "group", "resident"})
+PLUGIN = frozenset({"shared_memory", "group_with_secret", "resident"})
 """The features of a server with vgen's plugin, as far as transports ask for them."""
 
 

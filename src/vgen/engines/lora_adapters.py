@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import weakref
@@ -59,13 +60,22 @@ class AdapterCopy:
             )
             logger.warning(message, path, error.strerror)
             return
-        self.remove = weakref.finalize(self, shutil.rmtree, copy, ignore_errors=True)
-        for _ in range(ATTEMPTS):
+        self.remove = weakref.finalize(self, _remove, copy, os.getpid())
+        for attempt in range(ATTEMPTS):
             before = self.fingerprint
-            for name, _, _ in before[1]:
-                shutil.copy(Path(path, name), copy)
+            try:
+                for name, _, _ in before[1]:
+                    shutil.copy(Path(path, name), copy)
+            except FileNotFoundError:  # it is being replaced
+                if attempt == ATTEMPTS - 1:
+                    raise
             self.fingerprint = fingerprint(path)
             if self.fingerprint == before:
                 break
         Path(copy).chmod(Path(path).stat().st_mode & 0o777 | 0o700)  # a server may run as another user
         self.path = copy
+
+
+def _remove(copy: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has the object, and the folder is its parent's
+        shutil.rmtree(copy, ignore_errors=True)

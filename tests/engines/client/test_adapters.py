@@ -147,3 +147,29 @@ def test_a_server_that_was_started_with_an_adapter_is_asked_for_it_by_name(serve
         made.generate([[1]], GREEDY, lora_request=LoRARequest(lora_name="built in"))
     assert asked_of(server)[-1] == "built in"
     assert not calls(server, LOAD)
+
+
+def test_a_server_that_has_an_adapter_already_is_not_asked_to_load_it_and_does_not_fail_the_call(server, policy):
+    refuse_again = [None, 400]
+    server.faults[LOAD] = refuse_again
+    with generation(server) as made:
+        made.generate([[1]], GREEDY, lora_request=policy)
+        (load,) = calls(server, LOAD)
+        server.answers["/v1/models"]["data"].append({"id": load["lora_name"]})
+        for endpoint in made.engine.endpoints:
+            endpoint.adapters.clear()  # as after a connection that was lost for a moment
+        made.generate([[1]], GREEDY, lora_request=policy)
+    assert [call["lora_name"] for call in calls(server, LOAD)] == [load["lora_name"]] * 2
+    assert asked_of(server)[-1] == load["lora_name"]
+
+
+def test_only_a_server_that_refuses_a_copy_is_asked_to_load_the_folder(policy):
+    features = ("batch", "lease")
+    with FaultyServer(features=features) as here, FaultyServer(features=features) as elsewhere:
+        elsewhere.faults[LOAD] = [404]
+        with generation(here, elsewhere) as made:
+            made.generate([[1]] * 4, GREEDY, lora_request=policy)
+        assert len(calls(here, LOAD)) == 1
+        first, second = calls(elsewhere, LOAD)
+    assert first["lora_path"] == calls(here, LOAD)[0]["lora_path"] != policy.lora_path
+    assert second["lora_path"] == policy.lora_path

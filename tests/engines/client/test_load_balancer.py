@@ -14,6 +14,7 @@ from helpers.server_generation import BATCH, COMPLETIONS, PROMPTS, calls, genera
 from helpers.waiting import wait_until
 
 from vgen import (
+    EngineError,
     EngineStateError,
     ProfilingContext,
     PromptError,
@@ -430,3 +431,13 @@ def test_what_fails_after_the_deadline_ends_with_its_own_error():
     error = ServerError("it is busy", url="http://one", status=429, retryable=True)
     with pytest.raises(ServerError, match="it is busy"):
         dispatch.put_back(dispatch.take(1, "http://one"), error, "http://one")
+
+
+def test_a_generation_ends_at_once_when_its_engine_is_closed(server):
+    server.faults[COMPLETIONS] = ["silent"]
+    made = generation(server, timeout=300.0)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(made.generate, PROMPTS)
+        wait_until(lambda: calls(server, COMPLETIONS))
+        made.close()
+        assert isinstance(running.exception(30), EngineError)

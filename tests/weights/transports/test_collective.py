@@ -13,6 +13,7 @@ from helpers.transfers import FakeEndpoint, FakeGroup
 
 from vgen import WeightSyncError, _addresses
 from vgen.weights.source.module_source import ModuleSource
+from vgen.weights.transports import collective
 from vgen.weights.transports.collective import CollectiveTransport, GroupReceiver
 from vgen.weights.transports.sync_errors import UPDATE_OPEN, to_text
 from vgen.weights.transports.weight_transport import TransportSettings
@@ -146,3 +147,17 @@ def test_a_worker_that_receives_nothing_gives_up_in_time():
         workers.receivers[0].receive(64)
     assert time.monotonic() - start < 8.0
     transport.close()
+
+
+@pytest.mark.parametrize(("address", "url"), [("::1", "tcp://[::1]:5555"), ("10.0.0.7", "tcp://10.0.0.7:5555")])
+def test_a_worker_asks_for_its_way_to_the_trainer_by_either_internet_protocol(monkeypatch, address, url):
+    asked: list[str] = []
+
+    def own_address(to: str) -> str:
+        asked.append(to)
+        raise OSError("no way")
+
+    monkeypatch.setattr(collective, "own_address", own_address)
+    with pytest.raises(Exception, match="no way"):
+        GroupReceiver({"address": address, "port": 5555, "secret": "00"}, 1, CPU)
+    assert asked == [url]

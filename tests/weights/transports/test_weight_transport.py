@@ -63,7 +63,7 @@ def test_a_sync_streams_random_weights_first_and_gives_the_version_last():
         (FakeEndpoint(workers=2), True),
         (FakeEndpoint(name="http://127.0.0.1:2"), True),
         (FakeEndpoint(restarts=1), True),
-        (FakeEndpoint(restarts=1, features=frozenset({"group"})), False),
+        (FakeEndpoint(restarts=1, features=frozenset({"group_with_secret"})), False),
     ],
     ids=["the same", "more workers", "another server", "a restarted stock server", "a restarted server of vgen's"],
 )

@@ -43,7 +43,9 @@ class ServerAdapters:
 
     def __init__(self, loop: EventLoopThread, endpoints: Sequence[Endpoint]) -> None:
         self._loop, self._endpoints = loop, endpoints
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Held while an adapter is loaded. Reentrant, because the collector may close a stream in any thread."""
+        self._counting = threading.Lock()
         self._versions: dict[str, _Version] = {}
         """The last version of each adapter, by the caller's name."""
 
@@ -59,14 +61,15 @@ class ServerAdapters:
         with self._lock:
             version = self._current(adapter, endpoints)
             if version is not None:
-                version.users += 1
+                with self._counting:
+                    version.users += 1
         if version is None:  # the servers were started with it
             yield batch
             return
         try:
             yield replace(batch, lora_request=LoRARequest(lora_name=version.name, lora_path=version.copy.path))
         finally:
-            with self._lock:
+            with self._counting:
                 version.users -= 1
             self._retire(version)
 
@@ -95,11 +98,14 @@ class ServerAdapters:
 
     def _load(self, name: str, version: _Version, endpoints: Sequence[Endpoint]) -> None:
         """Load a version into these servers. Those that cannot be reached are `lost`, unless none can."""
-        errors = self._post_load(version, endpoints)
-        if any(error is not None for error in errors) and version.copy.path != (path := version.copy.fingerprint[0]):
+        copy, path = version.copy.path, version.copy.fingerprint[0]
+        errors = self._post_load(version.name, copy, endpoints)
+        refusing = [i for i, error in enumerate(errors) if error is not None and error.status is not None]
+        if refusing and copy != path:
             # Perhaps they have the folder, and not its copy. If not, the errors name the folder that the caller knows.
-            version.copy.path = path
-            errors = self._post_load(version, endpoints)
+            again = self._post_load(version.name, path, [endpoints[i] for i in refusing])
+            for i, error in zip(refusing, again, strict=True):
+                errors[i] = error
         unreachable = [error is not None and error.status is None for error in errors]
         for endpoint, error, gone in zip(endpoints, errors, unreachable, strict=True):
             if error is None:
@@ -108,12 +114,12 @@ class ServerAdapters:
                 endpoint.lost = True
             else:
                 raise ValueError(
-                    f"LoRA adapter {name!r} was not loaded from {version.copy.path!r}: {error}; start the server by "
+                    f"LoRA adapter {name!r} was not loaded from {path!r}: {error}; start the server by "
                     "`vgen serve` with --enable-lora and --max-lora-rank, and pass its control_key"
                 ) from error
 
-    def _post_load(self, version: _Version, endpoints: Sequence[Endpoint]) -> list[ServerError | None]:
-        body = {"lora_name": version.name, "lora_path": version.copy.path}
+    def _post_load(self, name: str, path: str, endpoints: Sequence[Endpoint]) -> list[ServerError | None]:
+        body = {"lora_name": name, "lora_path": path}
 
         async def load(endpoint: Endpoint) -> ServerError | None:
             try:
@@ -121,8 +127,14 @@ class ServerAdapters:
                     await endpoint.lease.hold()
                 await endpoint.http.post("/v1/load_lora_adapter", body, json_answer=False)
             except ServerError as error:
-                return error
+                # vLLM refuses a name that it has already, as after a connection was lost for a moment. No other has it.
+                return None if error.status is not None and await has_it(endpoint) else error
             return None
+
+        async def has_it(endpoint: Endpoint) -> bool:
+            with suppress(ServerError, LookupError, TypeError):
+                return any(each["id"] == name for each in (await endpoint.http.get("/v1/models"))["data"])
+            return False
 
         return self._loop.run_all([load(endpoint) for endpoint in endpoints])
 

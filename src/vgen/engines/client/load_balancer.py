@@ -104,11 +104,13 @@ class Dispatch:
 
     def finish(self, done: Future[None]) -> None:
         """Tell the thread in `stream` that nothing more will arrive."""
-        if not done.cancelled():
-            error = done.exception()
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            self.arrived.put(error or EngineError("the servers returned fewer completions than requested"))
+        if done.cancelled():  # by `close`; after a cancellation of its own nobody reads on
+            self.arrived.put(EngineError("the engine was closed while it generated"))
+            return
+        error = done.exception()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        self.arrived.put(error or EngineError("the servers returned fewer completions than requested"))
 
     def answer(self, completion: Completion) -> None:
         self.arrived.put(completion)

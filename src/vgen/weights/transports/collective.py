@@ -44,7 +44,7 @@ class CollectiveTransport(BucketTransport):
         """What a worker needs to know to join the group."""
 
     def supports(self, endpoint: TransportEndpoint, source: Source | None) -> str | None:
-        if "group" not in endpoint.features:
+        if "group_with_secret" not in endpoint.features:
             return NEEDS_VGEN_SERVE
         if self._backend == "gloo" or source is None:
             return None
@@ -189,7 +189,8 @@ class GroupReceiver:
     """A worker's side of a `CollectiveTransport`: receives one bucket after the other."""
 
     def __init__(self, description: Mapping[str, Any], rank: int, device: torch.device) -> None:
-        trainer = f"{description['address']}:{description['port']}"
+        host = description["address"]
+        trainer = f"[{host}]:{description['port']}" if ":" in host else f"{host}:{description['port']}"
         self.name = description["secret"]
         try:
             self._group = GroupMember(description, rank, device, own_address(f"tcp://{trainer}"))

@@ -46,8 +46,8 @@ class SharedMemoryTransport(BucketTransport):
     def supports(self, endpoint: TransportEndpoint, source: Source | None) -> str | None:
         if "shared_memory" not in endpoint.features:
             return NEEDS_VGEN_SERVE
-        # A server of an older vgen, without `group`, does not say which host it is on.
-        if "group" in endpoint.features and endpoint.host != this_host():
+        # A server of an older vgen, without any of these, does not say which host it is on.
+        if {"group", "group_with_secret"} & endpoint.features and endpoint.host != this_host():
             return "it is on another host than the trainer"
         return None
 
