@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -45,6 +47,8 @@ class Engine:
     """Answers once `answers` is set."""
 
     errored = False
+    engine_core: Any = None
+    vllm_config: Any = None
 
     def __init__(self) -> None:
         self.answers = asyncio.Event()
@@ -158,9 +162,57 @@ async def test_an_engine_that_vllm_has_given_up_is_gone(core):
     assert health.problem == "the engine has failed"
 
 
+def end() -> None:
+    pass
+
+
+@pytest.fixture
+def ended_core():
+    process = multiprocessing.get_context("spawn").Process(target=end, name="EngineCore_DP0")
+    process.start()
+    process.join()
+    return process
+
+
+def ask_to_end(engine: Engine, *, failed: str | None = None) -> None:
+    """What vLLM does before it ends its cores: on SIGTERM, or because one has failed."""
+    manager = SimpleNamespace(manager_stopped=threading.Event(), failed_proc_name=failed)
+    manager.manager_stopped.set()
+    engine.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+
+
+async def test_a_core_that_has_no_more_work_ends_before_the_others(core, ended_core):
+    (other,) = core(sleep_for_ever)
+    health = CoreHealth(Engine(), [ended_core, other])
+    assert (await looks(health), health.gone) == ("", False)
+    health._engine.errored = True  # nobody has asked for it
+    assert (
+        await looks(health) == f"the engine's core has ended: EngineCore_DP0 (PID {ended_core.pid}) ended with status 0"
+    )
+
+
+@pytest.mark.parametrize(("failed", "level"), [(None, logging.WARNING), ("EngineCore_DP0", logging.ERROR)])
+async def test_an_end_that_was_asked_for_is_no_error(ended_core, caplog, failed, level):
+    engine = Engine()
+    ask_to_end(engine, failed=failed)
+    health = CoreHealth(engine, [ended_core])
+    assert await looks(health, 1) == ("" if failed is None else health.problem)
+    assert health.gone is (failed is not None)
+    engine.errored = True  # vLLM has ended all of it
+    await health.watch(lambda: None)
+    assert "ended with status 0" in health.problem
+    assert [record.levelno for record in caplog.records] == [level]
+
+
+async def test_a_core_that_ends_although_nobody_has_asked_for_it_is_gone(ended_core, caplog):
+    health = CoreHealth(Engine(), [ended_core])
+    await health.watch(lambda: None)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(core_health, "SILENT_SECONDS", 0.5)
+    monkeypatch.setenv(core_health.SILENT_VARIABLE, "0.5")
 
 
 async def until(condition: Callable[[], bool], health: CoreHealth, seconds: float = 10.0) -> None:
@@ -200,6 +252,102 @@ async def test_a_core_that_computes_is_only_busy(core, soon, run, child):
     health = CoreHealth(engine, [process])
     await until(lambda: bool(health.problem) or used() > started + 2.0, health, 60)  # four times the limit
     assert health.problem == ""
+
+
+ANY_CORE: Any = SimpleNamespace(pid=os.getpid(), exitcode=None)
+"""A process that lives. What it does is read from `Times` and a test's own `_status`."""
+
+
+class Times:
+    """A clock that goes on by a second at each look, and the processor time that each process has used by then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.used = 0.0, 0.0
+        self.monotonic = lambda: self.now
+        monkeypatch.setattr(core_health, "time", self)
+        monkeypatch.setattr(core_health, "_cpu_times", lambda process: (self.used, 0.0, 0.0, 0.0))
+
+    def look(self, health: CoreHealth, seconds: int, *, busy: bool = False) -> str:
+        for _ in range(seconds):
+            self.now, self.used = self.now + 1.0, self.used + busy
+            health.look()
+        return health.problem
+
+
+@pytest.fixture
+def times(monkeypatch):
+    return Times(monkeypatch)
+
+
+def silent_engine(device: str | None = "cpu", **parallel: object) -> Engine:
+    engine = Engine()
+    engine.answers.clear()
+    device_config, parallel_config = SimpleNamespace(device_type=device), SimpleNamespace(**parallel)
+    engine.vllm_config = SimpleNamespace(device_config=device_config, parallel_config=parallel_config)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("device", "parallel", "variable", "seconds"),
+    [
+        ("cpu", {}, None, 60),
+        ("cpu", {"nnodes": 1, "data_parallel_size": 2, "data_parallel_size_local": 2}, None, 60),
+        ("cuda", {}, None, 600),
+        (None, {}, None, 600),
+        ("cuda", {}, "20", 20),
+        ("cpu", {}, "a minute", 60),
+        ("cpu", {}, "0", None),
+        ("cpu", {"nnodes": 2}, None, None),
+        ("cpu", {"use_ray": True}, None, None),
+        ("cpu", {"distributed_executor_backend": "ray"}, None, None),
+        ("cpu", {"data_parallel_backend": "ray"}, "20", None),
+        ("cpu", {"data_parallel_size": 2, "data_parallel_size_local": 1}, None, None),
+    ],
+)
+async def test_how_long_a_core_may_be_silent_depends_on_where_it_works(
+    times, monkeypatch, device, parallel, variable, seconds
+):
+    if variable is not None:
+        monkeypatch.setenv(core_health.SILENT_VARIABLE, variable)
+    monkeypatch.setattr(core_health, "_status", lambda process: psutil.STATUS_SLEEPING)
+    health = CoreHealth(silent_engine(device, **parallel), [ANY_CORE])
+    assert times.look(health, (seconds or 1000) + 1) == ""  # the first look only asks
+    assert times.look(health, 1) == (
+        f"the engine's core has answered nothing for {seconds} s, and computes nothing" if seconds else ""
+    )
+
+
+async def test_time_that_an_ended_process_has_taken_along_need_not_be_made_up_for(times, monkeypatch):
+    monkeypatch.setattr(core_health, "_status", lambda process: psutil.STATUS_SLEEPING)
+    health = CoreHealth(silent_engine(), [ANY_CORE])
+    times.used = 1000.0
+    assert times.look(health, 2) == ""
+    times.used = 0.0
+    assert times.look(health, 100, busy=True) == ""
+    assert "answered nothing" in times.look(health, 61)
+
+
+async def test_a_core_that_waits_for_a_disk_is_busy(times, monkeypatch):
+    status = psutil.STATUS_DISK_SLEEP
+    monkeypatch.setattr(core_health, "_status", lambda process: status)
+    health = CoreHealth(silent_engine(), [ANY_CORE])
+    assert times.look(health, 100) == ""
+    status = psutil.STATUS_SLEEPING
+    assert "answered nothing" in times.look(health, 61)
+
+
+async def test_where_proc_hides_processes_a_stopped_core_is_noticed_still(core, times, monkeypatch, caplog):
+    def hidden(process: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        raise psutil.AccessDenied(1)
+
+    (process,) = core(sleep_for_ever)
+    with monkeypatch.context() as hidepid:
+        hidepid.setattr(psutil.Process, "children", hidden)
+        health = CoreHealth(silent_engine(), [process])
+        assert times.look(health, 100) == ""  # a child may compute
+        assert [line for line in caplog.messages if "/proc hides processes" in line] == caplog.messages[:1]
+        send(process.pid, signal.SIGSTOP, psutil.STATUS_STOPPED)
+        assert "is stopped (by SIGSTOP" in times.look(health, 1)
 
 
 async def test_a_core_may_wait_while_a_call_changes_it(core, soon):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -20,12 +21,18 @@ from typing import Any
 
 import psutil
 
+from .server_facts import attribute
+
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How often the processes are looked at."""
 SILENT_SECONDS = 60.0
-"""A core that has answered nothing for so long, and computed nothing meanwhile, does not work."""
+"""A core on a CPU that has answered nothing for so long, and computed nothing meanwhile, does not work."""
+DEVICE_SILENT_SECONDS = 600.0
+"""The same on other devices. A core sleeps while its GPU computes a long step."""
+SILENT_VARIABLE = "VGEN_SILENT_SECONDS"
+"""The environment variable that replaces both; 0 means for ever."""
 BUSY_SHARE = 0.05
 """A process that computes uses at least so much of one CPU. Idle ones have threads that wake up now and then."""
 SOCKET_THREADS = ("process_input_sockets", "process_output_sockets")
@@ -36,7 +43,8 @@ class CoreHealth:
     """Watches the processes of a server's engine: its cores, with their workers.
 
     A busy core is no problem, however long a prefill, a compilation or a weight update takes: what is stopped has the
-    state `T`, and what waits in vain uses no CPU. `engine` is vLLM's `AsyncLLM`, or anything with its `errored` and
+    state `T`, and what waits in vain uses no CPU. A GPU's work is not seen, nor is that of another host, so silence
+    means less or nothing there (see `_silent_limit`). `engine` is vLLM's `AsyncLLM`, or anything with its `errored` and
     `is_paused`; `processes` are its cores.
     """
 
@@ -46,8 +54,9 @@ class CoreHealth:
         self.gone = False
         """Whether a process has ended. The engine will not work again."""
         self._engine, self._processes = engine, processes
-        self._tree = [each for process in processes if process.pid is not None for each in _tree(process.pid)]
-        self._killed, self._changes = False, 0
+        self._limit = _silent_limit(engine)
+        self._tree = self._alive()
+        self._killed, self._wanted, self._changes = False, False, 0
         self._question: asyncio.Task[Any] | None = None
         self._since, self._cpu_seconds = 0.0, -1.0
         """When the core was last seen to answer or to compute, and the CPU time that it had used then; -1: not read."""
@@ -70,15 +79,19 @@ class CoreHealth:
         finally:
             if self._question is not None:
                 self._question.cancel()
-        # `ServerProcess.death` takes the last error in the log for the cause. What was killed has logged none.
-        logger.error("EngineError: %s" if self._killed else "vgen: %s", self.problem)
+        if self._wanted:
+            logger.warning("vgen: %s", self.problem)
+        else:
+            # `ServerProcess.death` takes the last error in the log for the cause. What was killed has logged none.
+            logger.error("EngineError: %s" if self._killed else "vgen: %s", self.problem)
         end()
 
     def look(self) -> None:
         """Look at the processes now."""
         before = self.problem
-        if ended := [process for process in self._processes if process.exitcode is not None]:
-            ended.sort(key=lambda process: not process.exitcode)  # vLLM ends the others when one has failed
+        ended = [process for process in self._processes if process.exitcode is not None]
+        ended.sort(key=lambda process: not process.exitcode)  # vLLM ends the others when one has failed
+        if ended and (ended[0].exitcode or self._engine.errored or not self._may_end(len(ended))):
             self.problem = f"the engine's core has ended: {', '.join(map(_end_of, ended))}"
             self.gone, self._killed = True, (ended[0].exitcode or 0) < 0
         elif self._engine.errored:
@@ -87,26 +100,52 @@ class CoreHealth:
             self.gone, self._killed = True, bool(dead)
         elif stopped := [each.pid for each in self._tree if _status(each) == psutil.STATUS_STOPPED]:
             self.problem = f"the engine is stopped (by SIGSTOP; SIGCONT lets it go on): process {_list(stopped)}"
-        elif (silent := self._silent_seconds()) >= SILENT_SECONDS:
+        elif (silent := self._silent_seconds()) >= self._limit:
             self.problem = f"the engine's core has answered nothing for {silent:.0f} s, and computes nothing"
         else:
             self.problem = ""
+        self._wanted = self.gone and self._stopping()
         if self.problem != before and not self.gone:
             logger.warning("vgen: %s", self.problem or "the engine works again")
+
+    def _may_end(self, number: int) -> bool:
+        """Whether so many cores may have ended with status 0: data-parallel ones do, each when it has no more work."""
+        return number < len(self._processes) or self._stopping()
+
+    def _stopping(self) -> bool:
+        """Whether vLLM ends its cores because it was asked to, as far as it tells, and not because one has failed."""
+        manager = attribute(self._engine, "engine_core.resources.engine_manager")
+        stopped = attribute(manager, "manager_stopped.is_set")
+        return stopped is not None and stopped() and getattr(manager, "failed_proc_name", "unknown") is None
+
+    def _alive(self) -> list[psutil.Process]:
+        """The cores and their children."""
+        found: list[psutil.Process] = []
+        for pid in [process.pid for process in self._processes if process.pid is not None]:
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+                try:
+                    found += found[-1].children(recursive=True)
+                except psutil.AccessDenied:  # /proc is mounted with hidepid
+                    if self._limit < math.inf:
+                        logger.warning("vgen: /proc hides processes: only a core that is stopped or ends is noticed")
+                    self._limit = math.inf
+        return found
 
     def _silent_seconds(self) -> float:
         """For how long the core has neither answered nor computed."""
         now, answered = time.monotonic(), self._question is None or self._question.done()
         if answered:
             self._question = asyncio.create_task(self._ask())
-        if answered or self._changes or not self._tree:
+        if answered or self._changes or not self._tree or self._limit == math.inf:
             self._since, self._cpu_seconds = now, -1.0
             return 0.0
-        alive = [each for process in self._processes if process.pid is not None for each in _tree(process.pid)]
+        alive = self._alive()
         used = sum(sum(_cpu_times(each)[:4]) for each in alive)
-        # On an overloaded machine, a process that is ready to run gets no CPU.
-        ready = any(_status(each) == psutil.STATUS_RUNNING for each in alive)
-        if ready or used - self._cpu_seconds > BUSY_SHARE * (now - self._since):
+        # On an overloaded machine, a process that is ready to run gets no CPU, and one that reads a disk waits.
+        ready = any(_status(each) in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP) for each in alive)
+        more = used - self._cpu_seconds  # negative if a process has ended and taken its time along
+        if ready or more < 0 or more > BUSY_SHARE * (now - self._since):
             self._since, self._cpu_seconds = now, used
         return now - self._since
 
@@ -141,11 +180,26 @@ def _fatal(run: Callable[..., None]) -> Callable[..., None]:
     return run_or_end
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    return []
+def _silent_limit(engine: Any) -> float:
+    """After how many seconds of silence this engine does not work; infinite where its silence means nothing."""
+    parallel = attribute(engine, "vllm_config.parallel_config")
+    ranks = attribute(parallel, "data_parallel_size") or 1
+    elsewhere = (
+        attribute(parallel, "use_ray")
+        or "ray" in (attribute(parallel, "distributed_executor_backend"), attribute(parallel, "data_parallel_backend"))
+        or (attribute(parallel, "nnodes") or 1) > 1
+        or (attribute(parallel, "data_parallel_size_local") or ranks) < ranks
+    )
+    if elsewhere:
+        return math.inf
+    on_cpu = attribute(engine, "vllm_config.device_config.device_type") == "cpu"
+    limit = SILENT_SECONDS if on_cpu else DEVICE_SILENT_SECONDS
+    if wanted := os.environ.get(SILENT_VARIABLE):
+        try:
+            limit = float(wanted)
+        except ValueError:
+            logger.warning("vgen: %s must be a number of seconds, not %r: %g is used", SILENT_VARIABLE, wanted, limit)
+    return limit if limit > 0 else math.inf
 
 
 def _status(process: psutil.Process) -> str:
