@@ -88,7 +88,7 @@ class CoreHealth:
 
     def look(self) -> None:
         """Look at the processes now."""
-        before = self.problem
+        before, gone = self.problem, self.gone
         ended = [process for process in self._processes if process.exitcode is not None]
         ended.sort(key=lambda process: not process.exitcode)  # vLLM ends the others when one has failed
         if ended and (ended[0].exitcode or self._engine.errored or not self._may_end(len(ended))):
@@ -104,7 +104,8 @@ class CoreHealth:
             self.problem = f"the engine's core has answered nothing for {silent:.0f} s, and computes nothing"
         else:
             self.problem = ""
-        self._wanted = self.gone and self._stopping()
+        if self.gone and not gone:
+            self._wanted = self._stopping()
         if self.problem != before and not self.gone:
             logger.warning("vgen: %s", self.problem or "the engine works again")
 
