@@ -89,25 +89,33 @@ class CoreHealth:
     def look(self) -> None:
         """Look at the processes now."""
         before, gone = self.problem, self.gone
-        ended = [process for process in self._processes if process.exitcode is not None]
-        ended.sort(key=lambda process: not process.exitcode)  # vLLM ends the others when one has failed
-        if ended and (ended[0].exitcode or self._engine.errored or not self._may_end(len(ended))):
-            self.problem = f"the engine's core has ended: {', '.join(map(_end_of, ended))}"
-            self.gone, self._killed = True, (ended[0].exitcode or 0) < 0
-        elif self._engine.errored:
-            dead = [each.pid for each in self._tree if _status(each) in (psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE)]
-            self.problem = "the engine has failed" + (f": process {_list(dead)} has ended" if dead else "")
-            self.gone, self._killed = True, bool(dead)
-        elif stopped := [each.pid for each in self._tree if _status(each) == psutil.STATUS_STOPPED]:
-            self.problem = f"the engine is stopped (by SIGSTOP; SIGCONT lets it go on): process {_list(stopped)}"
-        elif (silent := self._silent_seconds()) >= self._limit:
-            self.problem = f"the engine's core has answered nothing for {silent:.0f} s, and computes nothing"
-        else:
-            self.problem = ""
+        self.problem = self._end_of_core() or self._end_of_engine() or self._standstill()
         if self.gone and not gone:
             self._wanted = self._stopping()
         if self.problem != before and not self.gone:
             logger.warning("vgen: %s", self.problem or "the engine works again")
+
+    def _end_of_core(self) -> str:
+        ended = [process for process in self._processes if process.exitcode is not None]
+        ended.sort(key=lambda process: not process.exitcode)  # vLLM ends the others when one has failed
+        if not ended or not (ended[0].exitcode or self._engine.errored or not self._may_end(len(ended))):
+            return ""
+        self.gone, self._killed = True, (ended[0].exitcode or 0) < 0
+        return f"the engine's core has ended: {', '.join(map(_end_of, ended))}"
+
+    def _end_of_engine(self) -> str:
+        if not self._engine.errored:
+            return ""
+        dead = [each.pid for each in self._tree if _status(each) in (psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE)]
+        self.gone, self._killed = True, bool(dead)
+        return "the engine has failed" + (f": process {_list(dead)} has ended" if dead else "")
+
+    def _standstill(self) -> str:
+        if stopped := [each.pid for each in self._tree if _status(each) == psutil.STATUS_STOPPED]:
+            return f"the engine is stopped (by SIGSTOP; SIGCONT lets it go on): process {_list(stopped)}"
+        if (silent := self._silent_seconds()) >= self._limit:
+            return f"the engine's core has answered nothing for {silent:.0f} s, and computes nothing"
+        return ""
 
     def _may_end(self, number: int) -> bool:
         """Whether so many cores may have ended with status 0: data-parallel ones do, each when it has no more work."""
