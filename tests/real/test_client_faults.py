@@ -37,6 +37,8 @@ from vgen.testing import tiny_model
 pytestmark = pytest.mark.slow  # these tests start engines
 
 LONG = Sampling(max_tokens=480, ignore_eos=True)
+MANY = 256
+"""So many completions take a server on a CPU long enough to be seen at work."""
 SHORT = Sampling(max_tokens=8, ignore_eos=True)
 IN_OPEN = 0x20
 
@@ -63,8 +65,9 @@ def test_a_process_that_is_stopped_ends_the_calls_that_wait_and_goes_on_later(se
     (core,) = [process for process in server.processes() if "EngineCore" in process.name()]
     process = core if stopped == "core" else core.parent()
     with ThreadPoolExecutor() as pool:
-        flight = pool.submit(generation.generate, [[1, 2, 3]] * 8, LONG)
-        wait_until(lambda: running(server) > 0, 30)
+        flight = pool.submit(generation.generate, [[1, 2, 3]] * MANY, LONG)
+        wait_until(lambda: flight.done() or running(server) > 0, 60)
+        assert not flight.done(), flight.exception() or "it was over before it was seen"
         process.send_signal(signal.SIGSTOP)
         begun = time.monotonic()
         try:
@@ -87,8 +90,9 @@ def running(server: Any) -> float:
 
 def test_a_sleep_waits_for_requests_in_flight_and_is_refused_otherwise(server, generation):
     with ThreadPoolExecutor() as pool:
-        flight = pool.submit(generation.generate, [[1, 2, 3]] * 8, LONG)
-        wait_until(lambda: running(server) > 0, 30)
+        flight = pool.submit(generation.generate, [[1, 2, 3]] * MANY, LONG)
+        wait_until(lambda: flight.done() or running(server) > 0, 60)
+        assert not flight.done(), flight.exception() or "it was over before it was seen"
         with pytest.raises(EngineStateError, match="generating for a call of another thread"):
             generation.sleep()
         generation.sleep(wait_seconds=120)
@@ -201,7 +205,8 @@ def test_requests_in_flight_keep_their_version_while_others_are_loaded(server, g
     first, elsewhere = adapter(server.model, folder, 3), adapter(server.model, other, 4)
     with ThreadPoolExecutor() as pool:
         flight = pool.submit(generation.generate, [[1, 2, 3]] * 4, LONG, lora_request=asked(folder))
-        wait_until(lambda: running(server) > 0, 30)
+        wait_until(lambda: flight.done() or running(server) > 0, 60)
+        assert not flight.done(), flight.exception() or "it was over before it was seen"
         second = adapter(server.model, folder, 5)
         for adapted, request in ((second, asked(folder)), (elsewhere, asked(other, "other"))):
             rollouts = generation.generate([[7, 8]], SHORT, lora_request=request)

@@ -125,7 +125,7 @@ def seconds(condition: Callable[[], Any], timeout: float) -> float:
 
 
 def generate(generation: ServerGeneration) -> Any:
-    return generation.generate([[1 + i, 2] for i in range(64)], LONG)
+    return generation.generate([[1 + i, 2] for i in range(256)], LONG)
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_core_that_stops_under_a_call_ends_the_signs_of_life(servers, generati
     finally:
         core.resume()
         caller.join()
-    assert len(rollouts[0]) == 64
+    assert len(rollouts[0]) == 256
     assert all(len(completion.token_ids) == 400 for completion in rollouts[0])
     seconds(lambda: first.health() == 200, NOTICED_SECONDS)
 
