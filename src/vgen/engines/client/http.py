@@ -215,6 +215,10 @@ class HttpClient:
             raise self._no_answer(f"{method} {path} was not answered within {limit:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise self._no_answer(f"{method} {path} failed: {_reason(error)}") from None
+        except RuntimeError:  # aiohttp's, for a session that is closed
+            if not any(session.closed for session in self._sessions.values()):
+                raise
+            raise self._no_answer(f"{method} {path} failed: the engine was closed") from None
 
     def _keys(self, *, control: bool) -> dict[str, str]:
         """The headers with the keys. Inference routes do not get the control key."""
