@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vgen.profiling.sinks.wandb import key
+from vgen.profiling.key_figures import log_key as key
 
 
 def keys(workspace: Any) -> set[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import MissingExtraError
 from ..profiling import semconv
+from ..profiling.key_figures import log_key as key
 from ..profiling.measurement import Instrument
-from ..profiling.sinks.wandb import HISTOGRAM, STEP_METRIC, key
+from ..profiling.sinks.wandb import HISTOGRAM, STEP_METRIC
 from .panels import STEP_PARTS
 
 try:

@@ -28,7 +28,7 @@ from ..errors import ServerError, VgenError, needs_extra
 from ..generation import ColocateGeneration, Generation, ServerGeneration
 from ..profiling import ProfilingContext
 from ..profiling.aggregation import Row
-from ..profiling.key_figures import key_figures
+from ..profiling.key_figures import key_figures, log_key
 from ..types import Sampling
 
 if TYPE_CHECKING:
@@ -258,10 +258,11 @@ def enable(
         MissingExtraError: TRL is not installed.
     """
     with needs_extra("vgen.integrations.trl", "TRL", "trl"):
+        import trl.generation.vllm_generation as home
         from transformers import Trainer
         from trl.generation.vllm_client import VLLMClient as stock_client
-        from trl.generation.vllm_generation import VLLMGeneration as stock
 
+    stock = home.VLLMGeneration
     if issubclass(stock, TRLGeneration):
         raise VgenError("vgen.integrations.trl is enabled already: call disable() on what the first enable() returned")
     if _is_built(stock):
@@ -290,7 +291,9 @@ def enable(
 
     @functools.wraps(train)
     def train_in_steps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not enabled or not isinstance(getattr(self, "vllm_generation", None), TRLGeneration):
+        if home.VLLMGeneration is not VLLMGeneration or not isinstance(
+            getattr(self, "vllm_generation", None), TRLGeneration
+        ):
             return train(self, *args, **kwargs)
         recorder, error = _step_recorder_class()(profiling), (None, None, None)
         self.add_callback(recorder)
@@ -311,12 +314,11 @@ def enable(
                     logs.update(callback.take())
         log(self, logs, *args, **kwargs)
 
-    enabled = [True]
     replaced = {stock: VLLMGeneration, stock_client: VLLMClient}
 
     def undo() -> None:
         _replace_everywhere({new: old for old, new in replaced.items()})
-        enabled.clear()  # another library may have wrapped the methods meanwhile, and keeps ours
+        # Another library may have wrapped the methods meanwhile: it keeps ours, which do nothing from now on.
         if Trainer.train is train_in_steps:
             Trainer.train = train
         if Trainer.log is log_with_figures:
@@ -389,7 +391,7 @@ def _step_recorder_class() -> Any:
             if not steps:
                 return {}
             figures = key_figures(row.summary()) | {"steps": steps}
-            return {f"vgen/{name.removeprefix('vgen.')}": value for name, value in figures.items()}
+            return {log_key(name): value for name, value in figures.items()}
 
     return StepRecorder
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from . import semconv
 
+PREFIX = "vgen/"
 _SPANS = (
     *(semconv.STEP, semconv.GENERATE, semconv.WEIGHT_SYNC, semconv.SYNC_PAUSE),
     *(semconv.SLEEP, semconv.WAKE_UP, semconv.STALL),
@@ -22,10 +23,14 @@ _PARTS = (
     (semconv.DRIFT, ("mean",)),
 )
 
-
 HISTOGRAMS = frozenset({semconv.REQUEST_E2E.name, semconv.COMPLETION_LENGTH.name})
 """The distributions that belong there as well."""
 _VGENS = (*semconv.RESERVED, f"{semconv.STEP}.duration.")
+
+
+def log_key(name: str) -> str:
+    """The key in a trainer's log, or in W&B, for `name` of a step's summary."""
+    return PREFIX + name.removeprefix("vgen.")
 
 
 def key_figures(summary: Mapping[str, float]) -> dict[str, float]:

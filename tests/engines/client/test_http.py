@@ -16,12 +16,14 @@ from vgen import (
     ServerError,
     ServerGeneration,
 )
+from vgen.engines.client.event_loop_thread import EventLoopThread
 from vgen.engines.client.http import (
     LEAST_CONNECTIONS,
     SPARE_DESCRIPTORS,
     HttpClient,
     connection_limit,
 )
+from vgen.testing import FaultyServer
 
 
 @pytest.mark.parametrize("status", [302, 401, 403, 404])
@@ -128,3 +130,13 @@ def test_connections_leave_descriptors_to_the_rest_of_the_process(servers, monke
 def test_without_a_limit_on_descriptors_there_is_none_on_connections(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert connection_limit(8) >= 1 << 20
+
+
+def test_a_call_in_a_client_that_was_closed_is_an_error_that_says_so():
+    with FaultyServer() as server:
+        client, loop = HttpClient(server.url), EventLoopThread()
+        loop.run(client.get("/health"))
+        loop.run(client.close())
+        with pytest.raises(ServerError, match="GET /health failed: the engine was closed"):
+            loop.run(client.get("/health"))
+        loop.close()

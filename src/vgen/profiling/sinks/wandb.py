@@ -9,10 +9,9 @@ from typing import Any
 from ...errors import needs_extra
 from .. import semconv
 from ..aggregation import Histogram, Row
-from ..key_figures import HISTOGRAMS, key_figures
+from ..key_figures import HISTOGRAMS, PREFIX, key_figures, log_key
 from ..span_model import Sink, Step
 
-PREFIX = "vgen/"
 STEP_METRIC = "vgen/step"
 """The number of the last step in a row: the horizontal axis of all keys that start with `vgen/`."""
 STEPS = "vgen/steps"
@@ -142,13 +141,13 @@ class WandbSink(Sink):
     def _row(self, steps: _Steps) -> dict[str, Any]:
         summary = steps.row.summary()
         figures = summary if self._detail else key_figures(summary)
-        row: dict[str, Any] = {key(name): value for name, value in figures.items()}
+        row: dict[str, Any] = {log_key(name): value for name, value in figures.items()}
         if self._histogram is not None:
             for name in [n.removesuffix(".p99") for n in summary if n.endswith(".p99")]:
                 wanted = self._detail or name in HISTOGRAMS or not name.startswith(semconv.RESERVED)
                 histogram = None if name.endswith(".duration") or not wanted else steps.row.histogram(name)
                 if histogram is not None:
-                    row[key(name) + HISTOGRAM] = self._histogram(np_histogram=_bins(histogram))
+                    row[log_key(name) + HISTOGRAM] = self._histogram(np_histogram=_bins(histogram))
         return {**row, STEPS: steps.count, STEP_METRIC: steps.last}
 
 
@@ -167,11 +166,6 @@ class _Steps:
         self.row.merge(step.row)
         self.count += 1
         self.last = step.number
-
-
-def key(name: str) -> str:
-    """Return the key in the run for `name` of a step's summary."""
-    return PREFIX + name.removeprefix("vgen.")
 
 
 def _bins(histogram: Histogram) -> tuple[Any, Any]:
